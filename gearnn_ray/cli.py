@@ -1,0 +1,91 @@
+"""From a command line to an exit code: read the configuration, run the job, show the result."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from gearnn_ray.config import SplitConfig, parse_command_line
+from gearnn_ray.errors import UserError
+from gearnn_ray.levels import parse_level
+from gearnn_ray.progress import reporter
+from gearnn_ray.report import print_summary, share_of_gap_closed, weight_change_figure
+from gearnn_ray.store import Store
+
+_DESCRIPTION = "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
+
+
+def run_split(arguments: Sequence[str]) -> int:
+    """`jobs/split.py`: 0 every level is published, 1 a level failed, 2 what it was told is wrong."""
+    try:
+        config, options = parse_command_line(SplitConfig, arguments, _DESCRIPTION)
+        config = config.model_copy(update={"store": resolve_store(config.store)})
+        from gearnn_ray.offline import (
+            pipeline,
+        )  # Ray takes seconds to import; --help and typing errors need not wait
+
+        with reporter(config.levels, options.json_lines) as say:
+            outcome = pipeline.split(config, say)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    _show(config, outcome, options.json_lines)
+    return 1 if outcome.failed else 0
+
+
+def resolve_store(uri: str) -> str:
+    """A relative local path in a submitted job is taken from the home folder: Ray deletes the job's own folder later."""
+    in_ray_package = "working_dir_files" in Path.cwd().parts
+    if "://" in uri or Path(uri).expanduser().is_absolute() or not in_ray_package:
+        return os.path.expanduser(uri)
+    return str(Path.home() / "gearnn_ray" / uri)
+
+
+def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
+    from gearnn_ray.offline.pipeline import Outcome
+
+    assert isinstance(outcome, Outcome)
+    store = Store(config.store)
+    figure = ""
+    moved = {r.level: r.sensitivity for r in outcome.results if not parse_level(r.level).is_clean}
+    if moved:
+        figure = f"figures/{config.name}/weight_change.png"
+        title = f"{config.name}: weight change per layer"
+        store._files.write(
+            figure, weight_change_figure(moved, {r.level: r.layers for r in outcome.results}, title)
+        )
+    if json_lines:
+        rows = [
+            {**row, "gap_closed": share_of_gap_closed(row["original"], row["full"], row["adaptor"])}
+            for row in outcome.summary
+        ]
+        result = {
+            "event": "result", "release": outcome.release, "name": config.name, "store": store.uri,
+            "summary": rows, "failed": dict(outcome.failed), "figure": figure, "network": asdict(outcome.network),
+        }  # fmt: skip
+        print(json.dumps(result), flush=True)
+        return
+    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    if outcome.summary:
+        console.print()
+        print_summary(outcome.summary, console)
+    for level, reason in outcome.failed.items():
+        console.print(f"\n{level} failed: {reason}", style="bold red", highlight=False, markup=False)
+    if outcome.release is None:
+        console.print("\nno level succeeded, so nothing was published", highlight=False)
+        return
+    example = next((r.level for r in outcome.results if r.digest), outcome.results[0].level)
+    console.print(
+        f"\nbundle:   {config.name}:latest ({outcome.release[:19]}…) in {store.uri}\n"
+        f"pull it:  python -c \"import gearnn_ray; r = gearnn_ray.Store({store.uri!r}).pull({config.name + ':latest'!r}); "
+        f"print({{**r.base_state(), **r.adaptor_state({example!r})}}.keys())\""
+        + (f"\npicture:  {store.uri}/{figure}" if figure else ""),
+        highlight=False, markup=False,
+    )  # fmt: skip

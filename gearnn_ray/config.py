@@ -1,0 +1,315 @@
+"""What a job is told: one typed, validated object, from a YAML file and a command line made from the same types.
+
+Knows nothing of Ray. Everything that can be judged without looking at the data or the cluster is judged here.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gearnn_ray.errors import UserError
+from gearnn_ray.levels import parse_level
+from gearnn_ray.offline.finetune import Recipe
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# the ImageNet statistics: what torchvision's and DRN's classification networks were trained with
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ScenesConfig(_Section):
+    """The generated street scenes (data.kind scenes)."""
+
+    train: int = Field(96, ge=1)
+    """training images"""
+    val: int = Field(32, ge=1)
+    """validation images"""
+    height: int = Field(96, ge=32, le=2048)
+    """pixels"""
+    width: int = Field(128, ge=32, le=4096)
+    """pixels"""
+    seed: int = Field(0, ge=0)
+    """which scenes"""
+
+
+class DataConfig(_Section):
+    """Images and labels."""
+
+    kind: Literal["scenes", "camvid", "cityscapes", "folder"] = "scenes"
+    """generated scenes, CamVid, Cityscapes, or a folder with train/images, train/labels, val/images, val/labels"""
+    path: str | None = None
+    """where the data set lies, as every worker sees it"""
+    num_classes: int | None = Field(None, ge=2, le=255)
+    """classes of a folder of your own"""
+    scenes: ScenesConfig = ScenesConfig()
+    cache: str = "~/.cache/gearnn_ray"
+    """where each node keeps the distorted images it made"""
+
+
+class ModelConfig(_Section):
+    """The network D."""
+
+    name: str = "drn_d_22"
+    """drn_d_22, drn_d_38, or a function of your own as package.module:function"""
+    weights: str | None = None
+    """.safetensors, .pt or .pth file as the driver sees it; without one the network is first trained on the undistorted images"""
+    mean: tuple[float, float, float] | None = None
+    """RGB mean in [0, 1] the network's input is normalised with; default: the weights file's own, else ImageNet's"""
+    std: tuple[float, float, float] | None = None
+    """RGB standard deviation in [0, 1], likewise"""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "ModelConfig":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("only one of model.mean and model.std is given: give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"model.std is {self.std}: every value must be above 0")
+        return self
+
+
+class ResourcesConfig(_Section):
+    """What one fine-tune gets, and how it is spread."""
+
+    cpus: float = Field(1, gt=0)
+    """CPUs a fine-tune reserves; torch gets as many threads"""
+    gpus: float = Field(0, ge=0)
+    """GPUs a fine-tune reserves; 0.25 lets four share one"""
+    workers_per_level: int = Field(1, ge=1)
+    """above 1 each fine-tune is spread over so many workers with Ray Train, each with these resources"""
+    retries: int = Field(3, ge=0)
+    """how often a task whose worker died is started again; it goes on from its checkpoint"""
+
+    @field_validator("gpus")
+    @classmethod
+    def _fraction_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"{gpus:g} GPUs cannot be reserved: expected a fraction below 1 or a whole number"
+            )
+        return gpus
+
+
+class SplitConfig(_Section):
+    """GearNN's Algorithm 1 over a set of distortion levels."""
+
+    name: str = "drn22-scenes-jpeg"
+    """the release's name in the store"""
+    store: str = "artifacts"
+    """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+    levels: tuple[str, ...] = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
+    """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
+    budget: str = "0.2%"
+    """M of Eq. (2): a share of the model size such as 0.2%, or a number of floats"""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """decides order and crops of every fine-tune"""
+    tags: tuple[str, ...] = ()
+    """tags that shall point at this release besides latest"""
+    keep_full: bool = False
+    """also keep the fully fine-tuned networks in the store (the release names them)"""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    recipe: Recipe = Recipe()
+    base_recipe: Recipe = Recipe(epochs=30, learning_rate=0.05, crop=128)
+    """how the base is trained where no weights are given"""
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("name", "tags")
+    @classmethod
+    def _path_safe(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if not SAFE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is no safe name: expected letters, digits, '.', '_' and '-', beginning with a letter or digit"
+                )
+        return value
+
+    @field_validator("levels")
+    @classmethod
+    def _known_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        if not levels:
+            raise ValueError("no level is given: expected at least one, such as jpeg-10")
+        for name in levels:
+            parse_level(name)
+        twice = next((name for name in levels if levels.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"the level {twice} is given twice: give each level once")
+        return levels
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_text(cls, budget: object) -> object:
+        return str(budget) if isinstance(budget, int) and not isinstance(budget, bool) else budget
+
+    @field_validator("budget")
+    @classmethod
+    def _readable_budget(cls, budget: str) -> str:
+        budget_floats(budget, 1)
+        return budget
+
+    def resolved_data_options(self) -> dict[str, Any]:
+        """Own options of the data set's kind, for `open_dataset`."""
+        if self.data.kind == "scenes":
+            return self.data.scenes.model_dump()
+        return {"num_classes": self.data.num_classes} if self.data.kind == "folder" else {}
+
+
+def budget_floats(budget: str, model_floats: int) -> int:
+    """M in floats: floor(fraction × model size), or the number itself (§3.2). ValueError when it is neither."""
+    text = budget.strip()
+    if match := re.fullmatch(r"(\d+)(?:\.(\d+))?\s*%", text):
+        whole, decimals = match[1], match[2] or ""
+        # integers, because 0.2 / 100 * 15,907,139 in floating point may fall on the wrong side of a whole number
+        share, scale = int(whole + decimals), 100 * 10 ** len(decimals)
+        if share > scale:
+            raise ValueError(f"the budget {budget!r} is more than the whole network: expected at most 100%")
+        return model_floats * share // scale
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    raise ValueError(
+        f"the budget {budget!r} is not understood: expected a share such as 0.2% or a number of floats such as 31814"
+    )
+
+
+def normalisation_values(
+    model: ModelConfig, about: dict[str, Any]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation: the configuration's, else those the weights file states, else ImageNet's."""
+    if model.mean is not None and model.std is not None:
+        return model.mean, model.std
+    mean, std = about.get("mean"), about.get("std")
+    if _is_triple(mean) and _is_triple(std) and min(std) > 0:
+        return tuple(mean), tuple(std)  # type: ignore[return-value]
+    return _IMAGENET
+
+
+def _is_triple(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def from_mapping(kind: type[ConfigT], values: object, source: str) -> ConfigT:
+    """Validate plain values (of a YAML file) as `kind`. Raises UserError: one sentence naming the first thing wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} holds a {type(values).__name__}: expected a mapping of options to values")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from error
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{source} has an unknown option {where!r}: remove it or correct its name (--help lists the options)"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source}: {where + ': ' if where else ''}{message}"
+    return f"{source}: {where} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def read_yaml(path: str | Path) -> object:
+    """Contents of a YAML file. Raises UserError when it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(
+            f"the configuration file {path} cannot be read ({error.strerror}): check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not readable as YAML ({reason}): correct it") from error
+
+
+class JobOptions(BaseModel):
+    """Options of every job that are no part of what it computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str | None = None
+    """YAML file with any of the options below; the command line wins over it"""
+    json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """one JSON object per line instead of text, for machines"""
+
+
+def parse_command_line(
+    kind: type[ConfigT], arguments: Sequence[str], description: str
+) -> tuple[ConfigT, JobOptions]:
+    """A job's configuration from `--config FILE` and the options of the command line, which win.
+
+    Raises UserError with one sentence for anything wrong; `--help` prints and exits 0.
+    """
+    options, rest = _own_options(arguments)
+    base = from_mapping(kind, read_yaml(options.config), options.config) if options.config else kind()
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            config = tyro.cli(
+                kind,
+                default=base,
+                args=rest,
+                prog=Path(sys.argv[0]).name,
+                description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line wins. "
+                "--json: one JSON object per line, for machines.",
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            sys.stdout.write(shown.getvalue())
+            raise
+        raise UserError(f"the command line: {_plain(shown.getvalue())}") from None
+    except ValidationError as error:
+        raise UserError(_sentence(error, "the command line")) from error
+    # defaults are not validated by pydantic when tyro fills them in: once more, whole
+    return from_mapping(kind, config.model_dump(), "the command line"), options
+
+
+def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
+    config: str | None = None
+    json_lines = False
+    rest: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--json":
+            json_lines = True
+        elif argument == "--config":
+            config = next(pending, None)
+            if config is None:
+                raise UserError("--config stands alone: expected the path of a YAML file after it")
+        elif argument.startswith("--config="):
+            config = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return JobOptions(config=config, json_lines=json_lines), rest
+
+
+def _plain(box: str) -> str:
+    """tyro's framed message as one sentence."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"[─│╭╮╰╯]+|-{4,}", " ", line).strip() for line in text.splitlines()]
+    words = re.sub(r"\s+", " ", " ".join(lines[1:])).strip()
+    words = re.split(r" ?(?:Argument helptext|For full helptext|Perhaps you meant)", words)[0].strip()
+    invalid = re.match(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=(\w+), input_value=(.*?), input_type=",
+        words,
+    )
+    if invalid is None:
+        return words.rstrip(".") + " (--help lists the options)"
+    section, option, message, kind, value = invalid.groups()
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    where = option if section[0].isupper() else f"{section}.{option}"
+    return f"{where} is {value}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,53 @@
+"""A plain folder of one's own: {train,val}/images and {train,val}/labels, and classes.txt with their names.
+
+A label PNG holds class ids as they are, 255 = ignored, and is called like its image.
+"""
+
+from pathlib import Path
+
+from gearnn_ray.data import IGNORED, Dataset
+from gearnn_ray.data.files import FileSplit, file_split, find_files, read_lines
+from gearnn_ray.errors import UserError
+
+
+def open_folder(root: Path, num_classes: int | None = None) -> Dataset:
+    """The images in this folder, of as many classes as said here or named in its classes.txt, one a line.
+
+    Images of one sub-folder (or, without any, all of them), in order of their names, are one clip.
+    Raises `UserError` for files that do not pair up, and where the number of classes is missing or disputed.
+    """
+    names = _class_names(root / "classes.txt", num_classes)
+    return Dataset("folder", names, _split(root, "train", len(names)), _split(root, "val", len(names)))
+
+
+def _split(root: Path, name: str, num_classes: int) -> FileSplit:
+    folder = root / name / "images"
+    return file_split(
+        "folder",
+        name,
+        find_files(folder, ".png", ".jpg", ".jpeg"),
+        find_files(root / name / "labels", ".png"),
+        num_classes=num_classes,
+        clip=lambda key: key.rpartition("/")[0] or ".",
+        expected=f"{folder}/*.png, *.jpg or *.jpeg",
+    )
+
+
+def _class_names(listing: Path, num_classes: int | None) -> tuple[str, ...]:
+    if num_classes is not None and (type(num_classes) is not int or not 1 <= num_classes <= IGNORED):
+        raise UserError(f"num_classes is {num_classes!r}: expected a whole number from 1 to {IGNORED}.")
+    if not listing.is_file():
+        if num_classes is None:
+            raise UserError(f"there is neither num_classes nor a file {listing}: give one of the two.")
+        return tuple(f"class {index}" for index in range(num_classes))
+    names = tuple(read_lines(listing))
+    if not 1 <= len(names) <= IGNORED or "" in names:
+        raise UserError(
+            f"{listing} holds {len(names)} lines, {names.count('')} of them blank: "
+            f"expected 1 to {IGNORED} names of classes, one a line."
+        )
+    if num_classes not in (None, len(names)):
+        raise UserError(
+            f"num_classes is {num_classes} but {listing} names {len(names)} classes: make them agree."
+        )
+    return names

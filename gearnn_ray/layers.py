@@ -1,0 +1,145 @@
+"""The layers of a network as Eq. (1) and (2) see them: named groups of numbers, and how many there are.
+
+A layer is one floating-point tensor of the state dict (a weight and its bias are two layers, as in the paper's
+Fig. 5), except that a batch normalisation's running mean and variance are one: a forward pass in training mode
+updates both. Knows nothing of levels, data or training.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One selectable unit of a network.
+
+    name: the state-dict name; `<module>.running_stats` for the two running statistics of a batch normalisation.
+    kind: `conv_weight`, `linear_weight`, `norm_weight`, `norm_bias`, `norm_statistics`, `bias`, `parameter` or `buffer`.
+    index: position in state-dict order. tensors: the state-dict names it is made of. numel: how many floats.
+    """
+
+    name: str
+    kind: str
+    index: int
+    tensors: tuple[str, ...]
+    numel: int
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A normalisation layer: torch's own, or a frozen batch normalisation (torchvision's holds its four as buffers)."""
+    return isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm)) or "BatchNorm" in type(module).__name__
+
+
+def _kind(module: nn.Module, leaf: str, is_parameter: bool) -> str:
+    if _is_norm(module):
+        if leaf in ("weight", "bias"):
+            return f"norm_{leaf}"
+        if leaf.startswith("running_"):
+            return "norm_statistics"
+    if not is_parameter:
+        return "buffer"
+    if leaf == "bias":
+        return "bias"
+    if leaf == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+        return "conv_weight"
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        return "linear_weight"
+    return "parameter"
+
+
+def layers_of(model: nn.Module) -> tuple[Layer, ...]:
+    """All layers of `model` in state-dict order; tied tensors are one layer under the first of their names.
+
+    Integer tensors (`num_batches_tracked`, index tables) are no layers: fine-tuning does not move them.
+    """
+    modules = dict(model.named_modules())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    groups: dict[tuple[str, int], tuple[str, str, list[str]]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = modules.get(path, model)
+        kind = _kind(module, leaf, name in parameters)
+        if kind == "norm_statistics":
+            unit = f"{path}.running_stats" if path else "running_stats"
+            groups.setdefault((unit, 0), (unit, kind, []))[2].append(name)
+        else:
+            groups.setdefault(("", id(tensor)), (name, kind, []))[2].append(name)
+    return tuple(
+        Layer(name, kind, index, tuple(tensors), sum(state[t].numel() for t in tensors))
+        for index, (name, kind, tensors) in enumerate(groups.values())
+    )
+
+
+def model_size(model: nn.Module) -> int:
+    """Floats of the state dict, running statistics included, `num_batches_tracked` not (the paper's Table 1).
+
+    DRN-D-22 with 19 classes: 15,907,139; DRN-D-38: 26,022,723.
+    """
+    return sum(layer.numel for layer in layers_of(model))
+
+
+def network_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make the network, on the CPU and contiguous: the state dict without `num_batches_tracked`.
+
+    `load_state_dict` takes it back strictly: a missing counter is filled in by torch.
+    """
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(_COUNTER)
+    }
+
+
+def tensors_of(layers: Collection[Layer], chosen: Collection[str]) -> tuple[str, ...]:
+    """State-dict names of the chosen layers' tensors, in state-dict order."""
+    return tuple(t for layer in layers if layer.name in chosen for t in layer.tensors)
+
+
+def set_trainable(model: nn.Module, chosen: Collection[str] | None) -> list[tuple[str, nn.Parameter]]:
+    """Freeze every layer outside `chosen` (None: freeze nothing) and put each module into the mode that this means.
+
+    Frozen means frozen: a batch normalisation whose statistics are not chosen runs in evaluation mode, so that a forward
+    pass neither updates nor replaces them. A parameter the network itself has frozen (DRN's bilinear upsampler) stays so.
+
+    Returns the trainable parameters with their names, in state-dict order.
+    """
+    layers = layers_of(model)
+    allowed = None if chosen is None else set(tensors_of(layers, chosen))
+    trainable: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        if allowed is not None and name not in allowed:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            trainable.append((name, parameter))
+    set_training_mode(model, chosen)
+    return trainable
+
+
+def set_training_mode(model: nn.Module, chosen: Collection[str] | None) -> None:
+    """`model.train()`, with every batch normalisation whose statistics are not among `chosen` in evaluation mode."""
+    model.train()
+    if chosen is None:
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            unit = f"{path}.running_stats" if path else "running_stats"
+            if unit not in chosen:
+                module.eval()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in type, shape and every bit (NaN equals itself, -0.0 does not equal 0.0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    )

@@ -1,0 +1,525 @@
+"""Algorithm 1 on a Ray cluster: the only room that knows Ray.
+
+    check everything ─► base ─► one task per level: original, full fine-tune, selection, partial fine-tune ─► release
+
+A level is one task, so its selection and partial fine-tune start the moment its full fine-tune is done, in a process that has
+network and images at hand; other levels neither wait nor are waited for. Weights go from worker to store and back, never
+through the driver, which sees digests and small tables. What survives a killed task is what the stages put into the store.
+"""
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+# Under `uv run` Ray would upload the folder and build a second environment for its workers; the one at hand will do.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import ray
+from ray._private.state import state as cluster_state
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gearnn_ray import tables
+from gearnn_ray.config import (
+    ModelConfig,
+    ResourcesConfig,
+    SplitConfig,
+    budget_floats,
+    normalisation_values,
+    read_yaml,
+)
+from gearnn_ray.data import Dataset, open_dataset
+from gearnn_ray.errors import TrainingFailedError, UserError
+from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.models import read_weights
+from gearnn_ray.offline import stages
+from gearnn_ray.offline.finetune import Recipe, prepare_process
+from gearnn_ray.offline.stages import Event, LevelResult, Network, NetworkFacts, Say, Work
+from gearnn_ray.store import SCHEMA, Blob, Store
+from gearnn_ray.tasks.segmentation import METRIC, Normalisation
+
+_POLL_SECONDS = 0.5
+_BOOTSTRAP = Path.home() / "ray_bootstrap_config.yaml"
+_PACKAGES = ("gearnn-ray", "torch", "torchvision", "ray", "ortools", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job made. `release`: digest of the manifest, None when no level was published. `failed`: level to reason."""
+
+    release: str | None
+    results: tuple[LevelResult, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    network: NetworkFacts = NetworkFacts(0, 0)
+    budget: int = 0
+    summary: tuple[dict[str, Any], ...] = ()
+
+
+def split(config: SplitConfig, say: Say) -> Outcome:
+    """Run the job. Raises UserError before anything is trained or written when what it was told is wrong."""
+    store = Store(config.store)
+    store.check_writable()
+    asked, config = config, _with_absolute_paths(config)
+    with _cluster():
+        check_resources(config.resources, *_cluster_resources())
+        board = _Board.options(scheduling_strategy=_beside_driver()).remote()
+        relay = _Relay(board, say)
+        work, facts = _checked_work(config, relay)
+        base = _base(config, work, board, relay)
+        work = replace(work, base=base.digest)
+        results, failed = _levels(config, work, board, relay)
+        relay.flush()
+    ordered = tuple(results[name] for name in config.levels if name in results)
+    if not ordered:
+        return Outcome(None, (), failed, facts, work.budget)
+    summary = tuple(_summary_row(result, work.budget, facts.floats) for result in ordered)
+    release = store.publish(
+        _manifest(asked, work, base, facts, ordered),
+        _tables(config.name, work, ordered, summary),
+        config.tags,
+    )
+    return Outcome(release, ordered, failed, facts, work.budget, summary)
+
+
+def _with_absolute_paths(config: SplitConfig) -> SplitConfig:
+    """Relative paths are the driver's: a worker may stand elsewhere."""
+    data, model = config.data, config.model
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"path": data.path and os.path.abspath(data.path)}),
+            "model": model.model_copy(update={"weights": model.weights and os.path.abspath(model.weights)}),
+        }
+    )
+
+
+# ── Ray ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """The cluster this process is in, or one of its own for as long as the job takes."""
+    if ray.is_initialized():
+        yield
+        return
+    # bare: inside a submitted job the address and the runtime environment are injected
+    ray.init(log_to_driver=False, logging_level="error")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cluster_resources() -> tuple[list[Mapping[str, float]], Mapping[str, float] | None]:
+    """Resources of each node there is, and the most an autoscaler may bring in all (None: there is none)."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    ceiling = cluster_state.get_max_resources_from_cluster_config()
+    if ceiling is None and _BOOTSTRAP.is_file():
+        # the cluster launcher's autoscaler does not tell the cluster its node types; its file on the head does
+        ceiling = autoscaler_ceiling(read_yaml(_BOOTSTRAP))
+    return nodes, ceiling
+
+
+def autoscaler_ceiling(launcher: object) -> Mapping[str, float] | None:
+    """The most CPUs and GPUs a cluster launcher's configuration allows, head included; None where it names no nodes."""
+    types = launcher.get("available_node_types") if isinstance(launcher, dict) else None
+    if not isinstance(launcher, dict) or not isinstance(types, dict):
+        return None
+    most: dict[str, float] = {}
+    for name, node in types.items():
+        at_most = (
+            1
+            if name == launcher.get("head_node_type")
+            else node.get("max_workers", launcher.get("max_workers", 0))
+        )
+        for resource, amount in node.get("resources", {}).items():
+            most[resource] = most.get(resource, 0) + amount * at_most
+    return most
+
+
+def check_resources(
+    wanted: ResourcesConfig, nodes: list[Mapping[str, float]], ceiling: Mapping[str, float] | None
+) -> None:
+    """Raise UserError when a fine-tune asks for more than the cluster has or will ever have."""
+    for resource, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
+        total = each * wanted.workers_per_level
+        there = sum(node.get(resource, 0) for node in nodes)
+        largest = max((node.get(resource, 0) for node in nodes), default=0)
+        most = max(there, (ceiling or {}).get(resource, 0))
+        if total > most or (ceiling is None and each > largest):
+            workers = f" by {wanted.workers_per_level} workers" if wanted.workers_per_level > 1 else ""
+            raise UserError(
+                f"a fine-tune asks for {each:g} {resource}{workers} but the cluster will never have more than {most:g}: "
+                f"lower resources.{resource.lower()}s or resources.workers_per_level, or use a larger cluster"
+            )
+
+
+def _beside_driver() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where workers pin what they have to say, and the driver collects it."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+class _Relay:
+    """Hands the board's events on to the driver's reporter."""
+
+    def __init__(self, board: Any, say: Say) -> None:
+        self._board, self.say = board, say
+
+    def flush(self) -> None:
+        try:
+            events = ray.get(self._board.take.remote(), timeout=10)
+        except RayError:
+            return  # the board died with its node: the work goes on unseen
+        for event in events:
+            self.say(event)
+
+    def wait(self, ref: Any) -> Any:
+        """The result of one task, relaying events until it is there."""
+        while not ray.wait([ref], timeout=_POLL_SECONDS)[0]:
+            self.flush()
+        self.flush()
+        return _result(ref)
+
+
+def _result(ref: Any) -> Any:
+    """`ray.get`, with a task's own exception instead of Ray's wrapper around it."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from None
+        raise
+
+
+def _sayer(board: Any) -> Say:
+    def say(event: Event) -> None:
+        board.put.remote(event)
+
+    return say
+
+
+# ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
+
+
+@ray.remote
+def _open_data(config: SplitConfig) -> Dataset:
+    data = open_dataset(config.data.kind, config.data.path, **config.resolved_data_options())
+    _ = data.train.digest, data.val.digest  # kept in the object: no other process reads the files for it
+    return data
+
+
+@ray.remote
+def _check_network(model: ModelConfig, num_classes: int) -> tuple[Network, NetworkFacts]:
+    about = dict(read_weights(model.weights).about) if model.weights else {}
+    network = Network(model.name, num_classes, Normalisation(*normalisation_values(model, about)))
+    return network, stages.check_network(network, model.weights)
+
+
+@ray.remote
+def _prepare_images(work: Work, level: str, split_name: Any) -> None:
+    stages.prepare_images(work, level, split_name)
+
+
+def _checked_work(config: SplitConfig, relay: _Relay) -> tuple[Work, NetworkFacts]:
+    """Data, labels, weights, budget: all of it looked at, every level's images made. Raises UserError."""
+    relay.say(Event("started", "images", "all"))
+    data: Dataset = relay.wait(_open_data.remote(config))
+    network_ref = _check_network.remote(config.model, data.num_classes)
+    pending = Network(config.model.name, data.num_classes, Normalisation((0, 0, 0), (1, 1, 1)))
+    work = Work(
+        store=Store(config.store).uri,
+        cache=config.data.cache,
+        network=pending,
+        data=data,
+        recipe=config.recipe,
+        budget=0,
+        seed=config.seed,
+        keep_full=config.keep_full,
+        world_size=config.resources.workers_per_level,
+    )
+    names = list(config.levels)
+    if config.model.weights is None and "clean" not in names:
+        names.append("clean")
+    shared = ray.put(work)
+    images = [_prepare_images.remote(shared, name, part) for name in names for part in ("train", "val")]
+    network, facts = relay.wait(network_ref)
+    budget = budget_floats(config.budget, facts.floats)
+    if budget < facts.smallest_layer:
+        for ref in images:
+            ray.cancel(ref, force=False)
+        raise UserError(
+            f"the budget {config.budget} is {budget} floats and fits no layer: the smallest of {config.model.name} "
+            f"has {facts.smallest_layer}, so give at least that"
+        )
+    for done, ref in enumerate(images, 1):
+        relay.wait(ref)
+        relay.say(Event("progress", "images", "all", done, len(images)))
+    relay.say(Event("finished", "images", "all", len(images), len(images)))
+    return replace(work, network=network, budget=budget), facts
+
+
+# ── the base ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ray.remote
+def _publish_base(work: Work, weights: str) -> Blob:
+    return stages.publish_given_base(work, weights)
+
+
+@ray.remote
+def _train_base(work: Work, recipe: Recipe, threads: int, board: Any) -> Blob:
+    prepare_process(threads)
+    return stages.train_base(work, recipe, _sayer(board))
+
+
+def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
+    """The base: the user's weights, or a network trained on the undistorted images."""
+    if config.model.weights is not None:
+        return cast(Blob, relay.wait(_publish_base.remote(work, config.model.weights)))
+    # nothing else runs meanwhile: it may have all CPUs of the largest node
+    cpus = max(int(config.resources.cpus), *(int(node.get("CPU", 0)) for node in _cluster_resources()[0]))
+    task = _train_base.options(
+        num_cpus=cpus, num_gpus=config.resources.gpus, max_retries=config.resources.retries
+    )
+    try:
+        return cast(Blob, relay.wait(task.remote(work, config.base_recipe, cpus, board)))
+    except TrainingFailedError as error:
+        raise UserError(f"training the base failed because {error}") from error
+
+
+# ── the levels ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ray.remote
+def _run_level(work: Work, level: str, threads: int, board: Any) -> LevelResult:
+    prepare_process(threads)
+    return stages.run_level(work, level, _sayer(board))
+
+
+@ray.remote(num_cpus=0)
+def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, board: Any) -> LevelResult:
+    """One level whose fine-tunes are spread over several workers by Ray Train; this process only looks on."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer, get_device
+
+    threads = max(1, int(resources.cpus))
+
+    def loop() -> None:
+        import torch
+        import torch.distributed as dist
+
+        if (device := get_device()).type == "cuda":
+            torch.cuda.set_device(device)
+        prepare_process(threads)
+        stages.run_level(work, level, _sayer(board) if dist.get_rank() == 0 else _mute)
+
+    bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
+    with tempfile.TemporaryDirectory(prefix="gearnn_ray-") as scratch:
+        TorchTrainer(
+            loop,
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers_per_level,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker={name: amount for name, amount in bundle.items() if amount},
+            ),
+            # Train wants a folder; what it would restore from is in our store
+            run_config=RunConfig(
+                name=level, storage_path=scratch, failure_config=FailureConfig(max_failures=resources.retries)
+            ),
+        ).fit()
+    # every stage is in the store now: this reads them and computes nothing
+    return stages.run_level(work, level, _mute)
+
+
+def _mute(event: Event) -> None:
+    del event
+
+
+def _levels(
+    config: SplitConfig, work: Work, board: Any, relay: _Relay
+) -> tuple[dict[str, LevelResult], dict[str, str]]:
+    """Every level's result, or the reason why it has none."""
+    resources, shared = config.resources, ray.put(work)
+    threads = max(1, int(resources.cpus))
+    start: Callable[[str], Any]
+    if resources.workers_per_level > 1:
+        at_once = _groups_that_fit(resources)
+        start = lambda level: _run_level_on_workers.options(  # noqa: E731
+            max_retries=resources.retries, scheduling_strategy=_beside_driver()
+        ).remote(shared, level, resources, board)
+    else:
+        # all of them wait in Ray's own queue, where an autoscaler sees them
+        at_once = len(config.levels)
+        task = _run_level.options(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries
+        )
+        start = lambda level: task.remote(shared, level, threads, board)  # noqa: E731
+
+    waiting, running = list(config.levels), dict[Any, str]()
+    results, failed = dict[str, LevelResult](), dict[str, str]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            level = waiting.pop(0)
+            running[start(level)] = level
+        done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+        relay.flush()
+        for ref in done:
+            level = running.pop(ref)
+            try:
+                results[level] = _result(ref)
+            except Exception as error:
+                failed[level] = _reason(error)
+    return results, failed
+
+
+def _groups_that_fit(resources: ResourcesConfig) -> int:
+    """Worker groups that run at once: a group that waits for another's workers would time out inside Ray Train."""
+    nodes, ceiling = _cluster_resources()
+    fits = []
+    for resource, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+        if each:
+            most = max(sum(node.get(resource, 0) for node in nodes), (ceiling or {}).get(resource, 0))
+            fits.append(int(most // (each * resources.workers_per_level)))
+    return max(1, min(fits))
+
+
+def _reason(error: Exception) -> str:
+    """Why a level failed, in one line; Ray Train wraps a worker's exception in several of its own."""
+    inner: BaseException = error
+    while True:
+        failures = getattr(inner, "worker_failures", None)
+        following = (
+            next(iter(failures.values())) if failures else inner.__cause__ or getattr(inner, "cause", None)
+        )
+        if isinstance(inner, UserError | TrainingFailedError) or not isinstance(following, BaseException):
+            break
+        inner = following
+    text = " ".join(str(inner).split()) or type(inner).__name__
+    return (
+        text
+        if isinstance(inner, UserError | TrainingFailedError)
+        else f"{type(inner).__name__}: {text[:500]}"
+    )
+
+
+# ── the release ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str, Any]:
+    return {
+        "level": result.level,
+        "metric": METRIC,
+        "original": result.original,
+        "full": result.full,
+        # an undistorted level is the base itself
+        "adaptor": result.original if result.adaptor is None else result.adaptor,
+        "adaptor_floats": result.floats,
+        "budget_floats": budget,
+        "model_floats": model_floats,
+        "seconds_full": result.seconds_full,
+        "seconds_partial": result.seconds_partial,
+    }
+
+
+def _manifest(
+    config: SplitConfig, work: Work, base: Blob, facts: NetworkFacts, results: tuple[LevelResult, ...]
+) -> dict[str, Any]:
+    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes."""
+    levels: dict[str, Any] = {}
+    for result in results:
+        scores = {
+            "metric": METRIC,
+            "original": result.original,
+            "full": result.full,
+            "adaptor": result.adaptor,
+        }
+        levels[result.level] = {
+            "digest": result.digest,
+            "bytes": result.bytes,
+            "floats": result.floats,
+            "layers": list(result.layers),
+            "scores": {name: score for name, score in scores.items() if score is not None},
+        }
+        if result.full_digest is not None:
+            levels[result.level]["full"] = {"digest": result.full_digest, "bytes": result.full_bytes}
+    packages = {name: version(name) for name in _PACKAGES if _installed(name)}
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "model": {
+            "name": work.network.name,
+            "num_classes": work.network.num_classes,
+            "class_names": list(work.data.class_names),
+            "floats": facts.floats,
+            "task": "segmentation",
+            "normalisation": {k: list(v) for k, v in asdict(work.network.normalisation).items()},
+        },
+        "data": {"name": work.data.name, "train": work.data.train.digest, "val": work.data.val.digest},
+        "base": asdict(base),
+        "levels": levels,
+        "budget": {"asked": config.budget, "floats": work.budget},
+        "recipe": work.recipe.model_dump(),
+        "seed": work.seed,
+        "config": _config_to_keep(config),
+        "versions": {"python": platform.python_version(), **packages, **codec_versions()},
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except ImportError:
+        return False  # only the working directory was shipped
+    return True
+
+
+def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
+    """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
+    return config.model_dump(
+        mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True}
+    )
+
+
+def _tables(
+    name: str, work: Work, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
+) -> dict[str, Any]:
+    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, summary)}
+    for result in results:
+        if parse_level(result.level).is_clean:
+            continue
+        chosen = set(result.layers)
+        moved = [{"level": result.level, **row} for row in result.sensitivity]
+        picked = [
+            {
+                "level": result.level,
+                "layer": row["layer"],
+                "numel": row["numel"],
+                "value": row["mean_abs_change"],
+                "selected": row["layer"] in chosen,
+                "budget": work.budget,
+                **{k: result.selection[k] for k in ("objective", "bound", "status")},
+            }
+            for row in result.sensitivity
+        ]
+        made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
+        made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)
+    return made

@@ -1,0 +1,424 @@
+"""The stages of one level, each a pure function of its inputs whose result the store keeps under a key made of them.
+
+    original ─► full fine-tune ─► selection ─► partial fine-tune ─► adaptor in the store
+
+Running a stage again, after a crash or with another budget, finds what is there and computes what is missing: this is the
+whole resume mechanism. Runs in any process, alone or as one of several under `torch.distributed` (rank 0 writes). Knows
+nothing of Ray.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gearnn_ray.adaptors import take_adaptor
+from gearnn_ray.data import Dataset
+from gearnn_ray.data.images import PackedImages, level_images, split_labels
+from gearnn_ray.errors import UserError
+from gearnn_ray.layers import layers_of, network_state
+from gearnn_ray.levels import parse_level
+from gearnn_ray.models import build_model, load_weights, read_weights
+from gearnn_ray.offline.finetune import Progress, Recipe, evaluate, fine_tune
+from gearnn_ray.offline.selection import select
+from gearnn_ray.offline.sensitivity import Sensitivity, sensitivity
+from gearnn_ray.store import Blob, Store, digest_of, encode_state
+from gearnn_ray.tasks.segmentation import Normalisation
+
+STAGES_VERSION = 1
+"""Part of every key: bumped whenever a stage would compute something else from the same inputs."""
+
+StageName = Literal["images", "base", "original", "full", "selection", "partial"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Which network, and how its input is normalised."""
+
+    name: str
+    num_classes: int
+    normalisation: Normalisation
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all levels of a job share: small, picklable, without a single weight."""
+
+    store: str
+    cache: str
+    network: Network
+    data: Dataset
+    recipe: Recipe
+    budget: int
+    seed: int
+    keep_full: bool = False
+    world_size: int = 1
+    base: str = ""
+    """digest of the base's blob"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a stage has to say: `step` of `steps` while it works, then `finished` or `reused`."""
+
+    kind: Literal["started", "progress", "finished", "reused"]
+    stage: StageName
+    level: str
+    step: int = 0
+    steps: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    score: float | None = None
+    seconds: float = 0.0
+
+
+Say = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """What is known of one level when its adaptor is in the store. Scores in percent, None where nothing was trained."""
+
+    level: str
+    original: float
+    full: float | None = None
+    adaptor: float | None = None
+    digest: str | None = None
+    bytes: int = 0
+    floats: int = 0
+    layers: tuple[str, ...] = ()
+    full_digest: str | None = None
+    full_bytes: int = 0
+    seconds_full: float = 0.0
+    seconds_partial: float = 0.0
+    sensitivity: tuple[dict[str, Any], ...] = ()
+    selection: dict[str, Any] = field(default_factory=dict)
+
+
+def stage_key(stage: str, **inputs: Any) -> str:
+    """64 hex digits: SHA-256 of the canonical JSON of everything the stage's result depends on."""
+    text = json.dumps(
+        {"stage": stage, "version": STAGES_VERSION, **inputs}, sort_keys=True, separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class StoredCheckpoint:
+    """An unfinished fine-tune's state, in the store: a node that is lost takes no finished epoch with it."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
+
+    def load(self) -> bytes | None:
+        return self._store.get_checkpoint(self._key)
+
+    def save(self, data: bytes) -> None:
+        self._store.put_checkpoint(self._key, data)
+
+    def drop(self) -> None:
+        self._store.drop_checkpoint(self._key)
+
+
+def device() -> torch.device:
+    """The GPU this process was given, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_data(work: Work, level: str) -> tuple[PackedImages, PackedImages]:
+    """Images of a level and labels to train on; made here where this node has not got them yet."""
+    return _data(work, level, "train")
+
+
+def validation_data(work: Work, level: str) -> tuple[PackedImages, PackedImages]:
+    """Images of a level and labels to judge on."""
+    return _data(work, level, "val")
+
+
+def _data(work: Work, level: str, split_name: Literal["train", "val"]) -> tuple[PackedImages, PackedImages]:
+    split, cache = getattr(work.data, split_name), Path(work.cache).expanduser()
+    return level_images(split, parse_level(level), cache), split_labels(split, work.data.num_classes, cache)
+
+
+# ── the base ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def network_from_weights(network: Network, weights: str | None) -> nn.Module:
+    """The network with its weights file in it, or (None) freshly initialised. Raises UserError."""
+    model = build_model(network.name, network.num_classes)
+    if weights is not None:
+        load_weights(model, read_weights(weights), weights)
+    return model
+
+
+def publish_given_base(work: Work, weights: str) -> Blob:
+    """Put the base from the user's weights file into the store."""
+    return Store(work.store).put_state(network_state(network_from_weights(work.network, weights)))
+
+
+def base_key(work: Work, recipe: Recipe) -> str:
+    """Key of the stage that trains the base."""
+    return stage_key(
+        "base",
+        network=asdict(work.network),
+        train=work.data.train.digest,
+        recipe=recipe.model_dump(),
+        seed=work.seed,
+    )
+
+
+def train_base(work: Work, recipe: Recipe, say: Say) -> Blob:
+    """Train the base on the undistorted images from a seeded initialisation and put it into the store."""
+    store, key = Store(work.store), base_key(work, recipe)
+    record = store.get_record(key)
+    if record is not None and store.has_blob(record["digest"]):
+        say(Event("reused", "base", "clean"))
+        return Blob(record["digest"], record["bytes"])
+    say(Event("started", "base", "clean"))
+    torch.manual_seed(work.seed)
+    model = build_model(work.network.name, work.network.num_classes).to(device())
+    images, labels = training_data(work, "clean")
+    checkpoint = StoredCheckpoint(store, key)
+    outcome = fine_tune(
+        model, images, labels, recipe, work.network.normalisation,
+        chosen=None, seed=work.seed, checkpoint=checkpoint, progress=_relay(say, "base", "clean"),
+    )  # fmt: skip
+    blob = store.put_state(network_state(model))
+    store.put_record(key, {**asdict(blob), "seconds": outcome.seconds, "precision": outcome.precision})
+    checkpoint.drop()
+    say(Event("finished", "base", "clean", seconds=outcome.seconds))
+    return blob
+
+
+# ── one level ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_level(work: Work, level: str, say: Say) -> LevelResult:
+    """Algorithm 1 for one level: every stage that the store does not hold already, in this process.
+
+    Raises UserError, TrainingFailedError, ComplementChangedError.
+    """
+    run = _LevelRun(work, level, say)
+    original = run.stage("original", run.key("original"), run.judge_original)
+    if parse_level(level).is_clean:
+        return LevelResult(level, original["score"])
+    full = run.stage("full", run.key("full"), run.fine_tune_all, run.is_complete)
+    selection = run.stage("selection", run.key("selection", budget=work.budget), lambda _: run.choose(full))
+    chosen = tuple(selection["layers"])
+    partial = run.stage(
+        "partial",
+        run.key("partial", chosen=chosen),
+        lambda key: run.fine_tune_chosen(key, chosen),
+        lambda record: run.store.has_blob(record["digest"]),
+    )
+    return LevelResult(
+        level=level,
+        original=original["score"],
+        full=full["score"],
+        adaptor=partial["score"],
+        digest=partial["digest"],
+        bytes=partial["bytes"],
+        floats=partial["floats"],
+        layers=chosen,
+        full_digest=full["digest"] if work.keep_full else None,
+        full_bytes=full["bytes"],
+        seconds_full=full["seconds"],
+        seconds_partial=partial["seconds"],
+        sensitivity=tuple(full["sensitivity"]),
+        selection=selection,
+    )
+
+
+class _LevelRun:
+    """The stages of one level over one network in memory."""
+
+    def __init__(self, work: Work, level: str, say: Say) -> None:
+        self.work, self.level, self.say = work, level, say
+        self.store = Store(work.store)
+        self.distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self.leads = not self.distributed or dist.get_rank() == 0
+        self._base: dict[str, Tensor] = {}
+        self._model: nn.Module | None = None
+
+    def key(self, stage: str, **more: Any) -> str:
+        """A stage's key; fine-tunes depend on recipe and seed, judging the base does not."""
+        work = self.work
+        inputs: dict[str, Any] = {
+            "base": work.base,
+            "network": asdict(work.network),
+            "level": self.level,
+            "val": work.data.val.digest,
+            "precision": work.recipe.precision,
+        }
+        if stage != "original":
+            inputs |= {
+                "train": work.data.train.digest,
+                "recipe": work.recipe.model_dump(),
+                "seed": work.seed,
+                "world_size": work.world_size,
+            }
+        return stage_key(stage, **inputs, **more)
+
+    def stage(
+        self,
+        name: StageName,
+        key: str,
+        compute: Callable[[str], dict[str, Any]],
+        intact: Callable[[dict[str, Any]], bool] = lambda _: True,
+    ) -> dict[str, Any]:
+        """The stage's record: the one in the store where it is there and intact, else a new one."""
+        record = self.store.get_record(key) if self.leads else None
+        record = self._agree(record if record is not None and intact(record) else None)
+        if record is not None:
+            self.say(
+                Event(
+                    "reused", name, self.level, score=record.get("score"), seconds=record.get("seconds", 0.0)
+                )
+            )
+            return record
+        self.say(Event("started", name, self.level))
+        started = time.perf_counter()
+        record = compute(key)
+        if self.leads:
+            self.store.put_record(key, record)
+            self.store.drop_checkpoint(key)
+        record = self._agree(record)
+        assert record is not None
+        seconds = time.perf_counter() - started
+        self.say(Event("finished", name, self.level, score=record.get("score"), seconds=seconds))
+        return record
+
+    def _agree(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Rank 0's record, on every rank."""
+        if not self.distributed:
+            return record
+        box = [record]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def network(self) -> nn.Module:
+        """The base network, fresh: a fine-tune before this one leaves no trace."""
+        if self._model is None:
+            self._base = self.store.get_state(self.work.base)
+            self._model = build_model(self.work.network.name, self.work.network.num_classes).to(device())
+            self._frozen = {n for n, p in self._model.named_parameters() if not p.requires_grad}
+            # a base state has no num_batches_tracked: the untouched model's zeros come back with it
+            self._start = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
+        self._model.load_state_dict({**self._start, **self._base})
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name not in self._frozen)
+            parameter.grad = None
+        return self._model
+
+    def judge_original(self, _: str) -> dict[str, Any]:
+        return {"score": self._judge(self.network())} if self.leads else {}
+
+    def fine_tune_all(self, key: str) -> dict[str, Any]:
+        model = self.network()
+        seconds, precision = self._fine_tune(model, None, key, "full")
+        if not self.leads:
+            return {}
+        state = network_state(model)
+        rows = sensitivity(layers_of(model), self._base, state)
+        data = encode_state(state)
+        digest = self.store.put_blob(data) if self.work.keep_full else digest_of(data)
+        return {
+            "digest": digest,
+            "bytes": len(data),
+            "score": self._judge(model),
+            "seconds": seconds,
+            "precision": precision,
+            "sensitivity": [asdict(row) for row in rows],
+        }
+
+    def is_complete(self, record: dict[str, Any]) -> bool:
+        """A full fine-tune's weights are there if this job wants them kept."""
+        return not self.work.keep_full or self.store.has_blob(record["digest"])
+
+    def choose(self, full: dict[str, Any]) -> dict[str, Any]:
+        rows = [Sensitivity(**row) for row in full["sensitivity"]]
+        result = select([r.mean_abs_change for r in rows], [r.numel for r in rows], self.work.budget)
+        return {
+            "layers": [rows[i].layer for i in result.chosen],
+            "objective": result.objective,
+            "bound": result.bound,
+            "status": result.status,
+            "used": result.used,
+        }
+
+    def fine_tune_chosen(self, key: str, chosen: tuple[str, ...]) -> dict[str, Any]:
+        model = self.network()
+        seconds, precision = self._fine_tune(model, chosen, key, "partial")
+        if not self.leads:
+            return {}
+        # refuses to go on when a single bit outside the chosen layers has changed
+        adaptor = take_adaptor(model, self._base, chosen)
+        blob = self.store.put_state(adaptor)
+        return {
+            "digest": blob.digest,
+            "bytes": blob.bytes,
+            "floats": sum(t.numel() for t in adaptor.values()),
+            "score": self._judge(model),
+            "seconds": seconds,
+            "precision": precision,
+        }
+
+    def _fine_tune(
+        self, model: nn.Module, chosen: tuple[str, ...] | None, key: str, stage: StageName
+    ) -> tuple[float, str]:
+        if chosen == ():
+            return (
+                0.0,
+                self.work.recipe.precision,
+            )  # nothing moved in the full fine-tune: the adaptor is empty
+        images, labels = training_data(self.work, self.level)
+        outcome = fine_tune(
+            model, images, labels, self.work.recipe, self.work.network.normalisation,
+            chosen=chosen, seed=self.work.seed, checkpoint=StoredCheckpoint(self.store, key),
+            progress=_relay(self.say, stage, self.level),
+        )  # fmt: skip
+        return outcome.seconds, outcome.precision
+
+    def _judge(self, model: nn.Module) -> float:
+        images, labels = validation_data(self.work, self.level)
+        return evaluate(model, images, labels, self.work.network.normalisation, self.work.recipe.precision)
+
+
+def _relay(say: Say, stage: StageName, level: str) -> Callable[[Progress], None]:
+    def report(p: Progress) -> None:
+        say(Event("progress", stage, level, p.step, p.steps, p.epoch + 1, p.epochs, p.loss))
+
+    return report
+
+
+# ── checks before anything is trained ────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What the driver must know of the network without holding it."""
+
+    floats: int
+    smallest_layer: int
+
+
+def check_network(network: Network, weights: str | None) -> NetworkFacts:
+    """Build the network and load its weights to see that both work. Raises UserError."""
+    layers = layers_of(network_from_weights(network, weights))
+    if not layers:
+        raise UserError(
+            f"the network {network.name} has no floating-point tensors: give one with weights to adapt"
+        )
+    return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
+
+
+def prepare_images(work: Work, level: str, split_name: Literal["train", "val"]) -> None:
+    """Make one level's images of one split, and check every label, where this node has not done so before."""
+    _data(work, level, split_name)

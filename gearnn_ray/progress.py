@@ -1,0 +1,207 @@
+"""What a job says while it works: live bars on a terminal, one plain line per event in a log, JSON lines for machines.
+
+Knows events, not Ray. `Estimate` is plain arithmetic; the reporters only draw.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+
+from gearnn_ray.offline.stages import Event, StageName
+
+TITLES: dict[StageName, str] = {
+    "images": "images",
+    "base": "base training",
+    "original": "judging the original",
+    "full": "full fine-tune",
+    "selection": "selection",
+    "partial": "partial fine-tune",
+}
+# parts of one level's time, from runs on CamVid; they only steer the remaining time
+_SHARES: dict[StageName, float] = {"original": 0.05, "full": 0.6, "selection": 0.0, "partial": 0.35}
+
+
+@dataclass
+class Estimate:
+    """How far a job is and how long it still takes, from its events. Times in seconds on any steady clock."""
+
+    levels: Sequence[str]
+    _done: dict[tuple[str, StageName], float] = field(default_factory=dict)
+    _reused: set[tuple[str, StageName]] = field(default_factory=set)
+    _begun: float | None = None
+    _stage_began: dict[StageName, float] = field(default_factory=dict)
+
+    def see(self, event: Event, now: float) -> None:
+        """Take note of an event."""
+        place = (event.level, event.stage)
+        self._stage_began.setdefault(event.stage, now)
+        if event.stage in _SHARES and event.kind != "reused" and self._begun is None:
+            self._begun = now
+        if event.kind == "reused":
+            self._reused.add(place)
+            self._done[place] = 1.0
+        elif event.kind == "finished":
+            self._done[place] = 1.0
+        elif event.kind == "progress" and event.steps:
+            self._done[place] = event.step / event.steps
+
+    def share(self, level: str) -> float:
+        """How much of a level is done, 0 to 1."""
+        return sum(share * self._done.get((level, stage), 0.0) for stage, share in _SHARES.items())
+
+    def remaining(self, event: Event, now: float) -> float | None:
+        """Seconds to the end: of the stage before the levels begin, of the whole job after; None while unknown."""
+        if event.stage not in _SHARES:
+            done = self._done.get((event.level, event.stage), 0.0)
+            return (now - self._stage_began[event.stage]) * (1 - done) / done if done > 0 else None
+        if self._begun is None:
+            return None
+        places = [(level, stage) for level in self.levels for stage in _SHARES]
+        work = sum(_SHARES[stage] for level, stage in places if (level, stage) not in self._reused)
+        done = sum(
+            _SHARES[s] * self._done.get((lv, s), 0.0) for lv, s in places if (lv, s) not in self._reused
+        )
+        return (now - self._begun) * (work - done) / done if done > 0 else None
+
+
+class Reporter(Protocol):
+    """Where a job's events go."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def __call__(self, event: Event) -> None: ...
+
+
+class _Plain:
+    """One line per event: enough to follow a job in its log, without a line per step."""
+
+    def __init__(
+        self, levels: Sequence[str], out: TextIO, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._estimate, self._out, self._clock = Estimate(levels), out, clock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.flush()
+
+    def __call__(self, event: Event) -> None:
+        now = self._clock()
+        self._estimate.see(event, now)
+        if event.kind == "progress" and not _worth_a_line(event):
+            return
+        self.write(event, self._estimate.remaining(event, now))
+
+    def write(self, event: Event, remaining: float | None) -> None:
+        line = f"{time.strftime('%H:%M:%S')}  {_place(event)}: {describe(event)}"
+        if remaining is not None and remaining >= 1:
+            line += f"; {'' if event.stage in _SHARES else 'this stage '}about {duration(remaining)} left"
+        print(line, file=self._out, flush=True)
+
+
+class _JsonLines(_Plain):
+    """One JSON object per event."""
+
+    def write(self, event: Event, remaining: float | None) -> None:
+        row = {"time": time.time(), "event": event.kind, **asdict(event), "remaining_seconds": remaining}
+        del row["kind"]
+        print(json.dumps(row), file=self._out, flush=True)
+
+
+class _LiveBars:
+    """One bar per level with the stage it is in, and one for what comes before the levels."""
+
+    def __init__(self, levels: Sequence[str], console: Console) -> None:
+        self._estimate = Estimate(levels)
+        self._bars = Bars(
+            TextColumn("{task.fields[name]}", justify="right"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._first = self._bars.add_task("", name="images", total=1.0)
+        self._tasks: dict[str, TaskID] = {
+            level: self._bars.add_task("waiting", name=level, total=1.0, start=False) for level in levels
+        }
+        self._all = self._bars.add_task("", name="all", total=1.0)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        self._estimate.see(event, now)
+        remaining = self._estimate.remaining(event, now)
+        left = f"about {duration(remaining)} left" if remaining is not None and remaining >= 1 else ""
+        if event.stage in _SHARES and event.level in self._tasks:
+            share = self._estimate.share(event.level)
+            finished = event.stage == "partial" and event.kind in ("finished", "reused")
+            text = f"done, {event.score:.1f} with its adaptor" if finished and event.score is not None else (
+                f"{TITLES[event.stage]}, {describe(event)}"
+            )  # fmt: skip
+            self._bars.update(self._tasks[event.level], completed=share, description=text)
+            overall = sum(self._estimate.share(level) for level in self._tasks) / len(self._tasks)
+            self._bars.update(self._all, completed=overall, description=left)
+        else:
+            done = 1.0 if event.kind in ("finished", "reused") else event.step / max(1, event.steps)
+            self._bars.update(
+                self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}"
+            )
+
+
+def reporter(levels: Sequence[str], json_lines: bool, out: TextIO = sys.stdout) -> Reporter:
+    """The reporter that fits where the output goes."""
+    if json_lines:
+        return _JsonLines(levels, out)
+    if out.isatty():
+        return _LiveBars(levels, Console(file=out))
+    return _Plain(levels, out)
+
+
+def describe(event: Event) -> str:
+    """An event in words, without place and time."""
+    score = f", mIoU {event.score:.2f}" if event.score is not None else ""
+    if event.kind == "started":
+        return "started"
+    if event.kind == "reused":
+        return f"already in the store{score}"
+    if event.kind == "finished":
+        return f"done{score}" + (f" after {duration(event.seconds)}" if event.seconds >= 1 else "")
+    if not event.epochs:
+        return f"{event.step} of {event.steps}"
+    loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
+    return f"epoch {event.epoch} of {event.epochs}{loss}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min or 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _place(event: Event) -> str:
+    title = TITLES[event.stage]
+    return title if event.stage in ("images", "base") else f"{event.level} {title}"
+
+
+def _worth_a_line(event: Event) -> bool:
+    """Progress within an epoch is for bars; a log gets the end of each."""
+    return not event.epochs or event.step * event.epochs % event.steps == 0

@@ -1,0 +1,109 @@
+"""What a job shows at its end: a table a person understands, and the picture of per-layer weight change."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+MEANINGFUL_GAP = 1.0
+"""Percent points: a share of a smaller gap is noise divided by noise, and not shown."""
+
+
+def share_of_gap_closed(original: float, full: float | None, adaptor: float | None) -> float | None:
+    """How much of what the full fine-tune gains the adaptor gains too, in percent; None where the gap is below a point."""
+    if full is None or adaptor is None or full - original < MEANINGFUL_GAP:
+        return None
+    return 100 * (adaptor - original) / (full - original)
+
+
+def print_summary(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One line per level."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    metric = rows[0]["metric"]
+    heads = (
+        "level",
+        "original",
+        "full fine-tune",
+        "base + adaptor",
+        "gap closed",
+        "adaptor floats",
+        "of the network",
+    )
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        closed = share_of_gap_closed(row["original"], row["full"], row["adaptor"])
+        table.add_row(
+            row["level"],
+            f"{row['original']:.1f}",
+            "-" if row["full"] is None else f"{row['full']:.1f}",
+            f"{row['adaptor']:.1f}",
+            "-" if closed is None else f"{closed:.0f}%",
+            f"{row['adaptor_floats']:,}",
+            f"{100 * row['adaptor_floats'] / row['model_floats']:.3f}%",
+        )
+    console.print(f"{metric} in percent on the validation images", style="bold", highlight=False)
+    console.print(table, highlight=False)
+    if any(share_of_gap_closed(r["original"], r["full"], r["adaptor"]) is None for r in rows):
+        console.print("gap closed: - where the full fine-tune gains less than one point", highlight=False)
+
+
+def weight_change_figure(
+    levels: Mapping[str, Sequence[Mapping[str, Any]]], chosen: Mapping[str, Sequence[str]], title: str
+) -> bytes:
+    """PNG: mean |weight change| of every layer (Eq. 1) per level on a logarithmic axis, the chosen ones filled (Fig. 5).
+
+    levels: sensitivity rows per level; chosen: layer names per level.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = 1.2 + 1.5 * len(levels)
+    figure = Figure(figsize=(12, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(levels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    markers = {
+        "conv_weight": ("o", "convolution"), "norm_weight": ("^", "norm weight"), "norm_bias": ("v", "norm bias"),
+        "norm_statistics": ("s", "norm statistics"), "bias": ("D", "bias"),
+    }  # fmt: skip
+    for axis, (level, rows) in zip(axes, levels.items(), strict=True):
+        inside = set(chosen.get(level, ()))
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            marker, label = markers.get(kind, ("x", kind))
+            for selected in (False, True):
+                points = [
+                    (r["index"], r["mean_abs_change"])
+                    for r in rows
+                    if r["kind"] == kind and (r["layer"] in inside) == selected and r["mean_abs_change"] > 0
+                ]
+                if points:
+                    x, y = np.array(points).T
+                    style = {"facecolor": "black"} if selected else {"facecolor": "white"}
+                    axis.scatter(
+                        x, y, marker=marker, s=22, edgecolor="black", linewidth=0.7, zorder=3 if selected else 2,
+                        label=label if not selected else None, **style,
+                    )  # fmt: skip
+        axis.set_yscale("log")
+        axis.axhline(2e-4, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title(level, loc="left", fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    axes[-1].set_xlabel("layer, in state-dict order (filled: chosen for the adaptor; dashed: 2e-4)")
+    figure.supylabel("mean |weight change|, Eq. (1)")
+    figure.suptitle(title)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=max(1, len(handles)),
+        frameon=False,
+    )
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return out.getvalue()

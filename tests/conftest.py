@@ -1,0 +1,52 @@
+"""Shared by all tests: a small network, small images, and one local Ray cluster for those that need it."""
+
+import os
+
+# before Ray is imported anywhere: no token file in the home folder, no second environment under `uv run`
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gearnn_ray.tasks.segmentation import Image, Normalisation
+
+ROOT = Path(__file__).resolve().parent.parent
+NORMALISATION = Normalisation((0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> tuple[list[Image], list[Image]]:
+    """Twelve images [32, 40, 3] whose three classes differ in colour, with their labels."""
+    rng = np.random.default_rng(0)
+    images, labels = [], []
+    for _ in range(12):
+        label = np.repeat(np.repeat(rng.integers(0, 3, (4, 5)), 8, 0), 8, 1).astype(np.uint8)
+        colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+        noise = rng.integers(-40, 40, (32, 40, 3))
+        images.append(np.clip(colours[label] + noise, 0, 255).astype(np.uint8))
+        label = label.copy()
+        label[:2] = 255
+        labels.append(label)
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray with two CPUs for the whole session."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", namespace="tests")
+    yield
+    ray.shutdown()

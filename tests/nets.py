@@ -1,0 +1,36 @@
+"""A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Small(nn.Module):
+    """Conv, BatchNorm, a residual 1x1, a head with bias, and a frozen upsampler: one layer of every kind that matters."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.up = nn.ConvTranspose2d(num_classes, num_classes, 2, 2, groups=num_classes, bias=False)
+        nn.init.ones_(self.up.weight)
+        self.up.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)) + y)
+        return self.up(self.head(y))[..., : x.shape[-2], : x.shape[-1]]
+
+
+def small(num_classes: int) -> nn.Module:
+    return Small(num_classes)
+
+
+def no_module(num_classes: int) -> str:
+    return "not a network"
+
+
+def broken(num_classes: int) -> nn.Module:
+    raise RuntimeError("out of paper")

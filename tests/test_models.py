@@ -1,0 +1,183 @@
+"""DRN against its published sizes and names; weights files in the true formats, and everything wrong with one."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from gearnn_ray.errors import UserError
+from gearnn_ray.layers import layers_of, model_size, network_state
+from gearnn_ray.models import build_model, load_weights, read_weights
+from gearnn_ray.models.drn import bilinear_kernel
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("name", "floats", "parameters"), [("drn_d_22", 15_907_139, 15_895_363), ("drn_d_38", 26_022_723, 26_003_523)]
+)
+def test_model_size_is_the_papers(name: str, floats: int, parameters: int) -> None:
+    model = build_model(name, num_classes=19)
+    assert model_size(model) == floats
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.up.weight.numel() == 4864
+    assert not model.up.weight.requires_grad
+
+
+def test_state_dict_names_are_the_published_ones() -> None:
+    names = network_state(build_model("drn_d_22", num_classes=19)).keys()
+    for name in (
+        "base.0.0.weight", "base.0.1.running_mean", "base.1.0.weight", "base.2.1.bias", "base.3.0.conv1.weight",
+        "base.3.0.downsample.0.weight", "base.3.0.downsample.1.running_var", "base.6.1.bn2.bias", "base.7.0.weight",
+        "base.8.1.weight", "seg.weight", "seg.bias", "up.weight",
+    ):  # fmt: skip
+        assert name in names
+    assert len(names) == 128  # 103 layers, 25 of them two running statistics
+    deeper = network_state(build_model("drn_d_38", num_classes=19)).keys()
+    assert {"base.4.3.bn2.weight", "base.5.5.conv1.weight", "base.6.2.conv2.weight"} <= deeper
+
+
+def test_drn_keeps_the_size_and_dilates_instead_of_striding() -> None:
+    model = build_model("drn_d_22", num_classes=5).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+        assert model(torch.zeros(1, 3, 50, 61)).shape == (1, 5, 50, 61)
+        assert model.base(torch.zeros(1, 3, 64, 96)).shape == (1, 512, 8, 12)
+    assert model.base[5][0].conv1.dilation == (2, 2)
+    assert model.base[6][0].conv1.dilation == model.base[6][1].conv2.dilation == (4, 4)
+    assert model.base[7][0].dilation == (2, 2)
+    assert model.base[8][0].dilation == (1, 1)
+
+
+def test_upsampler_interpolates_bilinearly() -> None:
+    kernel = bilinear_kernel(16)
+    assert torch.allclose(kernel[0, 0], torch.tensor(1 / 16 * 1 / 16))
+    model = build_model("drn_d_22", num_classes=1)
+    constant = model.up(torch.ones(1, 1, 6, 6))[0, 0, 8:-8, 8:-8]
+    assert torch.allclose(constant, torch.ones_like(constant))
+
+
+def _checkpoint(tmp_path: Path, form: str) -> Path:
+    state = network_state(build_model("tests.nets:small", num_classes=3))
+    if form == "safetensors":
+        safetensors.torch.save_file({k: v.half() for k, v in state.items()}, path := tmp_path / "w.safetensors")
+        return path
+    content: object = state
+    if form == "module":
+        content = {f"module.{k}": v for k, v in state.items()}
+    if form == "wrapped":
+        content = {"epoch": 3, "state_dict": state}
+    torch.save(content, path := tmp_path / "w.pt")
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "module", "wrapped"])
+def test_weights_load_from_every_true_format(tmp_path: Path, form: str) -> None:
+    path = _checkpoint(tmp_path, form)
+    model = build_model("tests.nets:small", num_classes=3)
+    weights = read_weights(path)
+    load_weights(model, weights, "w")
+    for name, tensor in network_state(model).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights.state[name].float())
+
+
+def test_counters_may_be_there_or_not() -> None:
+    model = build_model("tests.nets:small", num_classes=3)
+    assert "bn1.num_batches_tracked" in model.state_dict()
+    assert "bn1.num_batches_tracked" not in network_state(model)
+    model.load_state_dict(network_state(model), strict=True)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("evil_was_here"),))
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("missing", "lacks 'conv1.weight'"),
+        ("extra", "has 'conv9.weight'"),
+        ("shape", r"'head.weight' .* has the shape \[4, 8, 1, 1\]: expected \[3, 8, 1, 1\]"),
+        ("nan", "'head.weight' .* not finite"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path: Path, damage: str, found: str) -> None:
+    model = build_model("tests.nets:small", num_classes=3)
+    before = network_state(model)
+    state = {k: v + 1 for k, v in before.items()}
+    if damage == "missing":
+        del state["conv1.weight"]
+    elif damage == "extra":
+        state["conv9.weight"] = torch.zeros(1)
+    elif damage == "shape":
+        state["head.weight"] = torch.zeros(4, 8, 1, 1)
+    else:
+        state["head.weight"][0] = float("nan")
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=found):
+        load_weights(model, read_weights(tmp_path / "w.safetensors"), "w.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in network_state(model).items())
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pt").write_bytes(pickle.dumps({"a": _Evil()}))
+    torch.save({"state": _Evil()}, tmp_path / "v.pt")
+    for name in ("w.pt", "v.pt"):
+        with pytest.raises(UserError, match="not opened"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "evil_was_here").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("w.safetensors", b"\xff" * 40, "not a readable safetensors"),
+        ("w.safetensors", b"", "not a readable safetensors"),
+        ("w.pt", b"junk", "not opened"),
+        ("w.bin", b"junk", "ends in '.bin'"),
+        ("missing.pt", None, "there is no weights file"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, found: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=found):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("drn_d_99", "there is no network"),
+        ("os.system", "there is no network"),
+        ("no.such.module:f", "cannot be imported"),
+        ("tests.nets:nothing", "cannot be imported"),
+        ("tests.nets:no_module", "returned a str"),
+        ("tests.nets:broken", "RuntimeError: out of paper"),
+    ],
+)
+def test_unknown_networks(name: str, found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        build_model(name, num_classes=3)
+
+
+def test_a_network_of_torchvision() -> None:
+    model = build_model("torchvision.models.segmentation:lraspp_mobilenet_v3_large", num_classes=4)
+    assert isinstance(model, nn.Module)
+    kinds = {layer.kind for layer in layers_of(model)}
+    assert {"conv_weight", "norm_weight", "norm_bias", "norm_statistics", "bias"} <= kinds
+
+
+@pytest.mark.skipif(
+    not (ROOT.parent / "shared/weights/drn_d_22_camvid.safetensors").is_file(), reason="the shared weights are not here"
+)
+def test_the_shared_checkpoint_loads_unchanged() -> None:
+    model = build_model("drn_d_22", num_classes=11)
+    weights = read_weights(ROOT.parent / "shared/weights/drn_d_22_camvid.safetensors")
+    load_weights(model, weights, "shared")
+    assert weights.about["mean"] == [0.41, 0.42, 0.43]

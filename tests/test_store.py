@@ -1,0 +1,774 @@
+"""The store: what is published comes back bit for bit or is refused, and nobody ever sees half a file.
+
+`StoreBattery` runs against any kind of store; `test_store_s3.py` runs it against an S3 server.
+"""
+
+import json
+import os
+import pickle
+import signal
+import string
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gearnn_ray.blobs import FileTree, canonical_json
+from gearnn_ray.errors import CorruptStoreError, UserError
+from gearnn_ray.store import Store, decode_state, digest_of, encode_state
+
+KEY, OTHER_KEY = "a" * 64, "b" * 64
+ABSENT = "sha256:" + "0" * 64
+TABLE = "tables/street/sensitivity/jpeg-10.parquet"
+
+
+class Place(Protocol):
+    """A store seen from outside, without the code under test."""
+
+    uri: str
+
+    def snapshot(self) -> dict[str, Any]: ...  # path -> something that changes with every write of it
+
+    def read(self, path: str) -> bytes: ...
+
+    def write(self, path: str, data: bytes) -> None: ...
+
+    def remove(self, path: str) -> None: ...
+
+
+class Folder:
+    def __init__(self, root: Path) -> None:
+        self.root, self.uri = root, str(root)
+
+    def snapshot(self) -> dict[str, Any]:
+        paths = sorted(self.root.rglob("*"))
+        return {str(path.relative_to(self.root)): path.stat().st_mtime_ns for path in paths}
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_bytes(data)
+
+    def remove(self, path: str) -> None:
+        (self.root / path).unlink()
+
+
+class Clock(datetime):
+    """Every look at it is a minute later: `created` differs wherever it is taken anew."""
+
+    looks = 0
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        cls.looks += 1
+        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=cls.looks)
+
+
+def base_state() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {
+        "conv.weight": torch.randn(4, 3, 3, 3, generator=random),
+        "bn.running_mean": torch.randn(4, generator=random),
+        "bn.num_batches_tracked": torch.tensor(7),
+    }
+
+
+def adaptor_state(shift: float) -> dict[str, Tensor]:
+    return {"bn.running_mean": base_state()["bn.running_mean"] + shift}
+
+
+def table(share: float = 0.5) -> pa.Table:
+    fields = [
+        pa.field("level", pa.string(), metadata={"meaning": "distortion level"}),
+        pa.field("share", pa.float64(), metadata={"unit": "1"}),
+    ]
+    rows = {"level": ["jpeg-10", "jpeg-20"], "share": [share, 0.25]}
+    return pa.table(rows, schema=pa.schema(fields, metadata={"schema_version": "1"}))
+
+
+def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> dict[str, Any]:
+    """Put the blobs of a small release and return its manifest."""
+    base, adaptor = store.put_state(base_state()), store.put_state(adaptor_state(shift))
+    tuned = {"floats": 4, "layers": ["bn.running"], "scores": {"miou": 0.5}}
+    return {
+        "schema": 1,
+        "name": name,
+        "model": {
+            "name": "tiny",
+            "num_classes": 4,
+            "floats": 112,
+            "task": "segmentation",
+            "normalisation": {"mean": [0.5], "std": [0.25]},
+        },
+        "base": {"digest": base.digest, "bytes": base.bytes},
+        "levels": {
+            "clean": {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}},
+            "brightness-0.4+jpeg-30": {"digest": adaptor.digest, "bytes": adaptor.bytes, **tuned},
+        },
+        "budget": {"fraction": 0.002, "floats": 4},
+        "recipe": {"epochs": 4},
+        "versions": {"torch": "2"},
+        "config": {"own": "kept"},
+    }
+
+
+def forge(place: Place, manifest: Any) -> str:
+    """Put a manifest where `latest` finds it, under its true digest, whatever it says."""
+    data = manifest if isinstance(manifest, bytes) else canonical_json(manifest)
+    digest = digest_of(data)
+    place.write(f"manifests/{digest[7:]}.json", data)
+    place.write("refs/street/latest", digest.encode())
+    return digest
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+# The bytes of a state dict
+
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64])
+shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+states = st.dictionaries(
+    st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(dtypes, shapes)
+)
+metadata = st.none() | st.dictionaries(
+    st.text(max_size=4).filter(str.isidentifier), st.integers() | st.text(max_size=4)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(states, metadata, st.randoms(use_true_random=False))
+def test_equal_states_have_equal_bytes(spec: Any, meta: Any, random: Any) -> None:
+    state = {name: (torch.rand(shape) * 100).to(dtype) for name, (dtype, shape) in spec.items()}
+    data = encode_state(state, meta)
+    names, keys = list(state), list(meta or ())
+    random.shuffle(names)
+    random.shuffle(keys)
+
+    assert equal(decode_state(data), state)
+    assert list(decode_state(data)) == sorted(state)
+    shuffled = None if meta is None else {key: meta[key] for key in keys}
+    assert encode_state({name: state[name] for name in names}, shuffled) == data
+
+
+def test_many_metadata_keys_are_byte_stable() -> None:
+    # written as safetensors metadata of their own they come in another order nearly every time
+    meta = {f"key-{i}": i for i in range(20)}
+    assert len({encode_state({}, meta) for _ in range(10)}) == 1
+    assert encode_state({}, meta) != encode_state({}, {**meta, "key-0": 1})
+
+
+def test_strides_and_shared_memory_do_not_show() -> None:
+    dense = torch.arange(120.0).reshape(2, 3, 4, 5)
+    strided = dense.to(memory_format=torch.channels_last)
+    assert encode_state({"a": strided, "b": strided}) == encode_state({"a": dense, "b": dense.clone()})
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors at all", encode_state(base_state())[:-1]])
+def test_what_is_no_safetensors_is_refused_by_its_digest(damage: bytes) -> None:
+    with pytest.raises(CorruptStoreError, match=digest_of(damage)):
+        decode_state(damage)
+
+
+def test_json_has_one_spelling() -> None:
+    assert canonical_json({"b": [1, 2.5, None], "a": "ü"}) == '{"a":"ü","b":[1,2.5,null]}'.encode()
+    assert canonical_json({10: 1, 9: 2}) == canonical_json({"9": 2, "10": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json({"a": float("nan")})
+
+
+# Any store
+
+
+class StoreBattery:
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gearnn_ray.store.datetime", Clock)
+
+    @pytest.fixture
+    def store(self, place: Place) -> Store:
+        return Store(place.uri)
+
+    # blobs
+
+    def test_opening_and_looking_create_nothing(self, store: Store, place: Place) -> None:
+        before = place.snapshot()
+        assert not store.has_blob(ABSENT)
+        assert store.names() == []
+        assert store.tags("street") == {}
+        assert store.get_record(KEY) is None
+        assert store.get_checkpoint(KEY) is None
+        store.drop_checkpoint(KEY)
+        assert place.snapshot() == before
+
+    def test_a_blob_comes_back(self, store: Store, place: Place) -> None:
+        data = bytes(range(256)) * 50_000  # 12.8 MB: more than one part of an S3 upload
+        digest = store.put_blob(data)
+        assert place.read(f"blobs/sha256/{digest[7:]}") == data
+        assert store.has_blob(digest)
+        assert store.get_blob(digest) == data
+
+        before = place.snapshot()
+        assert store.put_blob(data) == digest
+        assert place.snapshot() == before
+
+    @pytest.mark.parametrize("damaged", [b"sho", b"Content"])
+    def test_putting_a_blob_again_mends_it(self, store: Store, place: Place, damaged: bytes) -> None:
+        digest = store.put_blob(b"content")
+        place.write(f"blobs/sha256/{digest[7:]}", damaged)
+        with pytest.raises(CorruptStoreError, match=digest):
+            store.get_blob(digest)
+        store.put_blob(b"content")
+        assert store.get_blob(digest) == b"content"
+
+    def test_a_missing_blob_is_named(self, store: Store) -> None:
+        with pytest.raises(CorruptStoreError, match=ABSENT):
+            store.get_blob(ABSENT)
+
+    @pytest.mark.parametrize(
+        "digest", ["../../etc/passwd", "sha256:../../x", ABSENT + "\n", ABSENT[:-1], "é" * 64]
+    )
+    def test_a_digest_is_never_a_path(self, store: Store, digest: str) -> None:
+        for call in (store.get_blob, store.has_blob, store.get_state):
+            with pytest.raises(CorruptStoreError, match="not a digest"):
+                call(digest)
+
+    def test_a_state_comes_back(self, store: Store) -> None:
+        blob = store.put_state(base_state(), {"level": "clean"})
+        assert blob.bytes == len(store.get_blob(blob.digest))
+        assert equal(store.get_state(blob.digest), base_state())
+
+    def test_a_blob_that_is_no_state_is_named(self, store: Store) -> None:
+        digest = store.put_blob(b"intact, but no safetensors")
+        with pytest.raises(CorruptStoreError, match=digest):
+            store.get_state(digest)
+
+    # stages
+
+    def test_a_record_comes_back_and_can_be_replaced(self, store: Store) -> None:
+        for record in ({"digest": ABSENT, "values": [0.1, -0.0, 1e300], "ü": None}, {}):
+            store.put_record(KEY, record)
+            assert store.get_record(KEY) == record
+        assert store.get_record(OTHER_KEY) is None
+
+    def test_a_damaged_record_counts_as_absent(self, store: Store, place: Place) -> None:
+        store.put_record(KEY, {"miou": 0.5})
+        path = f"stages/{KEY}.json"
+        whole = place.read(path)
+        nan = whole.replace(b"0.5", b"NaN")
+        for damaged in (b"", whole[:-1], whole.replace(b"0.5", b"0.6"), b"\xff", b"[]", b'{"body":{}}', nan):
+            place.write(path, damaged)
+            assert store.get_record(KEY) is None, damaged
+        place.write(path, whole)
+        assert store.get_record(KEY) == {"miou": 0.5}
+
+    def test_a_checkpoint_comes_back_and_can_be_dropped(self, store: Store) -> None:
+        for data in (b"epoch 1", b"epoch 2", b""):
+            store.put_checkpoint(KEY, data)
+            assert store.get_checkpoint(KEY) == data
+        store.drop_checkpoint(KEY)
+        assert store.get_checkpoint(KEY) is None
+        store.drop_checkpoint(KEY)
+
+    def test_a_damaged_checkpoint_counts_as_absent(self, store: Store, place: Place) -> None:
+        store.put_checkpoint(KEY, b"epoch 1")
+        path = f"checkpoints/{KEY}.safetensors"
+        whole = place.read(path)
+        for damaged in (whole[:-1], whole[:20], b" ", whole[:-1] + b"2", b"?" + whole[1:]):
+            place.write(path, damaged)
+            assert store.get_checkpoint(KEY) is None, damaged
+
+    @pytest.mark.parametrize("key", ["", "../" + KEY, KEY[:-1], KEY + "\n", KEY.upper()])
+    def test_a_stage_key_is_never_a_path(self, store: Store, key: str) -> None:
+        for call in (store.get_record, store.get_checkpoint, store.drop_checkpoint):
+            with pytest.raises(ValueError, match="64 hexadecimal"):
+                call(key)
+
+    # tables
+
+    def test_a_table_comes_back_with_its_metadata_and_equal_bytes(self, store: Store, place: Place) -> None:
+        store.put_table(TABLE, table())
+        assert store.get_table(TABLE).equals(table(), check_metadata=True)
+
+        before = place.snapshot()
+        store.put_table(TABLE, pa.concat_tables([table().slice(0, 1), table().slice(1)]))
+        assert place.snapshot() == before
+        store.put_table(TABLE, table(0.75))
+        assert store.get_table(TABLE).equals(table(0.75))
+
+    def test_a_table_that_is_absent_or_damaged_is_named(self, store: Store, place: Place) -> None:
+        with pytest.raises(UserError, match=TABLE):
+            store.get_table(TABLE)
+        place.write(TABLE, b"PAR1 no more")
+        with pytest.raises(CorruptStoreError, match=TABLE):
+            store.get_table(TABLE)
+
+    @pytest.mark.parametrize(
+        "path", ["tables/../x.parquet", "/tables/x.parquet", "refs/x.parquet", "tables/x.csv"]
+    )
+    def test_a_table_stays_among_the_tables(self, store: Store, path: str) -> None:
+        with pytest.raises(ValueError, match="path"):
+            store.put_table(path, table())
+
+    # releases
+
+    def test_a_release_comes_back(self, store: Store) -> None:
+        manifest = manifest_of(store)
+        digest = store.publish(manifest, {TABLE: table()}, tags=["v1"])
+        assert store.names() == ["street"]
+        assert store.tags("street") == {"latest": digest, "v1": digest}
+        for ref in ("street", "street:latest", "street:v1", f"street@{digest}"):
+            release = store.pull(ref)
+            assert release.digest == digest
+            assert release.name == "street"
+            created = datetime.fromisoformat(release.manifest["created"])
+            assert created.utcoffset() == timedelta(0)
+            assert release.manifest == {**manifest, "created": release.manifest["created"]}
+            assert set(release.levels) == {"clean", "brightness-0.4+jpeg-30"}
+            assert equal(release.base_state(), base_state())
+            assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(1.0))
+            assert release.adaptor_state("clean") == {}
+        with pytest.raises(UserError, match=r"jpeg-99.*brightness-0\.4\+jpeg-30"):
+            release.adaptor_state("jpeg-99")
+        assert store.get_table(TABLE).equals(table())
+
+    def test_the_dicts_of_a_release_are_the_callers_own(self, store: Store) -> None:
+        store.publish(manifest_of(store), {})
+        release = store.pull("street")
+        release.base_state().clear()
+        release.adaptor_state("brightness-0.4+jpeg-30").clear()
+        assert equal(release.base_state(), base_state())
+        assert release.adaptor_state("brightness-0.4+jpeg-30")
+        with pytest.raises(AttributeError):
+            release.digest = ABSENT  # type: ignore[misc]
+
+    def test_publishing_the_same_again_adds_nothing(self, store: Store, place: Place) -> None:
+        digest = store.publish(manifest_of(store), {TABLE: table()}, tags=["v1"])
+        before = place.snapshot()
+        again = dict(reversed(manifest_of(store).items()))
+        assert Store(place.uri).publish(again, {TABLE: table()}, tags=["v1"]) == digest
+        assert place.snapshot() == before
+
+    def test_publishing_a_then_b_then_a(self, store: Store, place: Place) -> None:
+        a = store.publish(manifest_of(store, 1.0), {})
+        b = store.publish(manifest_of(store, 2.0), {}, tags=["second"])
+        files = place.snapshot().keys()
+        assert a != b
+        assert store.pull("street").digest == b
+        assert store.publish(manifest_of(store, 1.0), {}) == a
+        assert store.tags("street") == {"latest": a, "second": b}
+        assert place.snapshot().keys() == files
+
+    @pytest.mark.parametrize("damage", ["missing", "altered"])
+    def test_publishing_again_mends_the_manifest(self, store: Store, place: Place, damage: str) -> None:
+        digest = store.publish(manifest_of(store), {})
+        path = f"manifests/{digest[7:]}.json"
+        if damage == "missing":
+            place.remove(path)
+        else:
+            place.write(path, b"{}")
+        with pytest.raises(CorruptStoreError, match=digest):
+            store.pull("street")
+        assert store.publish(manifest_of(store), {}) == digest
+        assert store.pull("street").digest == digest
+
+    def test_publishing_without_its_record_makes_a_new_manifest(self, store: Store, place: Place) -> None:
+        a = store.publish(manifest_of(store), {})
+        for path in place.snapshot():
+            if path.startswith("stages/") and path.endswith(".json"):
+                place.write(path, b"torn")
+        b = store.publish(manifest_of(store), {})
+        assert a != b
+        assert store.pull("street").digest == b
+        assert store.pull(f"street@{a}").digest == a
+
+    def test_a_tag_moves_back_and_forth(self, store: Store) -> None:
+        a = store.publish(manifest_of(store, 1.0), {})
+        b = store.publish(manifest_of(store, 2.0), {})
+        store.tag("street", "latest", a)
+        store.tag("street", "next", b)
+        assert store.pull("street").digest == a
+        assert store.pull("street:next").digest == b
+        for digest, reason in ((ABSENT, ABSENT), ("../x", "not a digest")):
+            with pytest.raises(UserError, match=reason):
+                store.tag("street", "latest", digest)
+        with pytest.raises(UserError, match="of 'street', not of 'road'"):
+            store.tag("road", "latest", a)
+        assert store.tags("street") == {"latest": a, "next": b}
+
+    def test_an_unknown_release_names_those_there_are(self, store: Store) -> None:
+        with pytest.raises(UserError, match="none at all"):
+            store.pull("street")
+        digest = store.publish(manifest_of(store), {}, tags=["v1"])
+        with pytest.raises(UserError, match="street:latest, street:v1"):
+            store.pull("street:v2")
+        with pytest.raises(UserError, match="there is street"):
+            store.pull("road")
+        with pytest.raises(UserError, match="of 'street', not of 'road'"):
+            store.pull(f"road@{digest}")
+        with pytest.raises(CorruptStoreError, match=ABSENT):
+            store.pull(f"street@{ABSENT}")
+
+    @pytest.mark.parametrize(
+        "ref", ["", "../street", "street:", "street:../v1", "street:v1:v2", "street@", "@" + ABSENT]
+    )
+    def test_a_ref_is_never_a_path(self, store: Store, ref: str) -> None:
+        with pytest.raises(UserError, match=r"cannot be used|not a digest"):
+            store.pull(ref)
+
+    def test_a_torn_ref_is_refused(self, store: Store, place: Place) -> None:
+        store.publish(manifest_of(store), {})
+        for torn in (b" ", b"sha256:12", b"../../etc/passwd", b"\xff"):
+            place.write("refs/street/latest", torn)
+            with pytest.raises(CorruptStoreError, match="refs/street/latest"):
+                store.pull("street")
+
+    def test_a_flipped_byte_or_a_missing_file_is_refused_by_its_digest(
+        self, store: Store, place: Place
+    ) -> None:
+        store.publish(manifest_of(store), {})
+        content = [path for path in place.snapshot() if path.startswith(("blobs/sha256/", "manifests/"))]
+        content = [path for path in content if len(path) > 60]  # not the folders
+        assert len(content) == 3  # base, adaptor, manifest
+        for path in content:
+            whole = place.read(path)
+            digest = "sha256:" + path.rpartition("/")[2].removesuffix(".json")
+            for at in (0, len(whole) // 2, len(whole) - 1):
+                place.write(path, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+                with pytest.raises(CorruptStoreError, match=digest):
+                    store.pull("street")
+            place.remove(path)
+            with pytest.raises(CorruptStoreError, match=digest):
+                store.pull("street")
+            place.write(path, whole)
+        assert store.pull("street").levels
+
+    @pytest.mark.parametrize(
+        ("path", "value", "reason"),
+        [
+            ("base.digest", "../../etc/passwd", r"\.\./\.\./etc/passwd"),
+            ("base.digest", "sha256:../../../x", r"sha256:\.\./\.\./\.\./x"),
+            ("base.digest", None, "base.digest"),
+            ("base.digest", ABSENT, ABSENT),
+            ("base.bytes", 7, "manifest says 7"),
+            ("base.bytes", "7", "base.bytes"),
+            ("base", [], "base"),
+            ("name", "../street", r"\.\./street"),
+            ("name", "road", "of 'road', not of 'street'"),
+            ("created", None, "created"),
+            ("levels", None, "levels"),
+            ("levels.jpeg-10", None, "jpeg-10"),
+            ("levels.jpeg-10.digest", "/etc/passwd", "/etc/passwd"),
+            ("levels.jpeg-10.digest", None, "every other level"),
+            ("levels.jpeg-10.digest", ABSENT, ABSENT),
+            ("levels.jpeg-10.bytes", 7, "manifest says 7"),
+            ("levels.jpeg-10.bytes", -1, "jpeg-10.bytes"),
+            ("levels.jpeg-10.floats", 5, "manifest says 5"),
+            ("levels.jpeg-10.floats", True, "jpeg-10.floats"),
+            ("levels.jpeg-10.layers", "bn", "jpeg-10.layers"),
+            ("levels.clean.digest", ABSENT, "levels.clean"),
+            ("levels.clean.floats", 1, "levels.clean"),
+            ("levels.clean.layers", ["bn"], "levels.clean"),
+            ("levels.\\.\\./x", {}, "levels"),
+            ("schema", 2, "schema version 2"),
+            ("schema", "1", "schema version '1'"),
+            ("schema", None, "schema version None"),
+        ],
+    )
+    def test_a_manifest_that_lies_is_refused(
+        self, store: Store, place: Place, path: str, value: Any, reason: str
+    ) -> None:
+        manifest = {**manifest_of(store), "created": "2026-01-01T00:00:00Z"}
+        manifest["levels"]["jpeg-10"] = manifest["levels"].pop("brightness-0.4+jpeg-30")
+        forge(place, manifest)
+        assert store.pull("street").levels == ("clean", "jpeg-10")
+
+        entry = manifest
+        *parents, last = (part.replace("\\", "") for part in path.replace("\\.", "\0").split("."))
+        for parent in parents:
+            entry = entry[parent]
+        entry[last.replace("\0", ".")] = value
+        digest = forge(place, manifest)
+        with pytest.raises(UserError, match=reason) as caught:
+            store.pull("street")
+        assert "sha256:" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        if path == "name" or path.startswith("schema") or "etc" in str(value):
+            assert digest in str(caught.value)
+
+    @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff"])
+    def test_a_manifest_that_is_none_is_refused(self, store: Store, place: Place, data: bytes) -> None:
+        digest = forge(place, data)
+        with pytest.raises(UserError, match=digest):
+            store.pull("street")
+
+    @pytest.mark.parametrize(
+        ("adaptor", "reason"),
+        [
+            ({"bn.weight": torch.zeros(4)}, "bn.weight"),
+            ({"bn.running_mean": torch.zeros(2, 2)}, r"\[2, 2\]"),
+            ({"bn.running_mean": torch.zeros(4, dtype=torch.float16)}, "float16"),
+        ],
+    )
+    def test_an_adaptor_that_does_not_fit_the_base_is_refused(
+        self, store: Store, adaptor: dict[str, Tensor], reason: str
+    ) -> None:
+        manifest, blob = manifest_of(store), store.put_state(adaptor)
+        manifest["levels"]["brightness-0.4+jpeg-30"] |= {"digest": blob.digest, "bytes": blob.bytes}
+        store.publish(manifest, {})
+        with pytest.raises(CorruptStoreError, match=reason) as caught:
+            store.pull("street")
+        assert blob.digest in str(caught.value)
+
+    def test_publishing_what_is_not_all_there_changes_nothing(self, store: Store, place: Place) -> None:
+        store.publish(manifest_of(store, 1.0), {TABLE: table()}, tags=["v1"])
+        good = manifest_of(store, 2.0)
+        level = good["levels"]["brightness-0.4+jpeg-30"]
+
+        def level_with(**changes: Any) -> dict[str, Any]:
+            return {**good, "levels": {"jpeg-10": {**level, **changes}}}
+
+        before = place.snapshot()
+        for bad in (
+            level_with(digest=ABSENT),
+            level_with(digest=None),
+            level_with(bytes=level["bytes"] + 1),
+            {**good, "base": {"digest": ABSENT, "bytes": 1}},
+            {**good, "name": "../street"},
+            {**good, "name": None},
+            {**good, "schema": 2},
+            {**good, "levels": {"../x": level}},
+        ):
+            with pytest.raises(UserError):
+                store.publish(bad, {TABLE: table(0.9)}, tags=["v1"])
+        with pytest.raises(UserError, match="tag"):
+            store.publish(good, {TABLE: table(0.9)}, tags=["v1", "../v2"])
+        with pytest.raises(ValueError, match="path"):
+            store.publish(good, {"../x.parquet": table(0.9)})
+        with pytest.raises(ValueError, match="JSON"):
+            store.publish({**good, "budget": float("nan")}, {TABLE: table(0.9)})
+        assert place.snapshot() == before
+
+    def test_interrupted_at_any_write_the_latest_release_stays_whole(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        a = store.publish(manifest_of(store, 1.0), {TABLE: table()})
+        b_manifest = manifest_of(store, 2.0)
+        write, outcomes = FileTree.write, []
+        for allowed in range(20):
+            left = iter(range(allowed))
+
+            def write_some(self: FileTree, path: str, data: bytes, left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                write(self, path, data)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(FileTree, "write", write_some)
+                with suppress(KeyboardInterrupt):
+                    outcomes.append(store.publish(b_manifest, {TABLE: table(0.75)}, tags=["v2"]))
+            latest = store.pull("street").digest
+            if outcomes:
+                break
+            assert latest == a
+            for tag in store.tags("street"):
+                store.pull(f"street:{tag}")  # a ref that is there always leads to a whole release
+        assert allowed == 5  # table, record, manifest, tag, latest
+        assert outcomes == [latest]
+
+    def test_many_publish_at_once(self, store: Store, place: Place) -> None:
+        start = threading.Barrier(6)
+
+        def publish(i: int) -> str:
+            mine = Store(place.uri)
+            manifest = manifest_of(mine, float(i % 2))
+            start.wait()
+            return mine.publish(manifest, {TABLE: table(i % 2)}, tags=[f"v{i}"])
+
+        with ThreadPoolExecutor(6) as pool:
+            digests = list(pool.map(publish, range(6)))
+        for i, digest in enumerate(digests):
+            release = store.pull(f"street:v{i}")
+            assert release.digest == digest
+            assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(float(i % 2)))
+        assert store.pull("street").digest in digests
+        assert store.get_table(TABLE).equals(table(0)) or store.get_table(TABLE).equals(table(1))
+
+    # being killed
+
+    def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(
+        self, store: Store, place: Place
+    ) -> None:
+        script = (
+            "import os, sys; from gearnn_ray.blobs import BlobStore; store = BlobStore(sys.argv[1]); i = 0\n"
+            "while True:\n"
+            "    store.put_blob(os.urandom(2_000_000)); i += 1\n"
+            "    store.put_record('a' * 64, {'i': i, 'pad': 'x' * 100_000 * (i % 2)})\n"
+        )
+        writer = subprocess.Popen([sys.executable, "-c", script, place.uri], cwd=Path(__file__).parent.parent)
+        seen: set[str] = set()
+        deadline = time.monotonic() + 60
+        try:
+            while len(seen) < 8 and time.monotonic() < deadline:
+                assert writer.poll() is None
+                for name in set(FileTree(place.uri).files("blobs/sha256")) - seen:
+                    store.get_blob(f"sha256:{name}")  # while the next one is being written
+                    seen.add(name)
+                if len(seen) > 1:
+                    assert store.get_record(KEY) is not None
+        finally:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        assert len(seen) >= 8
+        for name in FileTree(place.uri).files("blobs/sha256"):
+            store.get_blob(f"sha256:{name}")
+        assert store.get_record(KEY) is not None
+
+    # the address
+
+    def test_check_writable_leaves_the_store_as_it_was(self, store: Store, place: Place) -> None:
+        store.publish(manifest_of(store), {TABLE: table()})
+        before = place.snapshot().keys()
+        store.check_writable()
+        assert place.snapshot().keys() - {""} == before  # "" is the marker pyarrow keeps for the prefix on S3
+
+    def test_a_store_travels_to_a_worker(self, store: Store) -> None:
+        digest = store.put_blob(b"content")
+        there = pickle.loads(pickle.dumps(store))
+        assert there.uri == store.uri
+        assert there.get_blob(digest) == b"content"
+
+
+class TestLocalStore(StoreBattery):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Folder:
+        return Folder(tmp_path / "a" / "store")
+
+    def test_check_writable_creates_no_folder(self, store: Store, tmp_path: Path) -> None:
+        store.check_writable()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_path_below_a_file_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        (tmp_path / "link").symlink_to("nowhere")
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "refs").write_bytes(b"")  # a part of it is enough
+        for uri in ("file", "file/deeper/store", "link", "store", "x" * 300):
+            with pytest.raises(UserError, match="cannot be written") as caught:
+                Store(tmp_path / uri).check_writable()
+            assert "\n" not in str(caught.value)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "refs", "store"]
+
+    @pytest.mark.skipif(
+        not Path("/proc/self").exists(), reason="needs a file system that even root cannot write"
+    )
+    def test_a_file_system_that_takes_nothing_cannot_be_written(self) -> None:
+        with pytest.raises(UserError, match="cannot be written"):
+            Store("/proc/no/store").check_writable()
+
+    def test_what_cannot_be_read_is_one_sentence(self, store: Store, place: Folder, tmp_path: Path) -> None:
+        (place.root / "refs/street/latest").mkdir(parents=True)
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            store.pull("street")
+        assert "\n" not in str(caught.value)
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(UserError):
+            Store(tmp_path / "file").pull("street")
+
+    def test_a_relative_path_stays_where_it_was_opened(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        store = Store("here/store")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        digest = store.put_blob(b"content")
+        assert (tmp_path / "here" / "store" / "blobs" / "sha256" / digest[7:]).read_bytes() == b"content"
+        assert Store((tmp_path / "here/store").as_uri()).get_blob(digest) == b"content"
+
+    def test_others_may_read_what_was_written(self, store: Store, place: Folder) -> None:
+        digest = store.put_blob(b"content")
+        mask = os.umask(0)
+        os.umask(mask)
+        assert (place.root / "blobs/sha256" / digest[7:]).stat().st_mode & 0o777 == 0o666 & ~mask
+
+    def test_temporary_files_of_a_killed_writer_are_not_content(self, store: Store, place: Folder) -> None:
+        digest = store.publish(manifest_of(store), {})
+        place.write("refs/street/.tmp-1-ab", b"half")
+        place.write("refs/.tmp-1-ab", b"half")
+        assert store.tags("street") == {"latest": digest}
+        assert store.names() == ["street"]
+
+    def test_a_failed_write_leaves_nothing(
+        self, store: Store, place: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            store.put_blob(b"content")
+        assert not [path for path in place.root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "\0",
+        "ftp://host/x",
+        "gs://bucket/x",
+        "file://relative",
+        "s3://",
+        "s3://bucket?colour=red",
+        "s3://a b",
+    ],
+)
+def test_an_address_nobody_can_open_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="cannot open the store") as caught:
+        Store(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="environment") as caught:
+        Store("s3://user:hunter2@bucket/x?region=us-east-1")
+    assert "hunter2" not in str(caught.value)
+
+
+SAFE = set(string.ascii_letters + string.digits + "._-")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet=st.sampled_from("aZ09._-/\\:@ \n\0ü"), max_size=6) | st.text(max_size=140))
+def test_names_are_path_safe_or_refused(name: str) -> None:
+    store = Store("never-written")
+    if name and set(name) <= SAFE and name[0] not in "._-" and len(name) <= 128:
+        assert store.tags(name) == {}
+    else:
+        with pytest.raises(UserError, match="cannot be used"):
+            store.tags(name)
+
+
+def test_the_manifest_is_canonical_json(tmp_path: Path) -> None:
+    digest = Store(tmp_path).publish(manifest_of(Store(tmp_path)), {})
+    data = (tmp_path / "manifests" / f"{digest[7:]}.json").read_bytes()
+    assert data == json.dumps(json.loads(data), sort_keys=True, separators=(",", ":")).encode()
