@@ -1,15 +1,34 @@
 """GearNN on Ray: one base network, a tiny adaptor per distortion level (Xie & Kim, CVPR 2020).
 
-release = gearnn_ray.Store("artifacts").pull("drn22-scenes-jpeg:latest")
-model = gearnn_ray.build_model("drn_d_22", num_classes=9)
-model.load_state_dict({**release.base_state(), **release.adaptor_state("jpeg-10")})
+    release = gearnn_ray.Store("artifacts").pull("drn22-scenes-jpeg:latest")
+    model = gearnn_ray.build_model("drn_d_22", num_classes=9)
+    model.load_state_dict({**release.base_state(), **release.adaptor_state("jpeg-10")})
+
+The names below are imported when they are first used: torch and CP-SAT take seconds, and not every worker or command
+needs both.
 """
 
-from gearnn_ray.errors import CorruptStoreError, TrainingFailedError, UserError
-from gearnn_ray.layers import model_size
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.selection import Selection, select
-from gearnn_ray.store import Release, Store
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gearnn_ray.errors import CorruptStoreError, TrainingFailedError, UserError
+    from gearnn_ray.layers import model_size
+    from gearnn_ray.models import build_model
+    from gearnn_ray.offline.selection import Selection, select
+    from gearnn_ray.store import Release, Store
+
+_HOMES = {
+    "CorruptStoreError": "errors",
+    "Release": "store",
+    "Selection": "offline.selection",
+    "Store": "store",
+    "TrainingFailedError": "errors",
+    "UserError": "errors",
+    "build_model": "models",
+    "model_size": "layers",
+    "select": "offline.selection",
+}
 
 __all__ = [
     "CorruptStoreError",
@@ -22,3 +41,9 @@ __all__ = [
     "model_size",
     "select",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

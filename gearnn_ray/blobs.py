@@ -163,8 +163,14 @@ class BlobStore:
     def put_table(self, path: str, table: pa.Table) -> None:
         """Write a table with its metadata at `tables/….parquet`; one of equal bytes is left untouched."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table.combine_chunks(), sink)  # its chunks would show in the bytes
+        pq.write_table(table, sink)
         self._files.write(table_path(path), sink.getvalue().to_pybytes())
+
+    def put_figure(self, path: str, png: bytes) -> None:
+        """Write a picture at `figures/….png`; one of equal bytes is left untouched."""
+        if not re.fullmatch(rf"figures(/{PART})+", path) or not path.endswith(".png"):
+            raise ValueError(f"a picture's path is figures/….png, not {path!r}")
+        self._files.write(path, png)
 
     def get_table(self, path: str) -> pa.Table:
         """The table at `tables/….parquet`. Raises UserError if absent, CorruptStoreError if no Parquet."""

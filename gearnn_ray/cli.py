@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,9 @@ from gearnn_ray.progress import reporter
 from gearnn_ray.report import print_summary, share_of_gap_closed, weight_change_figure
 from gearnn_ray.store import Store
 
-_DESCRIPTION = "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
+_DESCRIPTION = (
+    "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
+)
 
 
 def run_split(arguments: Sequence[str]) -> int:
@@ -58,9 +59,7 @@ def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
     if moved:
         figure = f"figures/{config.name}/weight_change.png"
         title = f"{config.name}: weight change per layer"
-        store._files.write(
-            figure, weight_change_figure(moved, {r.level: r.layers for r in outcome.results}, title)
-        )
+        store.put_figure(figure, weight_change_figure(moved, {r.level: r.layers for r in outcome.results}, title))
     if json_lines:
         rows = [
             {**row, "gap_closed": share_of_gap_closed(row["original"], row["full"], row["adaptor"])}
@@ -68,7 +67,7 @@ def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
         ]
         result = {
             "event": "result", "release": outcome.release, "name": config.name, "store": store.uri,
-            "summary": rows, "failed": dict(outcome.failed), "figure": figure, "network": asdict(outcome.network),
+            "summary": rows, "failed": dict(outcome.failed), "figure": figure,
         }  # fmt: skip
         print(json.dumps(result), flush=True)
         return

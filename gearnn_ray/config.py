@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.finetune import Recipe
+from gearnn_ray.offline.recipe import Recipe
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # the ImageNet statistics: what torchvision's and DRN's classification networks were trained with
@@ -94,9 +94,7 @@ class ResourcesConfig(_Section):
     @classmethod
     def _fraction_or_whole(cls, gpus: float) -> float:
         if gpus > 1 and gpus != int(gpus):
-            raise ValueError(
-                f"{gpus:g} GPUs cannot be reserved: expected a fraction below 1 or a whole number"
-            )
+            raise ValueError(f"{gpus:g} GPUs cannot be reserved: expected a fraction below 1 or a whole number")
         return gpus
 
 
@@ -170,7 +168,7 @@ def budget_floats(budget: str, model_floats: int) -> int:
     if match := re.fullmatch(r"(\d+)(?:\.(\d+))?\s*%", text):
         whole, decimals = match[1], match[2] or ""
         # integers, because 0.2 / 100 * 15,907,139 in floating point may fall on the wrong side of a whole number
-        share, scale = int(whole + decimals), 100 * 10 ** len(decimals)
+        share, scale = int(whole + decimals), int(100 * 10 ** len(decimals))
         if share > scale:
             raise ValueError(f"the budget {budget!r} is more than the whole network: expected at most 100%")
         return model_floats * share // scale
@@ -187,14 +185,14 @@ def normalisation_values(
     """Mean and standard deviation: the configuration's, else those the weights file states, else ImageNet's."""
     if model.mean is not None and model.std is not None:
         return model.mean, model.std
-    mean, std = about.get("mean"), about.get("std")
-    if _is_triple(mean) and _is_triple(std) and min(std) > 0:
-        return tuple(mean), tuple(std)  # type: ignore[return-value]
-    return _IMAGENET
+    mean, std = _triple(about.get("mean")), _triple(about.get("std"))
+    return (mean, std) if mean and std and min(std) > 0 else _IMAGENET
 
 
-def _is_triple(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+def _triple(value: object) -> tuple[float, float, float] | None:
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value):
+        return float(value[0]), float(value[1]), float(value[2])
+    return None
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -226,9 +224,7 @@ def read_yaml(path: str | Path) -> object:
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UserError(
-            f"the configuration file {path} cannot be read ({error.strerror}): check the path"
-        ) from error
+        raise UserError(f"the configuration file {path} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not readable as YAML ({reason}): correct it") from error
@@ -245,9 +241,7 @@ class JobOptions(BaseModel):
     """one JSON object per line instead of text, for machines"""
 
 
-def parse_command_line(
-    kind: type[ConfigT], arguments: Sequence[str], description: str
-) -> tuple[ConfigT, JobOptions]:
+def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], description: str) -> tuple[ConfigT, JobOptions]:
     """A job's configuration from `--config FILE` and the options of the command line, which win.
 
     Raises UserError with one sentence for anything wrong; `--help` prints and exits 0.

@@ -140,6 +140,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in type, shape and every bit (NaN equals itself, -0.0 does not equal 0.0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

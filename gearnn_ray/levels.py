@@ -213,9 +213,7 @@ class Combination(Level):
 def parse_level(name: str) -> Level:
     """The level of this canonical name. Raises `UserError` that says how to write what was probably meant."""
     if len(name) > _MAX_NAME:
-        raise UserError(
-            f"a level name has {len(name)} characters, expected up to {_MAX_NAME}: combine fewer."
-        )
+        raise UserError(f"a level name has {len(name)} characters, expected up to {_MAX_NAME}: combine fewer.")
     parts = tuple(_parse_part(part) for part in name.split("+"))
     level = parts[0] if len(parts) == 1 else Combination(parts)
     if level.name != name:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from gearnn_ray.offline.stages import Event, StageName
+from gearnn_ray.levels import parse_level
+from gearnn_ray.offline.events import Event, StageName
 
 TITLES: dict[StageName, str] = {
     "images": "images",
@@ -26,7 +27,12 @@ TITLES: dict[StageName, str] = {
     "partial": "partial fine-tune",
 }
 # parts of one level's time, from runs on CamVid; they only steer the remaining time
-_SHARES: dict[StageName, float] = {"original": 0.05, "full": 0.6, "selection": 0.0, "partial": 0.35}
+_SHARES: dict[StageName, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
+
+
+def _shares(level: str) -> dict[StageName, float]:
+    """The stages of a level; the undistorted one is only judged."""
+    return {"original": _SHARES["original"]} if parse_level(level).is_clean else _SHARES
 
 
 @dataclass
@@ -55,7 +61,8 @@ class Estimate:
 
     def share(self, level: str) -> float:
         """How much of a level is done, 0 to 1."""
-        return sum(share * self._done.get((level, stage), 0.0) for stage, share in _SHARES.items())
+        shares = _shares(level)
+        return sum(part * self._done.get((level, stage), 0.0) for stage, part in shares.items()) / sum(shares.values())
 
     def remaining(self, event: Event, now: float) -> float | None:
         """Seconds to the end: of the stage before the levels begin, of the whole job after; None while unknown."""
@@ -64,11 +71,12 @@ class Estimate:
             return (now - self._stage_began[event.stage]) * (1 - done) / done if done > 0 else None
         if self._begun is None:
             return None
-        places = [(level, stage) for level in self.levels for stage in _SHARES]
-        work = sum(_SHARES[stage] for level, stage in places if (level, stage) not in self._reused)
-        done = sum(
-            _SHARES[s] * self._done.get((lv, s), 0.0) for lv, s in places if (lv, s) not in self._reused
-        )
+        work = done = 0.0
+        for level in self.levels:
+            for stage, part in _shares(level).items():
+                if (level, stage) not in self._reused:
+                    work += part
+                    done += part * self._done.get((level, stage), 0.0)
         return (now - self._begun) * (work - done) / done if done > 0 else None
 
 
@@ -85,9 +93,7 @@ class Reporter(Protocol):
 class _Plain:
     """One line per event: enough to follow a job in its log, without a line per step."""
 
-    def __init__(
-        self, levels: Sequence[str], out: TextIO, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, levels: Sequence[str], out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._estimate, self._out, self._clock = Estimate(levels), out, clock
 
     def __enter__(self) -> Self:
@@ -151,8 +157,9 @@ class _LiveBars:
         left = f"about {duration(remaining)} left" if remaining is not None and remaining >= 1 else ""
         if event.stage in _SHARES and event.level in self._tasks:
             share = self._estimate.share(event.level)
-            finished = event.stage == "partial" and event.kind in ("finished", "reused")
-            text = f"done, {event.score:.1f} with its adaptor" if finished and event.score is not None else (
+            last = "original" if parse_level(event.level).is_clean else "partial"
+            finished = event.stage == last and event.kind in ("finished", "reused")
+            text = f"done, mIoU {event.score:.1f}" if finished and event.score is not None else (
                 f"{TITLES[event.stage]}, {describe(event)}"
             )  # fmt: skip
             self._bars.update(self._tasks[event.level], completed=share, description=text)
@@ -160,9 +167,7 @@ class _LiveBars:
             self._bars.update(self._all, completed=overall, description=left)
         else:
             done = 1.0 if event.kind in ("finished", "reused") else event.step / max(1, event.steps)
-            self._bars.update(
-                self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}"
-            )
+            self._bars.update(self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}")
 
 
 def reporter(levels: Sequence[str], json_lines: bool, out: TextIO = sys.stdout) -> Reporter:
@@ -203,5 +208,6 @@ def _place(event: Event) -> str:
 
 
 def _worth_a_line(event: Event) -> bool:
-    """Progress within an epoch is for bars; a log gets the end of each."""
-    return not event.epochs or event.step * event.epochs % event.steps == 0
+    """Progress within an epoch is for bars; a log gets the end of each, and a few lines while images are made."""
+    parts = event.epochs or min(4, event.steps)
+    return event.step * parts // event.steps > (event.step - 1) * parts // event.steps

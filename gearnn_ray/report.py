@@ -46,9 +46,13 @@ def print_summary(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             f"{100 * row['adaptor_floats'] / row['model_floats']:.3f}%",
         )
     console.print(f"{metric} in percent on the validation images", style="bold", highlight=False)
+    console.print(
+        "original: the base; full: its full fine-tune; adaptor: base + adaptor, of so many floats",
+        highlight=False,
+    )
     console.print(table, highlight=False)
     if any(share_of_gap_closed(r["original"], r["full"], r["adaptor"]) is None for r in rows):
-        console.print("gap closed: - where the full fine-tune gains less than one point", highlight=False)
+        console.print("gap closed is left out (-) where the full fine-tune gains less than a point", highlight=False)
 
 
 def weight_change_figure(

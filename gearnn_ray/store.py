@@ -4,6 +4,7 @@
     manifests/<hex>.json           one release: canonical JSON, named by its own digest
     refs/<name>/<tag>              the digest of a manifest; `latest` is always written
     tables/<name>/….parquet        what was measured on the way
+    figures/<name>/….png           pictures of it
     stages/<key>.json              what a finished stage returned (how an interrupted job goes on)
     checkpoints/<key>.safetensors  where an unfinished stage stands
 
@@ -81,9 +82,7 @@ class Release:
 class Store(BlobStore):
     """A store of releases; opening and addresses as in `BlobStore`."""
 
-    def publish(
-        self, manifest: dict[str, Any], tables: Mapping[str, pa.Table], tags: Sequence[str] = ()
-    ) -> str:
+    def publish(self, manifest: dict[str, Any], tables: Mapping[str, pa.Table], tags: Sequence[str] = ()) -> str:
         """Publish a release whose blobs lie here already; returns the digest of its manifest.
 
         `manifest` comes without `created`, which is added: when this content was first published here, so

@@ -1,5 +1,8 @@
 """A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
 
+import time
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,3 +37,27 @@ def no_module(num_classes: int) -> str:
 
 def broken(num_classes: int) -> nn.Module:
     raise RuntimeError("out of paper")
+
+
+class _AfraidOfTheDark(Small):
+    """Its logits are NaN on dark images: a level at which a fine-tune cannot succeed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > -1.0 else super().forward(x) * float("nan")
+
+
+def afraid_of_the_dark(num_classes: int) -> nn.Module:
+    return _AfraidOfTheDark(num_classes)
+
+
+class _Slow(Small):
+    """Takes its time over a training step, so that a test can kill the process in the middle of an epoch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            time.sleep(0.15)
+        return super().forward(x)
+
+
+def slow(num_classes: int) -> nn.Module:
+    return _Slow(num_classes)

@@ -123,15 +123,11 @@ def test_package_is_shipped_whole_and_installed(config: Config) -> None:
         *project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"],
     }
     home = "~/gearnn-ray"
-    mounts = {
-        remote: local for remote, local in config["file_mounts"].items() if remote.startswith(f"{home}/")
-    }
+    mounts = {remote: local for remote, local in config["file_mounts"].items() if remote.startswith(f"{home}/")}
     assert mounts == {f"{home}/{name}": name for name in needed}
     assert all((ROOT / name).exists() for name in needed)
     for kind in ("head", "worker"):
-        installs = [
-            c for c in config[f"{kind}_setup_commands"] if re.search(rf"pip install .*\s{home}(\s|$)", c)
-        ]
+        installs = [c for c in config[f"{kind}_setup_commands"] if re.search(rf"pip install .*\s{home}(\s|$)", c)]
         assert len(installs) == 1, kind
         # uv takes an unchanged version for an unchanged package.
         assert f"--reinstall-package {project['project']['name']}" in installs[0]

@@ -47,9 +47,7 @@ def make_camvid(root: Path, *, lists: bool = True) -> Path:
             save(root / f"{split}annot" / f"{frame}.png", some_ids(seed, 12))
         if lists:
             (root / f"{split}.txt").write_text(
-                "".join(
-                    f"/SegNet/CamVid/{split}/{f}.png /SegNet/CamVid/{split}annot/{f}.png\n" for f in frames
-                )
+                "".join(f"/SegNet/CamVid/{split}/{f}.png /SegNet/CamVid/{split}annot/{f}.png\n" for f in frames)
             )
     return root
 
@@ -133,9 +131,7 @@ def test_every_kind_keeps_the_contract_of_a_split(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_splits_are_pickled_and_work_elsewhere(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_splits_are_pickled_and_work_elsewhere(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = open_tree(kind, MAKERS[kind](Path("tree")))
     before = data.train.image(1), data.train.digest
@@ -378,9 +374,7 @@ def test_classes_txt_names_the_classes(tmp_path: Path) -> None:
     assert "num_classes is 4 but" in sentence("folder", tmp_path, num_classes=4)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("", "holds 0 lines"), ("a\n\nb\n", "holds 3 lines, 1 of them blank")]
-)
+@pytest.mark.parametrize(("text", "said"), [("", "holds 0 lines"), ("a\n\nb\n", "holds 3 lines, 1 of them blank")])
 def test_classes_txt_with_no_names_is_refused(text: str, said: str, tmp_path: Path) -> None:
     (make_folder(tmp_path) / "classes.txt").write_text(text)
     assert said in sentence("folder", tmp_path)
@@ -473,9 +467,7 @@ def test_links_in_a_circle_end_with_a_sentence(tmp_path: Path) -> None:
 # ── files as they are read ──
 
 
-def read_image(
-    root: Path, content: Image.Image | bytes, name: str = "a.png", **options: object
-) -> np.ndarray:
+def read_image(root: Path, content: Image.Image | bytes, name: str = "a.png", **options: object) -> np.ndarray:
     """The image of a folder data set whose only file holds this."""
     return _with(root, "images", name, content, options).train.image(0)
 
@@ -484,9 +476,7 @@ def read_label(root: Path, content: Image.Image | bytes, **options: object) -> n
     return _with(root, "labels", "a.png", content, options).train.label(0)
 
 
-def _with(
-    root: Path, part: str, name: str, content: Image.Image | bytes, options: dict[str, object]
-) -> Dataset:
+def _with(root: Path, part: str, name: str, content: Image.Image | bytes, options: dict[str, object]) -> Dataset:
     make_folder(root, name)
     path = root / "train" / part / name
     if isinstance(content, bytes):
@@ -530,12 +520,7 @@ def _png(colour_type: int, depth: int, rows: bytes) -> bytes:
         return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
 
     header = struct.pack(">IIBBBBB", W, H, depth, colour_type, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -548,9 +533,7 @@ def test_palette_labels_are_read_as_indices(bits: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
 def test_labels_of_other_modes_are_refused(mode: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=rf"labels/a\.png has mode {mode} with \d bits? per channel"
-    ) as caught:
+    with pytest.raises(UserError, match=rf"labels/a\.png has mode {mode} with \d bits? per channel") as caught:
         read_label(tmp_path, Image.fromarray(some_picture(0)).convert(mode))
     plain(caught.value)
 
@@ -563,9 +546,7 @@ def test_grey_labels_of_other_depths_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_label_that_is_a_jpeg_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"labels/a\.png is no image \(unknown format\): expected a whole PNG file"
-    ):
+    with pytest.raises(UserError, match=r"labels/a\.png is no image \(unknown format\): expected a whole PNG file"):
         read_label(tmp_path, encoded("L", "JPEG"))
 
 
@@ -573,9 +554,7 @@ def test_a_label_that_is_a_jpeg_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.9])
 def test_a_cut_file_is_refused_by_name(file_format: str, share: float, tmp_path: Path) -> None:
     content = encoded("RGB", file_format)
-    with pytest.raises(
-        UserError, match=r"images/a\.png is no image \(.+\): expected a whole PNG or JPEG"
-    ) as caught:
+    with pytest.raises(UserError, match=r"images/a\.png is no image \(.+\): expected a whole PNG or JPEG") as caught:
         read_image(tmp_path, content[: int(share * len(content))])
     plain(caught.value)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False

@@ -21,7 +21,7 @@ from gearnn_ray.levels import CLEAN, parse_level
 
 H, W, CLASSES = 48, 64, 4
 JPEG = parse_level("jpeg-10")
-spawn = multiprocessing.get_context("spawn")
+processes = multiprocessing.get_context("fork")  # spawned ones would import torch by way of the package first
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,7 @@ def test_too_little_space_is_refused_naming_the_sizes(
     assert entries(cache) == []
 
 
-def test_a_packed_image_is_pickled_by_path(
-    split: TinySplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packed_image_is_pickled_by_path(split: TinySplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     packed = level_images(split, CLEAN, Path("relative"))
     pickled = pickle.dumps(packed)
@@ -174,9 +172,7 @@ def test_a_packed_image_is_pickled_by_path(
     assert same(pickle.loads(pickled), originals(split))
 
 
-def test_the_key_is_what_decides_the_pixels(
-    split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_is_what_decides_the_pixels(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {
         level_images(split, CLEAN, cache).folder,
         level_images(split, JPEG, cache).folder,
@@ -194,9 +190,7 @@ def test_the_key_is_what_decides_the_pixels(
     assert len(entries(cache)) == 9
 
 
-@pytest.mark.parametrize(
-    "damage", ["short data", "long data", "no data", "torn index", "no index", "odd index"]
-)
+@pytest.mark.parametrize("damage", ["short data", "long data", "no data", "torn index", "no index", "odd index"])
 def test_a_damaged_entry_is_remade(split: TinySplit, cache: Path, damage: str) -> None:
     folder = level_images(split, CLEAN, cache).folder
     data, index = folder / "data.bin", folder / "index.json"
@@ -217,7 +211,7 @@ def test_a_damaged_entry_is_remade(split: TinySplit, cache: Path, damage: str) -
 
 def test_two_builders_at_once_make_it_once_and_both_succeed(split: TinySplit, cache: Path) -> None:
     slow = replace(split, seconds_per_image=0.05)
-    builders = [spawn.Process(target=level_images, args=(slow, JPEG, cache)) for _ in range(2)]
+    builders = [processes.Process(target=level_images, args=(slow, JPEG, cache)) for _ in range(2)]
     for builder in builders:
         builder.start()
     for builder in builders:
@@ -237,18 +231,21 @@ def test_where_locks_do_not_reach_the_first_to_finish_wins(
             if index == 4:  # another host, whose locks we do not see, is quicker
                 monkeypatch.setattr(images.fcntl, "flock", lambda *_: None)
                 monkeypatch.setattr(images.socket, "gethostname", lambda: "another")
-                overtaker.append(level_images(split, CLEAN, cache))
+                overtaker.append(inode(level_images(split, CLEAN, cache)))
             return super().image(index)
 
-    overtaker: list[PackedImages] = []
+    def inode(packed: PackedImages) -> int:
+        return (packed.folder / "data.bin").stat().st_ino
+
+    overtaker: list[int] = []
     packed = level_images(OvertakenSplit(split.log), CLEAN, cache)
     assert entries(cache) == [packed.folder]
-    assert (packed.folder / "data.bin").stat().st_ino == (overtaker[0].folder / "data.bin").stat().st_ino
-    assert same(overtaker[0], originals(split))
+    assert overtaker == [inode(packed)]
+    assert same(packed, originals(split))
 
 
 def test_a_killed_builder_leaves_nothing_that_is_taken_for_an_entry(split: TinySplit, cache: Path) -> None:
-    builder = spawn.Process(target=level_images, args=(replace(split, killed_at=3), CLEAN, cache))
+    builder = processes.Process(target=level_images, args=(replace(split, killed_at=3), CLEAN, cache))
     builder.start()
     builder.join(60)
     assert builder.exitcode == -signal.SIGKILL
@@ -271,9 +268,7 @@ def test_a_builder_that_fails_leaves_nothing(split: TinySplit, cache: Path) -> N
     assert entries(cache) == []
 
 
-def test_a_level_that_loses_a_frame_is_no_entry(
-    split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_level_that_loses_a_frame_is_no_entry(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(JPEG), "stream", lambda level, frames: iter(list(frames)[1:]))
     with pytest.raises(RuntimeError, match="3 images were made of 5"):
         level_images(split, JPEG, cache)
@@ -282,10 +277,10 @@ def test_a_level_that_loses_a_frame_is_no_entry(
 
 def test_a_disk_that_fills_up_is_a_user_error(split: TinySplit, cache: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * H * W * 3, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * H * W, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-            level_images(split, CLEAN, cache)
+            split_labels(split, CLASSES, cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert entries(cache) == []
@@ -312,9 +307,7 @@ def test_a_label_outside_the_classes_is_refused(split: TinySplit, cache: Path, w
             label[-1, -1] = wrong if index == 3 else 0
             return label
 
-    with pytest.raises(
-        UserError, match=f"val sample 'b/0' has the class id {wrong} .* below {CLASSES}, or 255"
-    ):
+    with pytest.raises(UserError, match=f"val sample 'b/0' has the class id {wrong} .* below {CLASSES}, or 255"):
         split_labels(WrongSplit(split.log), CLASSES, cache)
     assert entries(cache) == []
 

@@ -52,9 +52,7 @@ def check(found: Selection, values: Sequence[float], sizes: Sequence[int], budge
     assert not [i for i in left_out if values[i] > 0 and sizes[i] <= budget - found.used]
 
 
-def check_optimal(
-    found: Selection, values: Sequence[float], sizes: Sequence[int], budget: int, optimum: float
-) -> None:
+def check_optimal(found: Selection, values: Sequence[float], sizes: Sequence[int], budget: int, optimum: float) -> None:
     """Proven, and as near to the oracle's optimum as `select` promises."""
     check(found, values, sizes, budget)
     fitting = [v for v, s in zip(values, sizes, strict=True) if s <= budget]
@@ -122,7 +120,7 @@ def test_the_unit_of_the_values_does_not_matter(layers: list[tuple[float, int]],
 
 
 def test_differences_below_the_solvers_float_precision_decide() -> None:
-    # To CP-SAT's float objective, absolute to 1e-6, the first three weigh as much as the other two or more.
+    # Given these values as they are, CP-SAT (9.15) rounds them to nothing and calls the empty set OPTIMAL.
     values, sizes, budget = [1.00e-5, 1.00e-5, 1.04e-5, 1.54e-5, 1.53e-5], [4, 4, 4, 6, 6], 12
     assert select(values, sizes, budget).objective == math.fsum([1.54e-5, 1.53e-5])
 
@@ -159,6 +157,11 @@ def test_values_too_small_for_one_unit_fill_what_room_is_left() -> None:
     found = select([1.0, 1e-20, 3e-20], [5, 2, 2], 8)
     assert found.chosen == (0, 2)
     assert found.objective <= math.fsum([1.0, 3e-20]) <= found.bound
+    assert select([7.7, 5.0, 5.0, 1e-20], [7, 5, 5, 1], 11).chosen == (
+        1,
+        2,
+        3,
+    )  # also after the solver's turn
 
 
 def test_sizes_and_values_at_the_edge_of_their_types() -> None:
@@ -230,18 +233,14 @@ def network(request: pytest.FixtureRequest) -> tuple[list[int], int]:
 @pytest.mark.parametrize("seed", range(4))
 def test_real_layers_agree_with_a_dynamic_programme(network: tuple[list[int], int], seed: int) -> None:
     sizes, budget = network
-    values = (
-        10.0 ** np.random.default_rng(seed).uniform(-5, -3, len(sizes))
-    ).tolist()  # the v_i of real runs
+    values = (10.0 ** np.random.default_rng(seed).uniform(-5, -3, len(sizes))).tolist()  # the v_i of real runs
     for limit in (budget // 10, budget, 2 * budget):
         found = select(values, sizes, limit)
         check_optimal(found, values, sizes, limit, dynamic_programme(values, sizes, limit))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_real_layers_agree_with_the_knapsack_solver_to_the_last_unit(
-    network: tuple[list[int], int], seed: int
-) -> None:
+def test_real_layers_agree_with_the_knapsack_solver_to_the_last_unit(network: tuple[list[int], int], seed: int) -> None:
     sizes, budget = network
     profits = np.random.default_rng(seed).integers(0, 2**30, len(sizes)).tolist()
     oracle = knapsack_solver.KnapsackSolver(
@@ -267,15 +266,14 @@ def test_values_in_step_with_sizes_are_proven_too(seed: int) -> None:
     check_optimal(found, values, sizes, budget, dynamic_programme(values, sizes, budget))
 
 
-def test_ten_thousand_layers_leave_a_small_core() -> None:
+def test_the_core_stays_small_among_many_layers() -> None:
     rng = np.random.default_rng(0)
-    values, sizes = rng.random(10_000) * 1e-3, rng.integers(1, 10_000, 10_000)
-    budget = int(sizes.sum()) // 500
+    sizes = rng.integers(1, 1000, 10_000).tolist()
+    values = [(s + d) * 1e-6 for s, d in zip(sizes, rng.uniform(0, 100, 10_000).tolist(), strict=True)]
+    budget = sum(sizes) // 200
     found = select(values, sizes, budget)
-    check_optimal(
-        found, values.tolist(), sizes.tolist(), budget, dynamic_programme(values, sizes.tolist(), budget)
-    )
-    assert found.core <= 300
+    check_optimal(found, values, sizes, budget, dynamic_programme(values, sizes, budget))
+    assert found.core < len(values) // 100
 
 
 def test_the_module_needs_neither_torch_nor_ray() -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -146,9 +146,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64])
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
-states = st.dictionaries(
-    st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(dtypes, shapes)
-)
+states = st.dictionaries(st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(dtypes, shapes))
 metadata = st.none() | st.dictionaries(
     st.text(max_size=4).filter(str.isidentifier), st.integers() | st.text(max_size=4)
 )
@@ -243,9 +241,7 @@ class StoreBattery:
         with pytest.raises(CorruptStoreError, match=ABSENT):
             store.get_blob(ABSENT)
 
-    @pytest.mark.parametrize(
-        "digest", ["../../etc/passwd", "sha256:../../x", ABSENT + "\n", ABSENT[:-1], "é" * 64]
-    )
+    @pytest.mark.parametrize("digest", ["../../etc/passwd", "sha256:../../x", ABSENT + "\n", ABSENT[:-1], "é" * 64])
     def test_a_digest_is_never_a_path(self, store: Store, digest: str) -> None:
         for call in (store.get_blob, store.has_blob, store.get_state):
             with pytest.raises(CorruptStoreError, match="not a digest"):
@@ -321,9 +317,7 @@ class StoreBattery:
         with pytest.raises(CorruptStoreError, match=TABLE):
             store.get_table(TABLE)
 
-    @pytest.mark.parametrize(
-        "path", ["tables/../x.parquet", "/tables/x.parquet", "refs/x.parquet", "tables/x.csv"]
-    )
+    @pytest.mark.parametrize("path", ["tables/../x.parquet", "/tables/x.parquet", "refs/x.parquet", "tables/x.csv"])
     def test_a_table_stays_among_the_tables(self, store: Store, path: str) -> None:
         with pytest.raises(ValueError, match="path"):
             store.put_table(path, table())
@@ -441,9 +435,7 @@ class StoreBattery:
             with pytest.raises(CorruptStoreError, match="refs/street/latest"):
                 store.pull("street")
 
-    def test_a_flipped_byte_or_a_missing_file_is_refused_by_its_digest(
-        self, store: Store, place: Place
-    ) -> None:
+    def test_a_flipped_byte_or_a_missing_file_is_refused_by_its_digest(self, store: Store, place: Place) -> None:
         store.publish(manifest_of(store), {})
         content = [path for path in place.snapshot() if path.startswith(("blobs/sha256/", "manifests/"))]
         content = [path for path in content if len(path) > 60]  # not the folders
@@ -614,9 +606,7 @@ class StoreBattery:
 
     # being killed
 
-    def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(
-        self, store: Store, place: Place
-    ) -> None:
+    def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(self, store: Store, place: Place) -> None:
         script = (
             "import os, sys; from gearnn_ray.blobs import BlobStore; store = BlobStore(sys.argv[1]); i = 0\n"
             "while True:\n"
@@ -625,7 +615,7 @@ class StoreBattery:
         )
         writer = subprocess.Popen([sys.executable, "-c", script, place.uri], cwd=Path(__file__).parent.parent)
         seen: set[str] = set()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150  # importing torch takes long on a busy machine
         try:
             while len(seen) < 8 and time.monotonic() < deadline:
                 assert writer.poll() is None
@@ -677,9 +667,7 @@ class TestLocalStore(StoreBattery):
             assert "\n" not in str(caught.value)
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "refs", "store"]
 
-    @pytest.mark.skipif(
-        not Path("/proc/self").exists(), reason="needs a file system that even root cannot write"
-    )
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that even root cannot write")
     def test_a_file_system_that_takes_nothing_cannot_be_written(self) -> None:
         with pytest.raises(UserError, match="cannot be written"):
             Store("/proc/no/store").check_writable()
@@ -693,9 +681,7 @@ class TestLocalStore(StoreBattery):
         with pytest.raises(UserError):
             Store(tmp_path / "file").pull("street")
 
-    def test_a_relative_path_stays_where_it_was_opened(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_relative_path_stays_where_it_was_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         store = Store("here/store")
         (tmp_path / "elsewhere").mkdir()
@@ -717,9 +703,7 @@ class TestLocalStore(StoreBattery):
         assert store.tags("street") == {"latest": digest}
         assert store.names() == ["street"]
 
-    def test_a_failed_write_leaves_nothing(
-        self, store: Store, place: Folder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failed_write_leaves_nothing(self, store: Store, place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
@@ -759,6 +743,9 @@ SAFE = set(string.ascii_letters + string.digits + "._-")
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet=st.sampled_from("aZ09._-/\\:@ \n\0ü"), max_size=6) | st.text(max_size=140))
+@example("line\n")
+@example("x" * 129)
+@example("x" * 128)
 def test_names_are_path_safe_or_refused(name: str) -> None:
     store = Store("never-written")
     if name and set(name) <= SAFE and name[0] not in "._-" and len(name) <= 128:

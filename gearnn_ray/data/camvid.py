@@ -56,15 +56,11 @@ def _listed(root: Path, listing: Path) -> tuple[dict[str, Path], dict[str, Path]
     for number, line in enumerate(read_lines(listing), 1):
         fields = line.split()
         if len(fields) != 2:
-            raise UserError(
-                f"line {number} of {listing} is {line!r}: expected an image and its label, so mend it."
-            )
+            raise UserError(f"line {number} of {listing} is {line!r}: expected an image and its label, so mend it.")
         # the prefix is that of the machine the list was written on
         image, label = (root.joinpath(*PurePosixPath(field).parts[-2:]) for field in fields)
         if image.stem in images:
-            raise UserError(
-                f"line {number} of {listing} repeats {image.stem}: expected it once, so remove the line."
-            )
+            raise UserError(f"line {number} of {listing} repeats {image.stem}: expected it once, so remove the line.")
         images[image.stem], labels[image.stem] = image, label
     missing = [path for path in (*images.values(), *labels.values()) if not path.is_file()]
     if missing:

@@ -174,8 +174,6 @@ def _decode(path: Path, *formats: str) -> tuple[Image.Image, int]:
             reason = "unknown format"
         else:
             reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{path} is no image ({reason}): expected a whole {expected} file, so replace it."
-        ) from error
+        raise UserError(f"{path} is no image ({reason}): expected a whole {expected} file, so replace it.") from error
     # the depth stands at a fixed place of a PNG's first chunk; Pillow's modes do not tell it
     return picture, content[24] if picture.format == "PNG" else 8

@@ -47,7 +47,5 @@ def _class_names(listing: Path, num_classes: int | None) -> tuple[str, ...]:
             f"expected 1 to {IGNORED} names of classes, one a line."
         )
     if num_classes not in (None, len(names)):
-        raise UserError(
-            f"num_classes is {num_classes} but {listing} names {len(names)} classes: make them agree."
-        )
+        raise UserError(f"num_classes is {num_classes} but {listing} names {len(names)} classes: make them agree.")
     return names

@@ -56,9 +56,12 @@ class PackedImages(Sequence[Pixels]):
             self._data = np.memmap(folder / _DATA, np.uint8, "r").view(np.ndarray)
         except (OSError, ValueError, LookupError, TypeError) as error:
             found = f"the cached images in {folder} are missing or damaged ({error})"
-            raise CorruptStoreError(
-                f"{found}, expected them whole: run the job again to remake them."
-            ) from None
+            raise CorruptStoreError(f"{found}, expected them whole: run the job again to remake them.") from None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of every image, known without reading one."""
+        return list(self._shapes)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -122,9 +125,7 @@ def split_labels(split: Split, num_classes: int, cache: Path) -> PackedImages:
     return _cached(split, f"labels-{num_classes}", codec_versions(CLEAN), labels(), cache)
 
 
-def _cached(
-    split: Split, content: str, codecs: dict[str, str], images: Iterator[Pixels], cache: Path
-) -> PackedImages:
+def _cached(split: Split, content: str, codecs: dict[str, str], images: Iterator[Pixels], cache: Path) -> PackedImages:
     """The entry of this content, made of `images` where there is none or a damaged one."""
     identity = {
         "split": [split.digest, split.name],

@@ -55,9 +55,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         model = function(**options)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"building the network {name!r} failed with {type(error).__name__}: {reason}"
-        ) from error
+        raise UserError(f"building the network {name!r} failed with {type(error).__name__}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name!r} returned a {type(model).__name__}: expected a torch.nn.Module")
     return model
@@ -84,9 +82,7 @@ def read_weights(path: str | Path) -> WeightsFile:
         return _read_safetensors(path)
     if path.suffix in (".pt", ".pth"):
         return WeightsFile(_read_torch(path))
-    raise UserError(
-        f"{path} ends in {path.suffix or 'nothing'!r}: expected a .safetensors, .pt or .pth weights file"
-    )
+    raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}: expected a .safetensors, .pt or .pth weights file")
 
 
 def _read_safetensors(path: Path) -> WeightsFile:
@@ -152,11 +148,12 @@ def load_weights(model: nn.Module, weights: WeightsFile, source: str) -> None:
     for name, tensor in given.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{name!r} in the weights file {source} has the shape {list(tensor.shape)}: expected {list(expected[name].shape)}, "
-                "so give the weights of this network with as many classes"
+                f"{name!r} in the weights file {source} has the shape {list(tensor.shape)}: "
+                f"expected {list(expected[name].shape)}, so give the weights of this network with as many classes"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{name!r} in the weights file {source} holds values that are not finite: give weights that were trained to the end"
+                f"{name!r} in the weights file {source} holds values that are not finite: "
+                "give weights that were trained to the end"
             )
     model.load_state_dict({n: t.to(expected[n].dtype) for n, t in given.items()}, strict=False)

@@ -43,9 +43,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -77,9 +75,7 @@ class DRNSeg(nn.Module):
         super().__init__()
         c = _CHANNELS
         self.base = nn.Sequential(
-            nn.Sequential(
-                nn.Conv2d(3, c[0], 7, padding=3, bias=False), nn.BatchNorm2d(c[0]), nn.ReLU(inplace=True)
-            ),
+            nn.Sequential(nn.Conv2d(3, c[0], 7, padding=3, bias=False), nn.BatchNorm2d(c[0]), nn.ReLU(inplace=True)),
             _convolutions(c[0], c[0], depths[0]),
             _convolutions(c[0], c[1], depths[1], stride=2),
             _blocks(c[1], c[2], depths[2], stride=2),
@@ -107,7 +103,8 @@ class DRNSeg(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = self.up(self.seg(self.base(x)))
         # a side that is no multiple of 8 is rounded up on the way; logit (0, 0) belongs to pixel (0, 0)
-        return logits[..., : x.shape[-2], : x.shape[-1]]
+        cropped: Tensor = logits[..., : x.shape[-2], : x.shape[-1]]
+        return cropped
 
 
 def drn_d_22(num_classes: int) -> DRNSeg:

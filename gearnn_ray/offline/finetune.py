@@ -11,45 +11,22 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gearnn_ray.errors import TrainingFailedError
 from gearnn_ray.layers import set_trainable, set_training_mode
+from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Image, Normalisation
 
 _SECONDS_BETWEEN_REPORTS = 1.0
-
-
-class Recipe(BaseModel):
-    """How a network is fine-tuned: SGD on random crops, as in DRN's recipe (§4 of the paper leaves it open)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    epochs: int = Field(4, ge=1)
-    """passes over the training images"""
-    learning_rate: float = Field(0.01, gt=0)
-    """SGD's step at the start"""
-    schedule: Literal["linear", "constant"] = "linear"
-    """linear: the learning rate falls to zero over all steps; constant: the paper's"""
-    batch_size: int = Field(8, ge=1)
-    """images per step"""
-    crop: int = Field(208, ge=16)
-    """side of the random training crop in pixels of the level's images; smaller images are taken whole"""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's momentum"""
-    weight_decay: float = Field(1e-4, ge=0)
-    """SGD's weight decay, on the trained tensors only"""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 autocast where the processor gains from it (AMX, CUDA from compute capability 8), else float32"""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ network and images at hand; other levels neither wait nor are waited for. Weight
 through the driver, which sees digests and small tables. What survives a killed task is what the stages put into the store.
 """
 
+import logging
 import os
 import platform
 import tempfile
@@ -39,8 +40,10 @@ from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.levels import codec_versions, parse_level
 from gearnn_ray.models import read_weights
 from gearnn_ray.offline import stages
-from gearnn_ray.offline.finetune import Recipe, prepare_process
-from gearnn_ray.offline.stages import Event, LevelResult, Network, NetworkFacts, Say, Work
+from gearnn_ray.offline.events import Event, Say
+from gearnn_ray.offline.finetune import prepare_process
+from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.offline.stages import LevelResult, Network, NetworkFacts, Work
 from gearnn_ray.store import SCHEMA, Blob, Store
 from gearnn_ray.tasks.segmentation import METRIC, Normalisation
 
@@ -56,8 +59,6 @@ class Outcome:
     release: str | None
     results: tuple[LevelResult, ...]
     failed: Mapping[str, str] = field(default_factory=dict)
-    network: NetworkFacts = NetworkFacts(0, 0)
-    budget: int = 0
     summary: tuple[dict[str, Any], ...] = ()
 
 
@@ -68,23 +69,27 @@ def split(config: SplitConfig, say: Say) -> Outcome:
     asked, config = config, _with_absolute_paths(config)
     with _cluster():
         check_resources(config.resources, *_cluster_resources())
-        board = _Board.options(scheduling_strategy=_beside_driver()).remote()
+        board = cast(Any, _Board).options(scheduling_strategy=_beside_driver()).remote()
         relay = _Relay(board, say)
         work, facts = _checked_work(config, relay)
-        base = _base(config, work, board, relay)
+        try:
+            base = _base(config, work, board, relay)
+        except (TrainingFailedError, RayError) as error:
+            reason = f"the base could not be trained: {_reason(error)}"
+            return Outcome(None, (), dict.fromkeys(config.levels, reason))
         work = replace(work, base=base.digest)
         results, failed = _levels(config, work, board, relay)
         relay.flush()
     ordered = tuple(results[name] for name in config.levels if name in results)
     if not ordered:
-        return Outcome(None, (), failed, facts, work.budget)
+        return Outcome(None, (), failed)
     summary = tuple(_summary_row(result, work.budget, facts.floats) for result in ordered)
     release = store.publish(
         _manifest(asked, work, base, facts, ordered),
         _tables(config.name, work, ordered, summary),
         config.tags,
     )
-    return Outcome(release, ordered, failed, facts, work.budget, summary)
+    return Outcome(release, ordered, failed, summary)
 
 
 def _with_absolute_paths(config: SplitConfig) -> SplitConfig:
@@ -108,7 +113,7 @@ def _cluster() -> Iterator[None]:
         yield
         return
     # bare: inside a submitted job the address and the runtime environment are injected
-    ray.init(log_to_driver=False, logging_level="error")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -117,8 +122,8 @@ def _cluster() -> Iterator[None]:
 
 def _cluster_resources() -> tuple[list[Mapping[str, float]], Mapping[str, float] | None]:
     """Resources of each node there is, and the most an autoscaler may bring in all (None: there is none)."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    ceiling = cluster_state.get_max_resources_from_cluster_config()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    ceiling: Mapping[str, float] | None = cluster_state.get_max_resources_from_cluster_config()
     if ceiling is None and _BOOTSTRAP.is_file():
         # the cluster launcher's autoscaler does not tell the cluster its node types; its file on the head does
         ceiling = autoscaler_ceiling(read_yaml(_BOOTSTRAP))
@@ -133,9 +138,7 @@ def autoscaler_ceiling(launcher: object) -> Mapping[str, float] | None:
     most: dict[str, float] = {}
     for name, node in types.items():
         at_most = (
-            1
-            if name == launcher.get("head_node_type")
-            else node.get("max_workers", launcher.get("max_workers", 0))
+            1 if name == launcher.get("head_node_type") else node.get("max_workers", launcher.get("max_workers", 0))
         )
         for resource, amount in node.get("resources", {}).items():
             most[resource] = most.get(resource, 0) + amount * at_most
@@ -297,13 +300,8 @@ def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
         return cast(Blob, relay.wait(_publish_base.remote(work, config.model.weights)))
     # nothing else runs meanwhile: it may have all CPUs of the largest node
     cpus = max(int(config.resources.cpus), *(int(node.get("CPU", 0)) for node in _cluster_resources()[0]))
-    task = _train_base.options(
-        num_cpus=cpus, num_gpus=config.resources.gpus, max_retries=config.resources.retries
-    )
-    try:
-        return cast(Blob, relay.wait(task.remote(work, config.base_recipe, cpus, board)))
-    except TrainingFailedError as error:
-        raise UserError(f"training the base failed because {error}") from error
+    task = _train_base.options(num_cpus=cpus, num_gpus=config.resources.gpus, max_retries=config.resources.retries)
+    return cast(Blob, relay.wait(task.remote(work, config.base_recipe, cpus, board)))
 
 
 # ── the levels ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,7 +359,7 @@ def _levels(
     resources, shared = config.resources, ray.put(work)
     threads = max(1, int(resources.cpus))
     start: Callable[[str], Any]
-    if resources.workers_per_level > 1:
+    if spreads_over_workers(resources):
         at_once = _groups_that_fit(resources)
         start = lambda level: _run_level_on_workers.options(  # noqa: E731
             max_retries=resources.retries, scheduling_strategy=_beside_driver()
@@ -369,9 +367,7 @@ def _levels(
     else:
         # all of them wait in Ray's own queue, where an autoscaler sees them
         at_once = len(config.levels)
-        task = _run_level.options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries
-        )
+        task = _run_level.options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries)
         start = lambda level: task.remote(shared, level, threads, board)  # noqa: E731
 
     waiting, running = list(config.levels), dict[Any, str]()
@@ -391,6 +387,11 @@ def _levels(
     return results, failed
 
 
+def spreads_over_workers(resources: ResourcesConfig) -> bool:
+    """Whether Ray Train is worth its 11 to 28 s per run: only where one fine-tune has several workers."""
+    return resources.workers_per_level > 1
+
+
 def _groups_that_fit(resources: ResourcesConfig) -> int:
     """Worker groups that run at once: a group that waits for another's workers would time out inside Ray Train."""
     nodes, ceiling = _cluster_resources()
@@ -407,18 +408,12 @@ def _reason(error: Exception) -> str:
     inner: BaseException = error
     while True:
         failures = getattr(inner, "worker_failures", None)
-        following = (
-            next(iter(failures.values())) if failures else inner.__cause__ or getattr(inner, "cause", None)
-        )
+        following = next(iter(failures.values())) if failures else inner.__cause__ or getattr(inner, "cause", None)
         if isinstance(inner, UserError | TrainingFailedError) or not isinstance(following, BaseException):
             break
         inner = following
     text = " ".join(str(inner).split()) or type(inner).__name__
-    return (
-        text
-        if isinstance(inner, UserError | TrainingFailedError)
-        else f"{type(inner).__name__}: {text[:500]}"
-    )
+    return text if isinstance(inner, UserError | TrainingFailedError) else f"{type(inner).__name__}: {text[:500]}"
 
 
 # ── the release ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -494,9 +489,7 @@ def _installed(package: str) -> bool:
 
 def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
-    return config.model_dump(
-        mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True}
-    )
+    return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
 
 
 def _tables(

@@ -102,9 +102,7 @@ def select(values: ArrayLike, sizes: ArrayLike, budget: int) -> Selection:
     )
 
 
-def _checked(
-    values: ArrayLike, sizes: ArrayLike, budget: object
-) -> tuple[NDArray[np.float64], NDArray[Any], int]:
+def _checked(values: ArrayLike, sizes: ArrayLike, budget: object) -> tuple[NDArray[np.float64], NDArray[Any], int]:
     v, s = np.asarray(values, dtype=np.float64), np.asarray(sizes)
     if v.ndim != 1 or v.shape != s.shape:
         raise ValueError(f"values {v.shape} and sizes {s.shape}: expected two lists of one length")

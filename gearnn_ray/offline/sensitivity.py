@@ -41,9 +41,7 @@ def sensitivity(
 def _of_layer(layer: Layer, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Sensitivity:
     for name in layer.tensors:
         if before[name].shape != after[name].shape:
-            raise ValueError(
-                f"{name} changed its shape from {list(before[name].shape)} to {list(after[name].shape)}"
-            )
+            raise ValueError(f"{name} changed its shape from {list(before[name].shape)} to {list(after[name].shape)}")
     p = torch.cat([before[name].detach().reshape(-1).double() for name in layer.tensors])
     change = (torch.cat([after[name].detach().reshape(-1).double() for name in layer.tensors]) - p).abs()
     if not layer.numel:

@@ -26,7 +26,9 @@ from gearnn_ray.errors import UserError
 from gearnn_ray.layers import layers_of, network_state
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
-from gearnn_ray.offline.finetune import Progress, Recipe, evaluate, fine_tune
+from gearnn_ray.offline.events import Event, Say, StageName
+from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune
+from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.selection import select
 from gearnn_ray.offline.sensitivity import Sensitivity, sensitivity
 from gearnn_ray.store import Blob, Store, digest_of, encode_state
@@ -34,8 +36,6 @@ from gearnn_ray.tasks.segmentation import Normalisation
 
 STAGES_VERSION = 1
 """Part of every key: bumped whenever a stage would compute something else from the same inputs."""
-
-StageName = Literal["images", "base", "original", "full", "selection", "partial"]
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something a stage has to say: `step` of `steps` while it works, then `finished` or `reused`."""
-
-    kind: Literal["started", "progress", "finished", "reused"]
-    stage: StageName
-    level: str
-    step: int = 0
-    steps: int = 0
-    epoch: int = 0
-    epochs: int = 0
-    loss: float | None = None
-    score: float | None = None
-    seconds: float = 0.0
-
-
-Say = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
 class LevelResult:
     """What is known of one level when its adaptor is in the store. Scores in percent, None where nothing was trained."""
 
@@ -105,9 +86,7 @@ class LevelResult:
 
 def stage_key(stage: str, **inputs: Any) -> str:
     """64 hex digits: SHA-256 of the canonical JSON of everything the stage's result depends on."""
-    text = json.dumps(
-        {"stage": stage, "version": STAGES_VERSION, **inputs}, sort_keys=True, separators=(",", ":")
-    )
+    text = json.dumps({"stage": stage, "version": STAGES_VERSION, **inputs}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -277,11 +256,7 @@ class _LevelRun:
         record = self.store.get_record(key) if self.leads else None
         record = self._agree(record if record is not None and intact(record) else None)
         if record is not None:
-            self.say(
-                Event(
-                    "reused", name, self.level, score=record.get("score"), seconds=record.get("seconds", 0.0)
-                )
-            )
+            self.say(Event("reused", name, self.level, score=record.get("score"), seconds=record.get("seconds", 0.0)))
             return record
         self.say(Event("started", name, self.level))
         started = time.perf_counter()
@@ -413,9 +388,7 @@ def check_network(network: Network, weights: str | None) -> NetworkFacts:
     """Build the network and load its weights to see that both work. Raises UserError."""
     layers = layers_of(network_from_weights(network, weights))
     if not layers:
-        raise UserError(
-            f"the network {network.name} has no floating-point tensors: give one with weights to adapt"
-        )
+        raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
     return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
 
 

@@ -40,7 +40,8 @@ def resize_label(label: Image, height: int, width: int) -> Image:
         return label
     rows = ((np.arange(height) + 0.5) * label.shape[0] / height).astype(np.int64)
     columns = ((np.arange(width) + 0.5) * label.shape[1] / width).astype(np.int64)
-    return label[rows[:, None], columns]
+    resized: Image = label[rows[:, None], columns]
+    return resized
 
 
 def crop_size(images: Sequence[Image], crop: int) -> tuple[int, int]:

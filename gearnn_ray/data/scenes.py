@@ -1,0 +1,320 @@
+"""Generated street scenes: the data set that needs no download.
+
+A perspective street of sky, ground, houses, greenery, cars and people, painted back to front. Three pairs of
+classes share their mean colour and differ in fine texture alone, one to four pixels in period: road and
+pavement (one grey), brick and timber (one wall colour), tree and hedge (one green). Colour, position and shape
+do not tell the two of a pair apart; compression, scaling and darkness take away what does.
+
+An image is a pure function of (seed, split, index, size). Only PCG64's uniform doubles, comparisons and the
+exactly rounded operations + - * / are used: no reductions and no transcendental functions, whose last bits
+differ between machines. Knows nothing about distortion levels, networks or files.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gearnn_ray.data import IGNORED, Dataset
+from gearnn_ray.errors import UserError
+
+CLASS_NAMES = ("sky", "road", "pavement", "brick", "timber", "tree", "hedge", "car", "person")
+SKY, ROAD, PAVEMENT, BRICK, TIMBER, TREE, HEDGE, CAR, PERSON = range(len(CLASS_NAMES))
+TWINS = ((ROAD, PAVEMENT), (BRICK, TIMBER), (TREE, HEDGE))
+"""The pairs of classes that only texture tells apart."""
+
+VERSION = 1
+"""Raise it with any change to a pixel: it is part of every digest."""
+
+MIN_SIDE, MAX_SIDE = 48, 2048
+
+Plane = NDArray[np.float64]  # [H, W]
+Mask = NDArray[np.bool_]  # [H, W]
+
+
+@dataclass(frozen=True)
+class ScenesSplit:
+    """One split of the generated scenes; every image is a recording of its own."""
+
+    name: str
+    count: int
+    height: int
+    width: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}-{i:05d}" for i in range(self.count))
+
+    @property
+    def clips(self) -> tuple[str, ...]:
+        return self.ids
+
+    @property
+    def digest(self) -> str:
+        """Over the generator's version and parameters, which decide every pixel."""
+        what = {"generator": "scenes", "version": VERSION, "split": self.name, "count": self.count}
+        what |= {"height": self.height, "width": self.width, "seed": self.seed}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def image(self, i: int) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3] RGB."""
+        return self._scene(i)[0]
+
+    def label(self, i: int) -> NDArray[np.uint8]:
+        """uint8 [H, W] class ids; 255 (lamp posts) is ignored."""
+        return self._scene(i)[1]
+
+    def _scene(self, i: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        if not 0 <= i < self.count:
+            raise IndexError(f"{self.name} has {self.count} scenes, not one at {i}")
+        return render(self.seed, ("train", "val").index(self.name), i, self.height, self.width)
+
+
+def open_scenes(train: int = 96, val: int = 24, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
+    """The generated set: `train` and `val` images of `height` × `width` pixels.
+
+    Raises UserError on a count, size or seed that makes no set.
+    """
+    for what, count in (("train", train), ("val", val)):
+        if count < 1:
+            raise UserError(f"scenes: {what} is {count}, but each split needs at least 1 image; give a larger one.")
+    for what, side in (("height", height), ("width", width)):
+        if not MIN_SIDE <= side <= MAX_SIDE:
+            raise UserError(f"scenes: {what} is {side}; choose one from {MIN_SIDE} to {MAX_SIDE} pixels.")
+    if seed < 0:
+        raise UserError(f"scenes: seed is {seed}; choose 0 or a larger one.")
+    return Dataset(
+        name="scenes",
+        class_names=CLASS_NAMES,
+        train=ScenesSplit("train", train, height, width, seed),
+        val=ScenesSplit("val", val, height, width, seed),
+    )
+
+
+def render(seed: int, split: int, index: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """One scene: uint8 [H, W, 3] RGB and uint8 [H, W] class ids."""
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, split, index])))
+    painter = _Painter(rng, height, width)
+    painter.sky()
+    painter.ground()
+    painter.far_end()
+    for side in (-1, 1):
+        painter.houses(side)
+    painter.standing()
+    return painter.exposed(), painter.label
+
+
+def _stripes(across: Plane, period: float) -> Plane:
+    """Dark lines one pixel wide, mean 0, rms about 1."""
+    dark = 1 / period
+    return ((across % period >= 1) - (1 - dark)) / math.sqrt(dark * (1 - dark))
+
+
+class _Painter:
+    """One scene in the making. Lengths are in pixels; `unit` is a pixel at a height of 96."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
+        self.rng, self.height, self.width = rng, height, width
+        self.unit = height / 96
+        self.rgb = np.zeros((height, width, 3))
+        self.label = np.zeros((height, width), np.uint8)
+        self.y, self.x = np.mgrid[0:height, 0:width].astype(np.float64)
+        self.horizon = height * self.between(0.40, 0.52)
+        self.vanish = width * self.between(0.32, 0.68)
+        # how near a house front is at each column: 1 at the image's edge, 0 at the vanishing point
+        past = self.x - self.vanish
+        self.reach = np.maximum(-past / self.vanish, past / (width - self.vanish))
+        # where the house fronts meet the ground at the left and right edge, below the horizon
+        self.kerb = {side: height * self.between(0.14, 0.34) for side in (-1, 1)}
+        grey = self.between(105, 140)
+        self.grey = np.array([grey + self.between(-8, 8), grey, grey + self.between(-8, 8)])
+        self.walls = [
+            np.array([self.between(115, 160), self.between(100, 140), self.between(85, 135)]) for _ in range(2)
+        ]
+        self.green = np.array([self.between(70, 105), self.between(105, 140), self.between(55, 85)])
+        self.contrast = self.between(18, 22)  # rms of every texture, in 8-bit levels
+        self.textures = self._textures()
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * float(self.rng.random())
+
+    def chance(self, probability: float) -> bool:
+        return float(self.rng.random()) < probability
+
+    def one_of(self, options: tuple[int, ...]) -> int:
+        return options[int(self.rng.random() * len(options))]
+
+    def noise(self) -> Plane:
+        """White, mean 0, rms 1."""
+        return (self.rng.random((self.height, self.width)) - 0.5) * math.sqrt(12)
+
+    def _textures(self) -> dict[int, Plane]:
+        """A plane per class, mean 0 and rms 1: what alone tells the twins apart.
+
+        Periods of two to three pixels lie where JPEG's table of quantisers is coarsest, and half a size destroys them.
+        """
+        near = self.y > self.horizon + 0.45 * (self.height - self.horizon)
+        # courses run to the vanishing point, but no finer than a camera would resolve them
+        course = (self.y - self.horizon) / np.maximum(self.reach, 0.7) + self.height
+        return {
+            ROAD: self.noise(),
+            PAVEMENT: (self.x // np.where(near, 2, 1) + self.y) % 2 * 2 - 1,
+            BRICK: _stripes(course, 2.6),
+            TIMBER: _stripes(self.x, 2.6),
+            TREE: self.noise(),
+            HEDGE: 0.9 * _stripes(self.x + self.y, 3.0) + 0.4 * self.noise(),
+        }
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float) -> Plane:
+        """Below 1 inside."""
+        across, up = (self.x - x) / rx, (self.y - y) / ry
+        return across * across + up * up
+
+    def paint(self) -> NDArray[np.float64]:
+        """A wall colour of this street."""
+        return self.walls[self.one_of((0, 1))] * self.between(0.95, 1.05)
+
+    def fill(self, mask: Mask, what: int, colour: NDArray[np.float64]) -> None:
+        """Paint a class over whatever was there, with its texture."""
+        painted = np.broadcast_to(colour, (*mask.shape, 3))[mask]
+        if what in self.textures:
+            painted = painted + (self.contrast * self.textures[what][mask])[:, None]
+        self.rgb[mask] = painted
+        self.label[mask] = what
+
+    def sky(self) -> None:
+        grey = self.between(145, 190)
+        low = np.array([grey, grey, grey + self.between(0, 25)])
+        high = low - np.array([self.between(0, 60), self.between(0, 30), 0])
+        self.fill(self.y >= 0, SKY, low + (high - low) * (1 - self.y / self.horizon)[..., None])
+        for _ in range(3):
+            blob = self.ellipse(self.between(0, self.width), self.between(0, self.horizon) * 0.8, 26, 5)
+            self.fill(blob < 1, SKY, low + 18)
+
+    def ground(self) -> None:
+        """Lanes of road and pavement in turns, running to the vanishing point; a strip may cross them."""
+        drop = self.y - self.horizon
+        lane = np.zeros_like(self.y)
+        kerbs = np.zeros(self.y.shape, np.bool_)
+        for _ in range(self.one_of((1, 2, 2, 3))):
+            edge = self.vanish + self.between(-2.0, 2.0) * drop
+            lane += self.x > edge
+            kerbs |= np.abs(self.x - edge) < 0.4 + 0.012 * drop
+        if self.chance(0.6):
+            top, thick = self.between(0.15, 0.7), self.between(0.15, 0.35)
+            lane += np.abs(drop / (self.height - self.horizon) - top - thick / 2) < thick / 2
+        if self.chance(0.5):
+            lane += 1
+        below = drop >= 0
+        self.fill(below & (lane % 2 == 0), ROAD, self.grey)
+        self.fill(below & (lane % 2 == 1), PAVEMENT, self.grey)
+        self.rgb[below & kerbs] = self.grey + self.between(15, 45)
+
+    def far_end(self) -> None:
+        """What closes the street, facing us."""
+        what = self.one_of((SKY, BRICK, TIMBER, TREE, HEDGE))
+        if what == SKY:
+            return
+        colour = self.green if what in (TREE, HEDGE) else self.paint()
+        top = self.horizon - self.between(10, 26) * self.unit
+        foot = self.horizon + 0.3 * min(self.kerb.values())
+        self.fill((self.reach < 0.34) & (self.y >= top) & (self.y < foot), what, colour)
+
+    def houses(self, side: int) -> None:
+        """A row of fronts on one side of the street, then greenery along it."""
+        here = (self.x - self.vanish) * side > 0
+        foot = self.horizon + self.kerb[side] * self.reach
+        light = self.between(0.85, 1.1)
+        near, what = 1.01, self.one_of((BRICK, TIMBER))
+        while near > 0.36:
+            far = max(near - self.between(0.18, 0.36), 0.3)
+            top = self.horizon - self.between(24, 62) * self.unit * self.reach
+            front = here & (self.reach < near) & (self.reach >= far) & (self.y >= top) & (self.y < foot)
+            self.fill(front, what, self.paint() * light)
+            if self.chance(0.75):
+                self.windows(front)
+            near = far
+            if self.chance(0.7):
+                what = BRICK + TIMBER - what
+        if self.chance(0.75):
+            what = self.one_of((HEDGE, HEDGE, TREE))
+            far, length = self.between(0.3, 0.6), self.between(0.2, 0.5)
+            top = self.horizon - (self.between(0, 14) + self.noise()) * self.unit * self.reach
+            row = here & (self.reach >= far) & (self.reach < far + length) & (self.y >= top)
+            self.fill(row & (self.y < foot + 2 * self.reach), what, self.green * self.between(0.95, 1.05))
+
+    def windows(self, front: Mask) -> None:
+        width, storey = self.between(11, 16) * self.unit, self.between(15, 20) * self.unit
+        up = (self.horizon - self.y) / np.maximum(self.reach, 0.3) + 0.3 * storey
+        across = (self.x + self.between(0, width)) % width
+        panes = front & (across < 0.36 * width) & (up % storey < 0.42 * storey)
+        glass = self.between(65, 105)
+        self.rgb[panes] = np.array([glass, glass + 6, glass + 14])
+
+    def standing(self) -> None:
+        """Trees, lamp posts, cars and people, the farthest first."""
+        kinds = [self.tree] * self.one_of((2, 3)) + [self.car] * self.one_of((2, 3))
+        kinds += [self.person] * self.one_of((2, 3, 4)) + [self.lamp] * self.one_of((0, 1))
+        depths = [self.between(0.2, 0.72) for _ in kinds]
+        for depth, k in sorted(zip(depths, range(len(kinds)), strict=True)):
+            kinds[k](depth * (self.height - self.horizon) + 2 * self.unit)
+
+    def beside(self, drop: float) -> tuple[float, float]:
+        """A foot point (x, y) at the side of the street."""
+        side = self.one_of((-1, 1))
+        edge = self.vanish if side < 0 else self.width - self.vanish
+        return self.vanish + side * drop * edge / self.kerb[side] * self.between(0.7, 1.0), self.horizon + drop
+
+    def tree(self, drop: float) -> None:
+        x, foot = self.beside(drop)
+        what, green = self.one_of((TREE, TREE, HEDGE)), self.green * self.between(0.95, 1.05)
+        radius, tall = drop * self.between(0.45, 0.75), drop * self.between(1.2, 2.2)
+        trunk = (np.abs(self.x - x) < 0.07 * drop) & (self.y < foot) & (self.y > foot - tall)
+        self.fill(trunk, what, np.array([80.0, 65.0, 50.0]))
+        crown = self.ellipse(x, foot - tall, radius, radius * self.between(0.8, 1.3))
+        self.fill(crown + 0.12 * self.noise() < 1, what, green)
+
+    def lamp(self, drop: float) -> None:
+        x, foot = self.beside(drop)
+        post = (np.abs(self.x - x) < 0.04 * drop + 0.3) & (self.y < foot) & (self.y > foot - 2.4 * drop)
+        self.fill(post | (self.ellipse(x, foot - 2.4 * drop, 0.2 * drop, 0.1 * drop) < 1), IGNORED, np.full(3, 60.0))
+
+    def car(self, drop: float) -> None:
+        side_on = self.chance(0.6)
+        wide, tall = drop * (1.5 if side_on else 0.8), drop * self.between(0.6, 0.8)
+        x, foot = self.between(0.05, 0.95) * self.width, self.horizon + drop
+        across, up = (self.x - x) / wide, (foot - self.y) / tall
+        self.rgb[self.ellipse(x, foot, 0.55 * wide, 0.15 * tall) < 1] *= 0.55
+        body = np.array([self.between(60, 200) for _ in range(3)])
+        cabin = np.abs(across) < (0.36 if side_on else 0.46) - 0.2 * np.maximum(up - 0.55, 0)
+        self.fill((np.abs(across) < 0.5) & (up > 0.12) & (up < 0.58), CAR, body)
+        self.fill(cabin & (up >= 0.58) & (up < 1), CAR, body * 0.9)
+        self.rgb[cabin & (up >= 0.62) & (up < 0.92) & (np.abs(np.abs(across) - 0.16) < 0.13)] = 60.0
+        for wheel in (-0.3, 0.3) if side_on else (-0.36, 0.36):
+            rim = self.ellipse(x + wheel * wide, foot - 0.16 * tall, 0.17 * tall, 0.17 * tall)
+            self.fill(rim < 1, CAR, np.full(3, 45.0))
+
+    def person(self, drop: float) -> None:
+        x, foot = self.between(0.03, 0.97) * self.width, self.horizon + drop
+        tall = drop * self.between(0.85, 1.05)
+        across, up = (self.x - x) / tall, (foot - self.y) / tall
+        clothes = [np.array([self.between(50, 200) for _ in range(3)]) for _ in range(2)]
+        legs = (up >= 0) & (up < 0.48) & (np.abs(across) < 0.14) & (np.abs(across) > 0.05 - 0.1 * up)
+        self.fill(legs, PERSON, clothes[0] * 0.6)
+        self.fill((up >= 0.42) & (up < 0.82) & (np.abs(across) < 0.2 - 0.1 * np.abs(up - 0.6)), PERSON, clothes[1])
+        self.fill(self.ellipse(x, foot - 0.9 * tall, 0.085 * tall, 0.1 * tall) < 1, PERSON, np.array([185.0, 140, 115]))
+
+    def exposed(self) -> NDArray[np.uint8]:
+        """The picture under this scene's light, as a camera with a little noise sees it."""
+        slope = self.between(-0.12, 0.12)
+        light = self.between(0.8, 1.1) * (1 + slope * (self.x / self.width - 0.5))
+        tint = np.array([self.between(0.95, 1.05), 1.0, self.between(0.95, 1.05)])
+        lit = self.rgb * light[..., None] * tint + 2 * self.noise()[..., None]
+        return np.clip(lit + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,26 @@
+"""What the stages of a job have to say while they work. Plain values: workers send them, reporters draw them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+StageName = Literal["images", "base", "original", "full", "selection", "partial"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a stage has to say: `step` of `steps` while it works, then `finished` or `reused`."""
+
+    kind: Literal["started", "progress", "finished", "reused"]
+    stage: StageName
+    level: str
+    step: int = 0
+    steps: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    score: float | None = None
+    seconds: float = 0.0
+
+
+Say = Callable[[Event], None]

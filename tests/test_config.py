@@ -1,0 +1,140 @@
+"""One typed configuration from a file and a command line, and one sentence for everything wrong with either."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gearnn_ray.config import ModelConfig, SplitConfig, budget_floats, normalisation_values, parse_command_line
+from gearnn_ray.errors import UserError
+from tests.conftest import ROOT
+
+
+def parse(*arguments: str) -> SplitConfig:
+    return parse_command_line(SplitConfig, arguments, "A job.")[0]
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"name": "x", "budget": "0.4%", "recipe": {"epochs": 7, "crop": 64}}))
+    config, options = parse_command_line(
+        SplitConfig, ["--json", "--config", str(file), "--recipe.epochs", "2", "--levels", "jpeg-5", "clean"], "A job."
+    )
+    assert (config.name, config.budget, config.recipe.epochs, config.recipe.crop) == ("x", "0.4%", 2, 64)
+    assert config.levels == ("jpeg-5", "clean")
+    assert options.json_lines
+
+
+def test_what_a_job_saves_of_its_configuration_reads_back(tmp_path: Path) -> None:
+    config = parse(
+        "--levels", "brightness-0.4+jpeg-30", "--model.mean", "0.4", "0.4", "0.4", "--model.std", "1", "1", "1"
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert parse("--config", str(tmp_path / "c.yaml")) == config
+
+
+def test_a_budget_in_a_file_may_be_a_number(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("budget: 31814\n")
+    assert parse("--config", str(tmp_path / "c.yaml")).budget == "31814"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("speed: 3", "unknown option 'speed'"),
+        ("recipe: {speed: 3}", r"unknown option 'recipe\.speed'"),
+        ("recipe: {epochs: 0}", r"recipe\.epochs is 0"),
+        ("recipe: {epochs: many}", r"recipe\.epochs is 'many'"),
+        ("recipe: {learning_rate: .nan}", r"recipe\.learning_rate is nan"),
+        ("levels: [jpeg-0]", "jpeg-0"),
+        ("levels: []", "no level is given"),
+        ("budget: 101%", "more than the whole network"),
+        ("data: {kind: coco}", r"data\.kind is 'coco'"),
+        ("model: {mean: [1, 1, 1]}", "give both or neither"),
+        ("resources: {gpus: 1.5}", "1.5 GPUs cannot be reserved"),
+        ("- a\n- b", "holds a list"),
+        ("a: [", "not readable as YAML"),
+        ("tags: ['../../x']", "is no safe name"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=found) as caught:
+        parse("--config", str(tmp_path / "c.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--speed", "3"], "Unrecognized options: --speed"),
+        (["--recipe.epochs", "0"], r"recipe\.epochs is 0"),
+        (["--recipe.epochs", "two"], "'two'"),
+        (["--levels", "jpeg-0"], "jpeg-0"),
+        (["--budget", "lots"], "the budget 'lots' is not understood"),
+        (["--data.kind", "coco"], "'coco'"),
+        (["--name", "../x"], "'../x' is no safe name"),
+        (["--config"], "--config stands alone"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["stray"], "stray"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_sentence(arguments: list[str], found: str) -> None:
+    with pytest.raises(UserError, match=found) as caught:
+        parse(*arguments)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_the_budget_is_the_papers() -> None:
+    assert budget_floats("0.2%", 15_907_139) == 31_814
+    assert budget_floats("0.2%", 26_022_723) == 52_045
+    assert budget_floats("31814", 15_907_139) == 31_814
+    assert budget_floats("100%", 7) == 7
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10_000))
+def test_the_share_is_floored_exactly(floats: int, basis_points: int) -> None:
+    text = f"{basis_points // 100}.{basis_points % 100:02d}%"
+    assert budget_floats(text, floats) == floats * basis_points // 10_000
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_budget_or_a_plain_refusal(text: str) -> None:
+    try:
+        floats = budget_floats(text, 1000)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "budget"
+        assert floats >= 0
+    assert "budget" in message
+
+
+def test_normalisation_comes_from_the_configuration_the_file_or_imagenet() -> None:
+    about = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    given_here = ModelConfig(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    assert normalisation_values(given_here, about)[0] == (0.5, 0.5, 0.5)
+    assert normalisation_values(ModelConfig(), about) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert normalisation_values(ModelConfig(), {"mean": "?"})[0] == (0.485, 0.456, 0.406)
+
+
+def test_help_is_made_from_the_same_types_and_needs_no_ray() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "jobs/split.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for option in (
+        "--levels",
+        "--budget",
+        "--recipe.learning-rate",
+        "--resources.workers-per-level",
+        "--config",
+        "--json",
+    ):
+        assert option in done.stdout
+    assert "ray._raylet" not in done.stderr

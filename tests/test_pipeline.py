@@ -1,0 +1,309 @@
+"""The split job on a real Ray: what it publishes, what it reuses, what it refuses, and what one bad level costs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from gearnn_ray import Store, UserError
+from gearnn_ray.cli import run_split
+from gearnn_ray.config import ResourcesConfig
+from gearnn_ray.layers import layers_of, network_state, same_bits
+from gearnn_ray.models import build_model
+from gearnn_ray.offline.pipeline import autoscaler_ceiling, check_resources
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[..., list[str]]:
+    tiny.write_folder(tmp_path / "data")
+    tiny.write_weights(tmp_path / "weights.safetensors")
+    return lambda **changes: tiny.options(tmp_path, **changes)
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]], str]:
+    code = run_split([*arguments, "--json"])
+    out = capsys.readouterr()
+    return code, tiny.events(out.out), out.err
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_from_weights_to_a_release(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = ["clean", "jpeg-10", "h264-32x24", "brightness-0.4+jpeg-30"]
+    code, lines, _ = run(told(levels=levels), capsys)
+    assert code == 0
+    store = Store(tmp_path / "store")
+    release = store.pull("tiny:latest")
+    assert sorted(release.levels) == sorted(levels)
+    assert release.digest == lines[-1]["release"]
+    assert release.adaptor_state("clean") == {}
+    assert {
+        "schema",
+        "name",
+        "created",
+        "model",
+        "base",
+        "levels",
+        "budget",
+        "recipe",
+        "versions",
+    } <= release.manifest.keys()
+    assert release.manifest["config"]["recipe"]["epochs"] == 3
+    assert str(tmp_path / "store") not in json.dumps(release.manifest)
+
+    model = build_model("tests.nets:small", tiny.CLASSES)
+    given = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    base = release.base_state()
+    assert all(torch.equal(base[name], tensor.float()) for name, tensor in given.items())
+    budget = 20 * release.manifest["model"]["floats"] // 100
+    for level in levels[1:]:
+        adaptor = release.adaptor_state(level)
+        assert 0 < sum(t.numel() for t in adaptor.values()) <= budget
+        model.load_state_dict({**base, **adaptor})
+        state = network_state(model)
+        assert all(same_bits(state[name], base[name]) for name in base if name not in adaptor)
+        assert any(not same_bits(tensor, base[name]) for name, tensor in adaptor.items())
+
+    summary = store.get_table("tables/tiny/summary.parquet")
+    assert summary.column_names == [
+        "level", "metric", "original", "full", "adaptor", "adaptor_floats", "budget_floats", "model_floats",
+        "seconds_full", "seconds_partial",
+    ]  # fmt: skip
+    assert summary["level"].to_pylist() == levels
+    assert summary["budget_floats"].to_pylist() == [budget] * 4
+    assert all(row["adaptor"] > row["original"] for row in summary.to_pylist() if row["level"] != "clean")
+    sensitivity = pq.read_table(tmp_path / "store/tables/tiny/sensitivity/jpeg-10.parquet")
+    assert sensitivity.column_names == [
+        "level", "layer", "kind", "index", "numel", "mean_abs_change", "max_abs_change", "l2_change", "l2_weight",
+        "share_above_2e_4",
+    ]  # fmt: skip
+    assert sensitivity["layer"].to_pylist() == [layer.name for layer in layers_of(model)]
+    assert set(sensitivity["level"].to_pylist()) == {"jpeg-10"}
+    selection = pq.read_table(tmp_path / "store/tables/tiny/selection/brightness-0.4+jpeg-30.parquet")
+    assert selection.column_names == [
+        "level", "layer", "numel", "value", "selected", "budget", "objective", "bound", "status",
+    ]  # fmt: skip
+    rows = selection.to_pylist()
+    assert {row["status"] for row in rows} == {"OPTIMAL"}
+    assert sum(row["value"] for row in rows if row["selected"]) == pytest.approx(rows[0]["objective"])
+    assert [r["layer"] for r in rows if r["selected"]] == release.manifest["levels"]["brightness-0.4+jpeg-30"]["layers"]
+    for table in (summary, sensitivity, selection):
+        assert table.schema.metadata[b"gearnn_ray.schema"] == b"1"
+        assert all(table.schema.field(name).metadata[b"description"] for name in table.column_names)
+    assert Image.open(tmp_path / "store" / lines[-1]["figure"]).size[0] > 500
+
+
+def test_running_again_computes_nothing_and_adds_nothing(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(told(), capsys)[0] == 0
+    before = files(tmp_path / "store")
+    code, lines, _ = run(told(), capsys)
+    assert code == 0
+    assert files(tmp_path / "store") == before
+    assert tiny.epochs_run(lines) == 0
+    assert {e["event"] for e in lines if e["event"] != "result" and e["stage"] != "images"} == {"reused"}
+
+
+def test_another_budget_reuses_every_full_fine_tune(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(told(), capsys)[1]
+    code, lines, _ = run(told(budget="40"), capsys)
+    assert code == 0
+    fulls = [e for e in lines if e.get("stage") == "full"]
+    assert {e["event"] for e in fulls} == {"reused"}
+    assert {e["event"] for e in lines if e.get("stage") == "partial"} == {"started", "progress", "finished"}
+    release = Store(tmp_path / "store").pull("tiny")
+    assert all(level["floats"] <= 40 for level in release.manifest["levels"].values())
+    # the first one is still there, under its digest, and comes back with its budget
+    assert Store(tmp_path / "store").pull(f"tiny@{first[-1]['release']}").manifest["budget"]["asked"] == "20%"
+    assert run(told(), capsys)[1][-1]["release"] == first[-1]["release"]
+
+
+def test_full_fine_tunes_are_kept_on_request(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(told(levels=["jpeg-10"]), capsys)
+    code, lines, _ = run(told(levels=["jpeg-10"], **{"keep-full": "True"}), capsys)
+    assert code == 0
+    assert any(e.get("stage") == "full" and e["event"] == "finished" for e in lines)  # it had not been kept
+    store = Store(tmp_path / "store")
+    entry = store.pull("tiny").manifest["levels"]["jpeg-10"]["full"]
+    full, base = store.get_state(entry["digest"]), store.pull("tiny").base_state()
+    assert full.keys() == base.keys()
+    assert not same_bits(full["conv1.weight"], base["conv1.weight"])
+
+
+def test_the_base_is_trained_where_no_weights_are_given(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = told(
+        levels=["jpeg-30"],
+        **{"model.weights": None, "base-recipe.epochs": 6, "base-recipe.crop": 24, "base-recipe.batch-size": 4},
+    )
+    code, lines, _ = run(arguments, capsys)
+    assert code == 0
+    assert next(e["event"] for e in lines if e.get("stage") == "base") == "started"
+    assert lines[-1]["summary"][0]["original"] > 40
+    assert [e["event"] for e in run(arguments, capsys)[1] if e.get("stage") == "base"] == ["reused"]
+
+
+def test_a_failed_level_takes_no_other_down(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = told(levels=["brightness-0.01", "jpeg-20"], **{"model.name": "tests.nets:afraid_of_the_dark"})
+    code, lines, _ = run(arguments, capsys)
+    assert code == 1
+    assert list(lines[-1]["failed"]) == ["brightness-0.01"]
+    assert "the loss became nan in epoch 1 of 3" in lines[-1]["failed"]["brightness-0.01"]
+    assert Store(tmp_path / "store").pull("tiny").levels == ("jpeg-20",)
+    assert run_split(arguments) == 1
+    assert "brightness-0.01 failed: the loss became nan" in capsys.readouterr().out
+
+
+def test_where_every_level_fails_nothing_is_published(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = told(levels=["brightness-0.01"], **{"model.name": "tests.nets:afraid_of_the_dark"})
+    assert run(arguments, capsys)[0] == 1
+    assert not (tmp_path / "store" / "refs").exists()
+
+
+def test_one_fine_tune_over_two_workers(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = told(levels=["jpeg-10"], **{"resources.workers-per-level": 2})
+    code, lines, err = run(arguments, capsys)
+    assert code == 0, err
+    assert {e["stage"] for e in lines if e["event"] == "finished"} >= {"original", "full", "selection", "partial"}
+    release = Store(tmp_path / "store").pull("tiny")
+    base, adaptor = release.base_state(), release.adaptor_state("jpeg-10")
+    assert adaptor
+    assert all(not same_bits(tensor, base[name]) for name, tensor in adaptor.items())
+    code, lines, _ = run(arguments, capsys)
+    assert code == 0
+    assert tiny.epochs_run(lines) == 0
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _label_outside(folder: Path) -> None:
+    path = folder / "data/val/labels/002.png"
+    label = np.array(Image.open(path))
+    label[0, 0] = 7
+    Image.fromarray(label).save(path)
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    state = safetensors.torch.load_file(folder / "weights.safetensors")
+    change(state)
+    safetensors.torch.save_file(state, folder / "weights.safetensors")
+
+
+def _pickle(folder: Path) -> None:
+    torch.save({"model": build_model}, folder / "weights.pt")
+
+
+BAD: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
+    "unknown option": ({"recipe.speed": 3}, None, "recipe.speed"),
+    "unknown level": ({"levels": ["jpg-10"]}, None, "jpg-10"),
+    "quality 0": ({"levels": ["jpeg-0"]}, None, "jpeg-0"),
+    "quality 101": ({"levels": ["jpeg-101"]}, None, "jpeg-101"),
+    "a level twice": ({"levels": ["jpeg-10", "jpeg-10"]}, None, "given twice"),
+    "a budget that fits no layer": ({"budget": "2"}, None, "fits no layer"),
+    "no budget": ({"budget": "lots"}, None, "'lots'"),
+    "an unsafe name": ({"name": "../tiny"}, None, "../tiny"),
+    "missing tensor": ({}, lambda f: _weights(f, lambda s: s.pop("conv1.weight")), "lacks 'conv1.weight'"),
+    "extra tensor": ({}, lambda f: _weights(f, lambda s: s.update(more=torch.zeros(2))), "has 'more'"),
+    "misshapen tensor": (
+        {}, lambda f: _weights(f, lambda s: s.update({"head.bias": torch.zeros(9)})), "'head.bias'",
+    ),
+    "a pickle": ({"model.weights": "weights.pt"}, _pickle, "not opened"),
+    "no weights": ({"model.weights": "nowhere.pt"}, None, "there is no weights file"),
+    "label outside the classes": ({}, _label_outside, "002"),
+    "image without label": ({}, lambda f: (f / "data/train/labels/003.png").unlink(), "003"),
+    "truncated image": ({}, lambda f: _truncate(f / "data/train/images/005.png"), "005.png"),
+    "truncated label": ({}, lambda f: _truncate(f / "data/val/labels/001.png"), "001.png"),
+    "no data": ({"data.path": "nowhere"}, None, "nowhere"),
+    "no such network": ({"model.name": "tests.nets:large"}, None, "cannot be imported"),
+    "a store that cannot be written": ({"store": "/proc/nowhere"}, None, "/proc/nowhere"),
+    "more GPUs than there will ever be": ({"resources.gpus": 3}, None, "3 GPU"),
+    "more CPUs than there will ever be": ({"resources.cpus": 64}, None, "64 CPU"),
+    "more workers than there will ever be": ({"resources.workers-per-level": 9}, None, "9 workers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
+    what: str, told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], published: Path
+) -> None:
+    changes, damage, found = BAD[what]
+    shutil.copytree(published, tmp_path / "store")
+    before = files(tmp_path / "store")
+    if damage is not None:
+        damage(tmp_path)
+    changes = {k: tmp_path / v if k in ("model.weights", "data.path") else v for k, v in changes.items()}
+    code, lines, err = run(told(**changes), capsys)
+    assert code == 2
+    assert found in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not [e for e in lines if e["stage"] != "images"]
+    assert files(tmp_path / "store") == before
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A store with a release in it."""
+    folder = tmp_path_factory.mktemp("published")
+    tiny.write_folder(folder / "data")
+    tiny.write_weights(folder / "weights.safetensors")
+    assert run_split([*tiny.options(folder, levels=["jpeg-50"], **{"recipe.epochs": 1}), "--json"]) == 0
+    return folder / "store"
+
+
+def test_what_a_cluster_will_ever_have() -> None:
+    head, worker = {"CPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}
+    check_resources(ResourcesConfig(cpus=4, gpus=0.25), [head, worker], None)
+    check_resources(ResourcesConfig(gpus=1, workers_per_level=2), [worker, worker], None)
+    with pytest.raises(UserError, match="2 GPU but the cluster will never have more than 2"):
+        check_resources(ResourcesConfig(gpus=2), [worker, worker], None)  # no node has two
+    with pytest.raises(UserError, match="1 GPU by 3 workers"):
+        check_resources(ResourcesConfig(gpus=1, workers_per_level=3), [worker, worker], None)
+    check_resources(ResourcesConfig(gpus=2), [head], {"CPU": 40.0, "GPU": 10.0})  # none there yet, but they can come
+    with pytest.raises(UserError, match="will never have more than 10"):
+        check_resources(ResourcesConfig(gpus=11), [head], {"CPU": 40.0, "GPU": 10.0})
+
+
+def test_the_ceiling_a_launcher_file_states() -> None:
+    launcher = {
+        "max_workers": 7,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "max_workers": 0},
+            "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 5},
+            "other": {"resources": {"CPU": 2}},
+        },
+    }
+    assert autoscaler_ceiling(launcher) == {"CPU": 34, "GPU": 5}
+    assert autoscaler_ceiling({}) is None
+    assert autoscaler_ceiling(None) is None

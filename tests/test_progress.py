@@ -1,0 +1,118 @@
+"""What a job says: remaining time by plain arithmetic, lines for logs, JSON for machines, bars for terminals."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from gearnn_ray.offline.events import Event
+from gearnn_ray.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration
+from gearnn_ray.report import print_summary, share_of_gap_closed, weight_change_figure
+
+
+def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
+    estimate = Estimate(("jpeg-10", "jpeg-20"))
+    estimate.see(Event("started", "original", "jpeg-10"), 100.0)
+    assert estimate.remaining(Event("started", "original", "jpeg-10"), 100.0) is None
+    half = Event("progress", "full", "jpeg-10", 2, 4, 1, 2)
+    for event in (Event("finished", "original", "jpeg-10"), half):
+        estimate.see(event, 110.0)
+    done = estimate.share("jpeg-10")
+    assert 0.3 < done < 0.5
+    assert estimate.remaining(half, 110.0) == pytest.approx(10 * (2 - done) / done)
+
+
+def test_what_is_reused_is_no_pace() -> None:
+    estimate = Estimate(("jpeg-10", "jpeg-20"))
+    for stage in ("original", "full", "selection", "partial"):
+        estimate.see(Event("reused", stage, "jpeg-10"), 0.0)
+    assert estimate.share("jpeg-10") == pytest.approx(1)
+    estimate.see(Event("started", "original", "jpeg-20"), 50.0)
+    last = Event("progress", "full", "jpeg-20", 1, 4)
+    estimate.see(Event("finished", "original", "jpeg-20"), 60.0)
+    estimate.see(last, 60.0)
+    done = estimate.share("jpeg-20")
+    assert estimate.remaining(last, 60.0) == pytest.approx(10 * (1 - done) / done)
+
+
+def test_the_undistorted_level_is_only_judged() -> None:
+    estimate = Estimate(("clean",))
+    estimate.see(Event("finished", "original", "clean"), 1.0)
+    assert estimate.share("clean") == pytest.approx(1)
+
+
+def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
+    out = io.StringIO()
+    times = iter([0.0, 10.0, 20.0, 30.0, 40.0])
+    with _Plain(("jpeg-10",), out, lambda: next(times)) as say:
+        say(Event("started", "full", "jpeg-10"))
+        say(Event("progress", "full", "jpeg-10", 1, 8, 1, 4, 0.5))  # within an epoch: no line
+        say(Event("progress", "full", "jpeg-10", 2, 8, 1, 4, 0.5))
+        say(Event("finished", "full", "jpeg-10", score=51.234, seconds=100))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "jpeg-10 full fine-tune: epoch 1 of 4, loss 0.500; about " in lines[1]
+    assert "left" in lines[1]
+    assert "done, mIoU 51.23 after 2 min" in lines[2]
+
+
+def test_json_lines_hold_every_field() -> None:
+    out = io.StringIO()
+    with _JsonLines(("jpeg-10",), out) as say:
+        say(Event("progress", "partial", "jpeg-10", 4, 8, 2, 4, 0.25))
+    (row,) = map(json.loads, out.getvalue().splitlines())
+    assert row["event"] == "progress"
+    assert (row["stage"], row["level"], row["step"], row["steps"], row["loss"]) == ("partial", "jpeg-10", 4, 8, 0.25)
+    assert row["remaining_seconds"] is not None
+
+
+def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with _LiveBars(("jpeg-10", "clean"), console) as say:
+        say(Event("progress", "images", "all", 1, 4))
+        say(Event("progress", "full", "jpeg-10", 4, 8, 2, 4, 0.25))
+        say(Event("finished", "original", "clean", score=56.3))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "full fine-tune, epoch 2 of 4, loss 0.250" in text
+    assert "done, mIoU 56.3" in text
+    assert "jpeg-10" in text
+
+
+def test_words() -> None:
+    assert [duration(s) for s in (5, 100, 3600, 7300)] == ["5 s", "2 min", "60 min", "2 h 2 min"]
+    assert describe(Event("reused", "full", "jpeg-10", score=50.0)) == "already in the store, mIoU 50.00"
+
+
+def test_a_share_of_a_gap_says_nothing_where_there_is_none() -> None:
+    assert share_of_gap_closed(40.0, 50.0, 48.0) == pytest.approx(80)
+    assert share_of_gap_closed(40.0, 50.0, 52.0) == pytest.approx(120)
+    assert share_of_gap_closed(50.0, 50.9, 50.8) is None
+    assert share_of_gap_closed(50.0, None, None) is None
+
+
+ROW = {
+    "level": "jpeg-10", "metric": "mIoU", "original": 40.0, "full": 50.0, "adaptor": 48.0,
+    "adaptor_floats": 31_000, "model_floats": 15_500_000,
+}  # fmt: skip
+
+
+def test_the_table_is_readable_on_eighty_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_summary([ROW, {**ROW, "level": "brightness-0.4+jpeg-30", "full": 40.5}], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "80%" in text
+    assert "31,000" in text
+    assert "0.200%" in text
+    assert "brightness-0.4+jpeg-30" in text
+    assert "…" not in text
+
+
+def test_the_picture_is_a_png_and_the_same_twice() -> None:
+    rows = [
+        {"layer": f"l{i}", "kind": kind, "index": i, "mean_abs_change": 10.0**-i}
+        for i, kind in enumerate(["conv_weight", "norm_weight", "norm_statistics", "bias"])
+    ]
+    figure = weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")
+    assert figure.startswith(b"\x89PNG")
+    assert figure == weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")

@@ -1,0 +1,97 @@
+"""A tiny street of one's own on disk, a network that learns it in seconds, and what a job is told to split it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+from gearnn_ray.layers import network_state
+from gearnn_ray.models import build_model
+from tests.conftest import ROOT
+
+CLASSES = 3
+
+
+def write_folder(root: Path, train: int = 12, val: int = 6) -> Path:
+    """train/ and val/ with images/ and labels/, in the true format of `data.kind folder`."""
+    rng = np.random.default_rng(3)
+    for part, count in (("train", train), ("val", val)):
+        (root / part / "images").mkdir(parents=True)
+        (root / part / "labels").mkdir()
+        for index in range(count):
+            label = np.kron(rng.integers(0, CLASSES, (4, 5)), np.ones((8, 8))).astype(np.uint8)
+            colours = np.array([[190, 70, 70], [70, 190, 70], [70, 70, 190]])
+            image = np.clip(colours[label] + rng.integers(-50, 50, (32, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(root / part / "images" / f"{index:03d}.png")
+            Image.fromarray(label).save(root / part / "labels" / f"{index:03d}.png")
+    return root
+
+
+def write_weights(path: Path) -> Path:
+    """The small network's weights from a seeded initialisation, in half precision as published ones may be."""
+    torch.manual_seed(0)
+    state = network_state(build_model("tests.nets:small", CLASSES))
+    safetensors.torch.save_file({name: tensor.half() for name, tensor in state.items()}, path)
+    return path
+
+
+def options(folder: Path, **changes: Any) -> list[str]:
+    """Command line of a job over `write_folder` and `write_weights` that takes seconds."""
+    told: dict[str, Any] = {
+        "name": "tiny",
+        "store": folder / "store",
+        "levels": ["jpeg-10", "brightness-0.4"],
+        "budget": "20%",
+        "data.kind": "folder",
+        "data.path": folder / "data",
+        "data.num-classes": CLASSES,
+        "data.cache": folder / "cache",
+        "model.name": "tests.nets:small",
+        "model.weights": folder / "weights.safetensors",
+        "recipe.epochs": 3,
+        "recipe.batch-size": 4,
+        "recipe.crop": 24,
+        "recipe.learning-rate": 0.05,
+        "recipe.precision": "float32",
+    } | changes
+    line: list[str] = []
+    for name, value in told.items():
+        if value is not None:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def start_job(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """`jobs/split.py` as a real process with JSON lines on its standard output."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "split.py"), *arguments, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def events(output: str) -> list[dict[str, Any]]:
+    """The JSON lines of a job."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def epochs_run(lines: list[dict[str, Any]]) -> int:
+    """Epochs of all fine-tunes that were finished in these events."""
+    return sum(
+        e["event"] == "progress" and e["epochs"] > 0 and e["step"] * e["epochs"] % e["steps"] == 0 for e in lines
+    )
+
+
+def blobs(store: Path) -> set[str]:
+    """Every blob of a local store: equal sets mean equal digests, hence equal bits."""
+    return {path.name for path in (store / "blobs" / "sha256").iterdir() if not path.name.startswith(".")}
