@@ -110,7 +110,7 @@ class _Plain:
         self.write(event, self._estimate.remaining(event, now))
 
     def write(self, event: Event, remaining: float | None) -> None:
-        line = f"{time.strftime('%H:%M:%S')}  {_place(event)}: {describe(event)}"
+        line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {_place(event)}: {describe(event)}"
         if remaining is not None and remaining >= 1:
             line += f"; {'' if event.stage in _SHARES else 'this stage '}about {duration(remaining)} left"
         print(line, file=self._out, flush=True)
@@ -120,7 +120,7 @@ class _JsonLines(_Plain):
     """One JSON object per event."""
 
     def write(self, event: Event, remaining: float | None) -> None:
-        row = {"time": time.time(), "event": event.kind, **asdict(event), "remaining_seconds": remaining}
+        row = {"event": event.kind, **asdict(event), "remaining_seconds": remaining}
         del row["kind"]
         print(json.dumps(row), file=self._out, flush=True)
 
@@ -170,8 +170,9 @@ class _LiveBars:
             self._bars.update(self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}")
 
 
-def reporter(levels: Sequence[str], json_lines: bool, out: TextIO = sys.stdout) -> Reporter:
-    """The reporter that fits where the output goes."""
+def reporter(levels: Sequence[str], json_lines: bool) -> Reporter:
+    """The reporter that fits where standard output goes."""
+    out = sys.stdout
     if json_lines:
         return _JsonLines(levels, out)
     if out.isatty():

@@ -21,7 +21,7 @@ def share_of_gap_closed(original: float, full: float | None, adaptor: float | No
 
 def print_summary(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One line per level."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     metric = rows[0]["metric"]
     heads = (
         "level",

@@ -5,7 +5,8 @@ import os
 # before Ray is imported anywhere: no token file in the home folder, no second environment under `uv run`
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# Ray starts workers at niceness 15: beside anything else that runs, a start of seconds becomes minutes
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,13 +1,13 @@
 """Generated street scenes: the data set that needs no download.
 
 A perspective street of sky, ground, houses, greenery, cars and people, painted back to front. Three pairs of
-classes share their mean colour and differ in fine texture alone, one to four pixels in period: road and
-pavement (one grey), brick and timber (one wall colour), tree and hedge (one green). Colour, position and shape
-do not tell the two of a pair apart; compression, scaling and darkness take away what does.
+classes share their colour and differ in texture alone, with periods of two to four pixels: road (grain) and
+pavement (setts), brick (courses) and timber (boards), tree (leaves) and hedge (hatching). Which of the two stands
+where is left to chance, so that compression, scaling and darkness take away what tells them apart.
 
-An image is a pure function of (seed, split, index, size). Only PCG64's uniform doubles, comparisons and the
-exactly rounded operations + - * / are used: no reductions and no transcendental functions, whose last bits
-differ between machines. Knows nothing about distortion levels, networks or files.
+An image is a pure function of seed, split, index and size, the same on every machine: PCG64's uniform doubles,
+comparisons and exactly rounded arithmetic (+ - * / % and square roots), but no sums over arrays and no
+transcendental functions, whose last bits differ. Knows nothing about levels, networks or files.
 """
 
 import hashlib
@@ -27,9 +27,11 @@ TWINS = ((ROAD, PAVEMENT), (BRICK, TIMBER), (TREE, HEDGE))
 """The pairs of classes that only texture tells apart."""
 
 VERSION = 1
-"""Raise it with any change to a pixel: it is part of every digest."""
+"""To be raised with any change to a pixel or a label: it is part of every digest."""
 
-MIN_SIDE, MAX_SIDE = 48, 2048
+SPLITS = ("train", "val")
+MAX_COUNT, MIN_SIDE, MAX_SIDE, MAX_SEED = 100_000, 48, 2048, 2**63 - 1
+
 
 Plane = NDArray[np.float64]  # [H, W]
 Mask = NDArray[np.bool_]  # [H, W]
@@ -37,7 +39,7 @@ Mask = NDArray[np.bool_]  # [H, W]
 
 @dataclass(frozen=True)
 class ScenesSplit:
-    """One split of the generated scenes; every image is a recording of its own."""
+    """A `gearnn_ray.data.Split` of generated scenes, painted when asked for; each is a clip of its own."""
 
     name: str
     count: int
@@ -63,33 +65,34 @@ class ScenesSplit:
         what |= {"height": self.height, "width": self.width, "seed": self.seed}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def image(self, i: int) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3] RGB."""
-        return self._scene(i)[0]
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """RGB image [H, W, 3]."""
+        return self._scene(index)[0]
 
-    def label(self, i: int) -> NDArray[np.uint8]:
-        """uint8 [H, W] class ids; 255 (lamp posts) is ignored."""
-        return self._scene(i)[1]
+    def label(self, index: int) -> NDArray[np.uint8]:
+        """Class ids [H, W]; lamp posts are `IGNORED`."""
+        return self._scene(index)[1]
 
-    def _scene(self, i: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        if not 0 <= i < self.count:
-            raise IndexError(f"{self.name} has {self.count} scenes, not one at {i}")
-        return render(self.seed, ("train", "val").index(self.name), i, self.height, self.width)
+    def _scene(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"there is no scene {index} among the {self.count} of {self.name}")
+        return render(self.seed, SPLITS.index(self.name), index, self.height, self.width)
 
 
 def open_scenes(train: int = 96, val: int = 24, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
     """The generated set: `train` and `val` images of `height` × `width` pixels.
 
-    Raises UserError on a count, size or seed that makes no set.
+    A larger set begins with the images of a smaller one. Raises `UserError` for a count, side or seed out of range.
     """
-    for what, count in (("train", train), ("val", val)):
-        if count < 1:
-            raise UserError(f"scenes: {what} is {count}, but each split needs at least 1 image; give a larger one.")
-    for what, side in (("height", height), ("width", width)):
-        if not MIN_SIDE <= side <= MAX_SIDE:
-            raise UserError(f"scenes: {what} is {side}; choose one from {MIN_SIDE} to {MAX_SIDE} pixels.")
-    if seed < 0:
-        raise UserError(f"scenes: seed is {seed}; choose 0 or a larger one.")
+    for what, value, low, high in (
+        ("train", train, 1, MAX_COUNT),
+        ("val", val, 1, MAX_COUNT),
+        ("height", height, MIN_SIDE, MAX_SIDE),
+        ("width", width, MIN_SIDE, MAX_SIDE),
+        ("seed", seed, 0, MAX_SEED),
+    ):
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f"{what} of the scenes is {value!r}: expected a whole number from {low} to {high}.")
     return Dataset(
         name="scenes",
         class_names=CLASS_NAMES,
@@ -99,7 +102,7 @@ def open_scenes(train: int = 96, val: int = 24, height: int = 96, width: int = 1
 
 
 def render(seed: int, split: int, index: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: uint8 [H, W, 3] RGB and uint8 [H, W] class ids."""
+    """One scene: the RGB image uint8 [H, W, 3] and its class ids uint8 [H, W], 255 = ignored."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, split, index])))
     painter = _Painter(rng, height, width)
     painter.sky()
@@ -158,7 +161,7 @@ class _Painter:
     def _textures(self) -> dict[int, Plane]:
         """A plane per class, mean 0 and rms 1: what alone tells the twins apart.
 
-        Periods of two to three pixels lie where JPEG's table of quantisers is coarsest, and half a size destroys them.
+        Periods this short lie where JPEG's quantisers are coarsest, and at half the size they alias away.
         """
         near = self.y > self.horizon + 0.45 * (self.height - self.horizon)
         # courses run to the vanishing point, but no finer than a camera would resolve them
@@ -169,7 +172,7 @@ class _Painter:
             BRICK: _stripes(course, 2.6),
             TIMBER: _stripes(self.x, 2.6),
             TREE: self.noise(),
-            HEDGE: 0.9 * _stripes(self.x + self.y, 3.0) + 0.4 * self.noise(),
+            HEDGE: 0.95 * _stripes(self.x + self.y, 3.0) + 0.3 * self.noise(),
         }
 
     def ellipse(self, x: float, y: float, rx: float, ry: float) -> Plane:
@@ -269,8 +272,8 @@ class _Painter:
     def beside(self, drop: float) -> tuple[float, float]:
         """A foot point (x, y) at the side of the street."""
         side = self.one_of((-1, 1))
-        edge = self.vanish if side < 0 else self.width - self.vanish
-        return self.vanish + side * drop * edge / self.kerb[side] * self.between(0.7, 1.0), self.horizon + drop
+        fronts = (self.vanish if side < 0 else self.width - self.vanish) / self.kerb[side]
+        return self.vanish + side * drop * fronts * self.between(0.7, 1.0), self.horizon + drop
 
     def tree(self, drop: float) -> None:
         x, foot = self.beside(drop)
@@ -284,7 +287,8 @@ class _Painter:
     def lamp(self, drop: float) -> None:
         x, foot = self.beside(drop)
         post = (np.abs(self.x - x) < 0.04 * drop + 0.3) & (self.y < foot) & (self.y > foot - 2.4 * drop)
-        self.fill(post | (self.ellipse(x, foot - 2.4 * drop, 0.2 * drop, 0.1 * drop) < 1), IGNORED, np.full(3, 60.0))
+        head = self.ellipse(x, foot - 2.4 * drop, 0.2 * drop, 0.1 * drop) < 1
+        self.fill(post | head, IGNORED, np.full(3, 60.0))
 
     def car(self, drop: float) -> None:
         side_on = self.chance(0.6)
@@ -307,9 +311,11 @@ class _Painter:
         across, up = (self.x - x) / tall, (foot - self.y) / tall
         clothes = [np.array([self.between(50, 200) for _ in range(3)]) for _ in range(2)]
         legs = (up >= 0) & (up < 0.48) & (np.abs(across) < 0.14) & (np.abs(across) > 0.05 - 0.1 * up)
+        coat = (up >= 0.42) & (up < 0.82) & (np.abs(across) < 0.2 - 0.1 * np.abs(up - 0.6))
+        head = self.ellipse(x, foot - 0.9 * tall, 0.085 * tall, 0.1 * tall) < 1
         self.fill(legs, PERSON, clothes[0] * 0.6)
-        self.fill((up >= 0.42) & (up < 0.82) & (np.abs(across) < 0.2 - 0.1 * np.abs(up - 0.6)), PERSON, clothes[1])
-        self.fill(self.ellipse(x, foot - 0.9 * tall, 0.085 * tall, 0.1 * tall) < 1, PERSON, np.array([185.0, 140, 115]))
+        self.fill(coat, PERSON, clothes[1])
+        self.fill(head, PERSON, np.array([185.0, 140.0, 115.0]))
 
     def exposed(self) -> NDArray[np.uint8]:
         """The picture under this scene's light, as a camera with a little noise sees it."""

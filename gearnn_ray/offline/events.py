@@ -1,7 +1,8 @@
 """What the stages of a job have to say while they work. Plain values: workers send them, reporters draw them."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 StageName = Literal["images", "base", "original", "full", "selection", "partial"]
@@ -21,6 +22,8 @@ class Event:
     loss: float | None = None
     score: float | None = None
     seconds: float = 0.0
+    time: float = field(default_factory=time.time)
+    """when it happened, seconds since 1970 on the clock of the worker that says it"""
 
 
 Say = Callable[[Event], None]

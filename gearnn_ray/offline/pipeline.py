@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -213,11 +213,20 @@ def _result(ref: Any) -> Any:
         raise
 
 
-def _sayer(board: Any) -> Say:
-    def say(event: Event) -> None:
-        board.put.remote(event)
+@contextmanager
+def _saying(board: Any) -> Iterator[Say]:
+    """A worker's line to the board; left only when everything said has arrived, for the driver stops listening then."""
+    last: list[Any] = [None]
 
-    return say
+    def say(event: Event) -> None:
+        last[0] = board.put.remote(event)
+
+    try:
+        yield say
+    finally:
+        if last[0] is not None:
+            with suppress(RayError):
+                ray.get(last[0], timeout=10)
 
 
 # ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
@@ -291,7 +300,8 @@ def _publish_base(work: Work, weights: str) -> Blob:
 @ray.remote
 def _train_base(work: Work, recipe: Recipe, threads: int, board: Any) -> Blob:
     prepare_process(threads)
-    return stages.train_base(work, recipe, _sayer(board))
+    with _saying(board) as say:
+        return stages.train_base(work, recipe, say)
 
 
 def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
@@ -310,7 +320,8 @@ def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
 @ray.remote
 def _run_level(work: Work, level: str, threads: int, board: Any) -> LevelResult:
     prepare_process(threads)
-    return stages.run_level(work, level, _sayer(board))
+    with _saying(board) as say:
+        return stages.run_level(work, level, say)
 
 
 @ray.remote(num_cpus=0)
@@ -328,7 +339,8 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
         if (device := get_device()).type == "cuda":
             torch.cuda.set_device(device)
         prepare_process(threads)
-        stages.run_level(work, level, _sayer(board) if dist.get_rank() == 0 else _mute)
+        with _saying(board) as say:
+            stages.run_level(work, level, say if dist.get_rank() == 0 else _mute)
 
     bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
     with tempfile.TemporaryDirectory(prefix="gearnn_ray-") as scratch:
