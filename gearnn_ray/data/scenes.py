@@ -2,8 +2,8 @@
 
 A perspective street of sky, ground, houses, greenery, cars and people, painted back to front. Three pairs of
 classes share their colour and differ in texture alone, with periods of two to four pixels: road (grain) and
-pavement (setts), brick (courses) and timber (boards), tree (leaves) and hedge (hatching). Which of the two stands
-where is left to chance, so that compression, scaling and darkness take away what tells them apart.
+pavement (setts), brick (courses) and timber (boards), tree (leaves) and hedge (hatching). Which of the
+two stands where is mostly left to chance, so that compression, scaling and darkness take away what tells them apart.
 
 An image is a pure function of seed, split, index and size, the same on every machine: PCG64's uniform doubles,
 comparisons and exactly rounded arithmetic (+ - * / % and square roots), but no sums over arrays and no
@@ -32,9 +32,9 @@ VERSION = 1
 SPLITS = ("train", "val")
 MAX_COUNT, MIN_SIDE, MAX_SIDE, MAX_SEED = 100_000, 48, 2048, 2**63 - 1
 
-
 Plane = NDArray[np.float64]  # [H, W]
 Mask = NDArray[np.bool_]  # [H, W]
+Colour = NDArray[np.float64]  # [3] RGB in 8-bit levels, or one for every pixel [H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def render(seed: int, split: int, index: int, height: int, width: int) -> tuple[
 def _stripes(across: Plane, period: float) -> Plane:
     """Dark lines one pixel wide, mean 0, rms about 1."""
     dark = 1 / period
-    return ((across % period >= 1) - (1 - dark)) / math.sqrt(dark * (1 - dark))
+    lines: Plane = np.where(across % period < 1, dark - 1, dark) / math.sqrt(dark * (1 - dark))
+    return lines
 
 
 class _Painter:
@@ -156,7 +157,14 @@ class _Painter:
 
     def noise(self) -> Plane:
         """White, mean 0, rms 1."""
-        return (self.rng.random((self.height, self.width)) - 0.5) * math.sqrt(12)
+        white: Plane = (self.rng.random((self.height, self.width)) - 0.5) * math.sqrt(12)
+        return white
+
+    def grain(self) -> Plane:
+        """Noise with some coarser noise in it, mean 0, rms 1: a trace of it outlives JPEG, for fine-tuning to find."""
+        clumps = self.noise()[np.ix_(np.arange(self.height) // 2, np.arange(self.width) // 2)]
+        mixed: Plane = 0.8 * self.noise() + 0.6 * clumps
+        return mixed
 
     def _textures(self) -> dict[int, Plane]:
         """A plane per class, mean 0 and rms 1: what alone tells the twins apart.
@@ -167,24 +175,26 @@ class _Painter:
         # courses run to the vanishing point, but no finer than a camera would resolve them
         course = (self.y - self.horizon) / np.maximum(self.reach, 0.7) + self.height
         return {
-            ROAD: self.noise(),
+            ROAD: self.grain(),
             PAVEMENT: (self.x // np.where(near, 2, 1) + self.y) % 2 * 2 - 1,
             BRICK: _stripes(course, 2.6),
             TIMBER: _stripes(self.x, 2.6),
-            TREE: self.noise(),
+            TREE: self.grain(),
             HEDGE: 0.95 * _stripes(self.x + self.y, 3.0) + 0.3 * self.noise(),
         }
 
     def ellipse(self, x: float, y: float, rx: float, ry: float) -> Plane:
         """Below 1 inside."""
         across, up = (self.x - x) / rx, (self.y - y) / ry
-        return across * across + up * up
+        distance: Plane = across * across + up * up
+        return distance
 
-    def paint(self) -> NDArray[np.float64]:
+    def paint(self) -> Colour:
         """A wall colour of this street."""
-        return self.walls[self.one_of((0, 1))] * self.between(0.95, 1.05)
+        colour: Colour = self.walls[self.one_of((0, 1))] * self.between(0.95, 1.05)
+        return colour
 
-    def fill(self, mask: Mask, what: int, colour: NDArray[np.float64]) -> None:
+    def fill(self, mask: Mask, what: int, colour: Colour) -> None:
         """Paint a class over whatever was there, with its texture."""
         painted = np.broadcast_to(colour, (*mask.shape, 3))[mask]
         if what in self.textures:
@@ -198,8 +208,9 @@ class _Painter:
         high = low - np.array([self.between(0, 60), self.between(0, 30), 0])
         self.fill(self.y >= 0, SKY, low + (high - low) * (1 - self.y / self.horizon)[..., None])
         for _ in range(3):
-            blob = self.ellipse(self.between(0, self.width), self.between(0, self.horizon) * 0.8, 26, 5)
-            self.fill(blob < 1, SKY, low + 18)
+            x, y = self.between(0, self.width), self.between(0, self.horizon) * 0.8
+            cloud = self.ellipse(x, y, 26 * self.unit, 5 * self.unit)
+            self.fill(cloud < 1, SKY, low + 18)
 
     def ground(self) -> None:
         """Lanes of road and pavement in turns, running to the vanishing point; a strip may cross them."""
@@ -248,8 +259,8 @@ class _Painter:
                 what = BRICK + TIMBER - what
         if self.chance(0.75):
             what = self.one_of((HEDGE, HEDGE, TREE))
-            far, length = self.between(0.3, 0.6), self.between(0.2, 0.5)
-            top = self.horizon - (self.between(0, 14) + self.noise()) * self.unit * self.reach
+            far, length = self.between(0.3, 0.6), self.between(0.3, 0.6)
+            top = self.horizon - (self.between(2, 18) + self.noise()) * self.unit * self.reach
             row = here & (self.reach >= far) & (self.reach < far + length) & (self.y >= top)
             self.fill(row & (self.y < foot + 2 * self.reach), what, self.green * self.between(0.95, 1.05))
 
@@ -263,14 +274,14 @@ class _Painter:
 
     def standing(self) -> None:
         """Trees, lamp posts, cars and people, the farthest first."""
-        kinds = [self.tree] * self.one_of((2, 3)) + [self.car] * self.one_of((2, 3))
-        kinds += [self.person] * self.one_of((2, 3, 4)) + [self.lamp] * self.one_of((0, 1))
-        depths = [self.between(0.2, 0.72) for _ in kinds]
-        for depth, k in sorted(zip(depths, range(len(kinds)), strict=True)):
-            kinds[k](depth * (self.height - self.horizon) + 2 * self.unit)
+        things = [self.tree] * self.one_of((2, 3)) + [self.car] * self.one_of((2, 3))
+        things += [self.person] * self.one_of((2, 3, 4)) + [self.lamp] * self.one_of((0, 1))
+        drops = [self.between(0.2, 0.72) * (self.height - self.horizon) + 2 * self.unit for _ in things]
+        for drop, thing in sorted(zip(drops, things, strict=True), key=lambda pair: pair[0]):
+            thing(drop)
 
     def beside(self, drop: float) -> tuple[float, float]:
-        """A foot point (x, y) at the side of the street."""
+        """Where something at the side of the street stands, (x, y), its foot `drop` below the horizon."""
         side = self.one_of((-1, 1))
         fronts = (self.vanish if side < 0 else self.width - self.vanish) / self.kerb[side]
         return self.vanish + side * drop * fronts * self.between(0.7, 1.0), self.horizon + drop
@@ -278,7 +289,7 @@ class _Painter:
     def tree(self, drop: float) -> None:
         x, foot = self.beside(drop)
         what, green = self.one_of((TREE, TREE, HEDGE)), self.green * self.between(0.95, 1.05)
-        radius, tall = drop * self.between(0.45, 0.75), drop * self.between(1.2, 2.2)
+        radius, tall = drop * self.between(0.5, 0.85), drop * self.between(1.2, 2.2)
         trunk = (np.abs(self.x - x) < 0.07 * drop) & (self.y < foot) & (self.y > foot - tall)
         self.fill(trunk, what, np.array([80.0, 65.0, 50.0]))
         crown = self.ellipse(x, foot - tall, radius, radius * self.between(0.8, 1.3))
@@ -323,4 +334,5 @@ class _Painter:
         light = self.between(0.8, 1.1) * (1 + slope * (self.x / self.width - 0.5))
         tint = np.array([self.between(0.95, 1.05), 1.0, self.between(0.95, 1.05)])
         lit = self.rgb * light[..., None] * tint + 2 * self.noise()[..., None]
-        return np.clip(lit + 0.5, 0, 255).astype(np.uint8)
+        picture: NDArray[np.uint8] = np.clip(lit + 0.5, 0, 255).astype(np.uint8)
+        return picture
