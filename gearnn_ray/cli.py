@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -12,8 +13,11 @@ from gearnn_ray.config import SplitConfig, parse_command_line
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
 from gearnn_ray.progress import reporter
-from gearnn_ray.report import print_summary, share_of_gap_closed, weight_change_figure
+from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 from gearnn_ray.store import Store
+
+if TYPE_CHECKING:
+    from gearnn_ray.offline.pipeline import Outcome
 
 _DESCRIPTION = (
     "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
@@ -49,17 +53,11 @@ def resolve_store(uri: str) -> str:
     return str(Path.home() / "gearnn_ray" / uri)
 
 
-def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
-    from gearnn_ray.offline.pipeline import Outcome
-
-    assert isinstance(outcome, Outcome)
+def _show(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
     store = Store(config.store)
-    figure = ""
-    moved = {r.level: r.sensitivity for r in outcome.results if not parse_level(r.level).is_clean}
-    if moved:
-        figure = f"figures/{config.name}/weight_change.png"
-        title = f"{config.name}: weight change per layer"
-        store.put_figure(figure, weight_change_figure(moved, {r.level: r.layers for r in outcome.results}, title))
+    pictures = _pictures(config, outcome)
+    for path, png in pictures.items():
+        store.put_figure(path, png)
     if json_lines:
         rows = [
             {**row, "gap_closed": share_of_gap_closed(row["original"], row["full"], row["adaptor"])}
@@ -67,7 +65,7 @@ def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
         ]
         result = {
             "event": "result", "release": outcome.release, "name": config.name, "store": store.uri,
-            "summary": rows, "failed": dict(outcome.failed), "figure": figure,
+            "summary": rows, "failed": dict(outcome.failed), "figures": list(pictures),
         }  # fmt: skip
         print(json.dumps(result), flush=True)
         return
@@ -85,6 +83,21 @@ def _show(config: SplitConfig, outcome: "object", json_lines: bool) -> None:
         f"\nbundle:   {config.name}:latest ({outcome.release[:19]}…) in {store.uri}\n"
         f"pull it:  python -c \"import gearnn_ray; r = gearnn_ray.Store({store.uri!r}).pull({config.name + ':latest'!r}); "
         f"print({{**r.base_state(), **r.adaptor_state({example!r})}}.keys())\""
-        + (f"\npicture:  {store.uri}/{figure}" if figure else ""),
+        + "".join(f"\npicture:  {store.uri}/{path}" for path in pictures),
         highlight=False, markup=False,
     )  # fmt: skip
+
+
+def _pictures(config: SplitConfig, outcome: "Outcome") -> dict[str, bytes]:
+    """What there is to see of a release, by path in the store."""
+    trained = [r for r in outcome.results if not parse_level(r.level).is_clean]
+    if not trained:
+        return {}
+    change = weight_change_figure(
+        {r.level: r.sensitivity for r in trained},
+        {r.level: r.layers for r in trained},
+        f"{config.name}: weight change per layer",
+    )
+    accuracy = accuracy_figure(outcome.summary, f"{config.name}: accuracy over distortion")
+    folder = f"figures/{config.name}"
+    return {f"{folder}/accuracy.png": accuracy, f"{folder}/weight_change.png": change}

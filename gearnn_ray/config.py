@@ -31,13 +31,13 @@ class _Section(BaseModel):
 class ScenesConfig(_Section):
     """The generated street scenes (data.kind scenes)."""
 
-    train: int = Field(96, ge=1)
+    train: int = Field(192, ge=1)
     """training images"""
     val: int = Field(32, ge=1)
     """validation images"""
-    height: int = Field(96, ge=32, le=2048)
+    height: int = Field(96, ge=48, le=2048)
     """pixels"""
-    width: int = Field(128, ge=32, le=4096)
+    width: int = Field(128, ge=48, le=2048)
     """pixels"""
     seed: int = Field(0, ge=0)
     """which scenes"""
@@ -118,7 +118,7 @@ class SplitConfig(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     recipe: Recipe = Recipe()
-    base_recipe: Recipe = Recipe(epochs=30, learning_rate=0.05, crop=128)
+    base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
     """how the base is trained where no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
 

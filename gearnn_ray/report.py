@@ -8,6 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gearnn_ray.levels import parse_level
+
 MEANINGFUL_GAP = 1.0
 """Percent points: a share of a smaller gap is noise divided by noise, and not shown."""
 
@@ -108,6 +110,61 @@ def weight_change_figure(
         ncols=max(1, len(handles)),
         frameon=False,
     )
+    return _png(figure)
+
+
+_AXES = {
+    "jpeg": "JPEG quality",
+    "brightness": "brightness factor",
+    "h264-size": "frame width in pixels (H.264)",
+    "h264-crf": "H.264 CRF",
+}
+
+
+def accuracy_figure(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """PNG: score over distortion level for original, full fine-tune and adaptor, a panel per kind of level (Figs. 10, 13).
+
+    rows: summary rows. The undistorted score is a line across; combinations, which have no axis, stand side by side.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    undistorted: float | None = None
+    for row in rows:
+        level = parse_level(row["level"])
+        if level.is_clean:
+            undistorted = row["original"]
+            continue
+        panel = panels.setdefault(level.family, [])
+        panel.append((float(len(panel)) if level.value is None else float(level.value), row))
+    figure = Figure(figsize=(1 + 4.5 * max(1, len(panels)), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for axis, (family, points) in zip(axes, panels.items(), strict=False):
+        points.sort(key=lambda point: point[0])
+        x = [value for value, _ in points]
+        for column, label, style in (
+            ("original", "original", {"linestyle": ":", "marker": "s", "color": "black"}),
+            ("full", "full fine-tune", {"linestyle": "--", "marker": "^", "color": "tab:orange"}),
+            ("adaptor", "base + adaptor", {"linestyle": "-", "marker": "o", "color": "tab:blue"}),
+        ):
+            axis.plot(x, [row[column] for _, row in points], label=label, markersize=5, **style)
+        if undistorted is not None:
+            axis.axhline(undistorted, color="grey", linewidth=0.8, label="original, undistorted")
+        axis.set_xlabel(_AXES.get(family, "combination"))
+        if family not in _AXES:
+            axis.set_xticks(x, [row["level"] for _, row in points], rotation=20, fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"{rows[0]['metric']}, percent")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(
+        out, format="png", dpi=110, metadata={"Software": None}
+    )  # no version: the same picture, the same bytes
     return out.getvalue()

@@ -7,6 +7,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray starts workers at niceness 15: beside anything else that runs, a start of seconds becomes minutes
 os.environ.setdefault("RAY_worker_niceness", "0")
+# for the S3 server on loopback; Ray's workers inherit them
+os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
 from collections.abc import Iterator
 from pathlib import Path

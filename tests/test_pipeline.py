@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from gearnn_ray import Store, UserError
@@ -105,7 +107,8 @@ def test_from_weights_to_a_release(
     for table in (summary, sensitivity, selection):
         assert table.schema.metadata[b"gearnn_ray.schema"] == b"1"
         assert all(table.schema.field(name).metadata[b"description"] for name in table.column_names)
-    assert Image.open(tmp_path / "store" / lines[-1]["figure"]).size[0] > 500
+    assert len(lines[-1]["figures"]) == 2
+    assert all(Image.open(tmp_path / "store" / figure).size[0] > 500 for figure in lines[-1]["figures"])
 
 
 def test_running_again_computes_nothing_and_adds_nothing(
@@ -199,6 +202,26 @@ def test_one_fine_tune_over_two_workers(
     code, lines, _ = run(arguments, capsys)
     assert code == 0
     assert tiny.epochs_run(lines) == 0
+
+
+def test_a_job_on_s3(told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="bucket")
+        uri = f"s3://bucket/artifacts?scheme=http&endpoint_override={host}:{port}"
+        code, lines, err = run(told(levels=["jpeg-10"], store=uri), capsys)
+        assert code == 0, err
+        release = Store(uri).pull("tiny")
+        run(told(levels=["jpeg-10"]), capsys)
+        local = Store(tmp_path / "store").pull("tiny")
+        # the same bytes wherever they are published
+        assert {**release.manifest, "created": ""} == {**local.manifest, "created": ""}
+        code, lines, _ = run(told(levels=["jpeg-10"], store=uri), capsys)
+        assert (code, tiny.epochs_run(lines)) == (0, 0)
+    finally:
+        server.stop()
 
 
 def _truncate(path: Path) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from gearnn_ray.offline.events import Event
 from gearnn_ray.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration
-from gearnn_ray.report import print_summary, share_of_gap_closed, weight_change_figure
+from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 
 
 def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
@@ -116,3 +116,12 @@ def test_the_picture_is_a_png_and_the_same_twice() -> None:
     figure = weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")
     assert figure.startswith(b"\x89PNG")
     assert figure == weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")
+
+
+def test_accuracy_is_drawn_over_every_kind_of_level() -> None:
+    names = ("clean", "jpeg-10", "jpeg-20", "brightness-0.2", "h264-512x256", "h264-crf24", "brightness-0.4+jpeg-30")
+    rows = [{**ROW, "level": name, "full": None if name == "clean" else 50.0} for name in names]
+    figure = accuracy_figure(rows, "t")
+    assert figure.startswith(b"\x89PNG")
+    assert figure == accuracy_figure(rows, "t")
+    assert figure != accuracy_figure([{**row, "adaptor": 10.0} for row in rows], "t")

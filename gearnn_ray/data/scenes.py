@@ -79,7 +79,7 @@ class ScenesSplit:
         return render(self.seed, SPLITS.index(self.name), index, self.height, self.width)
 
 
-def open_scenes(train: int = 96, val: int = 24, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
+def open_scenes(train: int = 192, val: int = 32, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
     """The generated set: `train` and `val` images of `height` × `width` pixels.
 
     A larger set begins with the images of a smaller one. Raises `UserError` for a count, side or seed out of range.
