@@ -23,17 +23,9 @@ def share_of_gap_closed(original: float, full: float | None, adaptor: float | No
 
 def print_summary(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One line per level."""
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     metric = rows[0]["metric"]
-    heads = (
-        "level",
-        "original",
-        "full fine-tune",
-        "base + adaptor",
-        "gap closed",
-        "adaptor floats",
-        "of the network",
-    )
+    heads = ("level", "original", "full", "adaptor", "gap closed", "floats", "of network")
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
@@ -49,7 +41,7 @@ def print_summary(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         )
     console.print(f"{metric} in percent on the validation images", style="bold", highlight=False)
     console.print(
-        "original: the base; full: its full fine-tune; adaptor: base + adaptor, of so many floats",
+        "original: the base; full: its full fine-tune; adaptor: base + adaptor",
         highlight=False,
     )
     console.print(table, highlight=False)

@@ -28,7 +28,6 @@ NORMALISATION = Normalisation((0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
 
 
 @pytest.fixture(scope="session")
