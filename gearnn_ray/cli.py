@@ -73,6 +73,13 @@ def _show(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
     if outcome.summary:
         console.print()
         print_summary(outcome.summary, console)
+        if shares := [result.share_changed for result in outcome.results if result.sensitivity]:
+            lie, moved = (f"{min(part):.1%} to {max(part):.1%}" for part in zip(*shares, strict=True))
+            console.print(
+                f"the full fine-tunes moved {moved} of the weights by more than 2e-4;\n"
+                f"{lie} lie in layers whose mean change is more",
+                highlight=False,
+            )
     for level, reason in outcome.failed.items():
         console.print(f"\n{level} failed: {reason}", style="bold red", highlight=False, markup=False)
     if outcome.release is None:

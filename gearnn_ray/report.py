@@ -58,6 +58,7 @@ def weight_change_figure(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     height = 1.2 + 1.5 * len(levels)
     figure = Figure(figsize=(12, height), layout="constrained")
@@ -70,7 +71,7 @@ def weight_change_figure(
     for axis, (level, rows) in zip(axes, levels.items(), strict=True):
         inside = set(chosen.get(level, ()))
         for kind in dict.fromkeys(row["kind"] for row in rows):
-            marker, label = markers.get(kind, ("x", kind))
+            marker, _ = markers.get(kind, ("x", kind))
             for selected in (False, True):
                 points = [
                     (r["index"], r["mean_abs_change"])
@@ -82,7 +83,7 @@ def weight_change_figure(
                     style = {"facecolor": "black"} if selected else {"facecolor": "white"}
                     axis.scatter(
                         x, y, marker=marker, s=22, edgecolor="black", linewidth=0.7, zorder=3 if selected else 2,
-                        label=label if not selected else None, **style,
+                        **style,
                     )  # fmt: skip
         axis.set_yscale("log")
         axis.axhline(2e-4, color="grey", linewidth=0.8, linestyle="--")
@@ -91,17 +92,12 @@ def weight_change_figure(
     axes[-1].set_xlabel("layer, in state-dict order (filled: chosen for the adaptor; dashed: 2e-4)")
     figure.supylabel("mean |weight change|, Eq. (1)")
     figure.suptitle(title)
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=max(1, len(handles)),
-        frameon=False,
-    )
+    kinds = dict.fromkeys(row["kind"] for rows in levels.values() for row in rows if row["mean_abs_change"] > 0)
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, markerfacecolor="white", markeredgecolor="black", label=label)
+        for marker, label in (markers.get(kind, ("x", kind)) for kind in kinds)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
     return _png(figure)
 
 

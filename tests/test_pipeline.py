@@ -20,7 +20,7 @@ from gearnn_ray.cli import run_split
 from gearnn_ray.config import ResourcesConfig
 from gearnn_ray.layers import layers_of, network_state, same_bits
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.pipeline import autoscaler_ceiling, check_resources
+from gearnn_ray.offline.resources import autoscaler_ceiling, check_resources, groups_that_fit
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -315,6 +315,14 @@ def test_what_a_cluster_will_ever_have() -> None:
     check_resources(ResourcesConfig(gpus=2), [head], {"CPU": 40.0, "GPU": 10.0})  # none there yet, but they can come
     with pytest.raises(UserError, match="will never have more than 10"):
         check_resources(ResourcesConfig(gpus=11), [head], {"CPU": 40.0, "GPU": 10.0})
+
+
+def test_worker_groups_start_only_where_they_fit() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert groups_that_fit(ResourcesConfig(cpus=1, gpus=1, workers_per_level=2), nodes, None) == 2
+    assert groups_that_fit(ResourcesConfig(cpus=4, workers_per_level=2), nodes, None) == 2
+    assert groups_that_fit(ResourcesConfig(cpus=1, gpus=1, workers_per_level=2), [], {"CPU": 40, "GPU": 10}) == 5
+    assert groups_that_fit(ResourcesConfig(cpus=1, gpus=1, workers_per_level=2), [], None) == 1
 
 
 def test_the_ceiling_a_launcher_file_states() -> None:

@@ -9,12 +9,10 @@ through the driver, which sees digests and small tables. What survives a killed 
 
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +24,6 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gearnn_ray import tables
 from gearnn_ray.config import (
     ModelConfig,
     ResourcesConfig,
@@ -37,19 +34,19 @@ from gearnn_ray.config import (
 )
 from gearnn_ray.data import Dataset, open_dataset
 from gearnn_ray.errors import TrainingFailedError, UserError
-from gearnn_ray.levels import codec_versions, parse_level
 from gearnn_ray.models import read_weights
 from gearnn_ray.offline import stages
 from gearnn_ray.offline.events import Event, Say
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
+from gearnn_ray.offline.resources import autoscaler_ceiling, check_resources, groups_that_fit
 from gearnn_ray.offline.stages import LevelResult, Network, NetworkFacts, Work
-from gearnn_ray.store import SCHEMA, Blob, Store
-from gearnn_ray.tasks.segmentation import METRIC, Normalisation
+from gearnn_ray.store import Blob, Store
+from gearnn_ray.tasks.segmentation import Normalisation
 
 _POLL_SECONDS = 0.5
 _BOOTSTRAP = Path.home() / "ray_bootstrap_config.yaml"
-_PACKAGES = ("gearnn-ray", "torch", "torchvision", "ray", "ortools", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,10 @@ def split(config: SplitConfig, say: Say) -> Outcome:
     ordered = tuple(results[name] for name in config.levels if name in results)
     if not ordered:
         return Outcome(None, (), failed)
-    summary = tuple(_summary_row(result, work.budget, facts.floats) for result in ordered)
+    summary = tuple(summary_row(result, work.budget, facts.floats) for result in ordered)
     release = store.publish(
-        _manifest(asked, work, base, facts, ordered),
-        _tables(config.name, work, ordered, summary),
+        manifest_of(asked, work, base, facts, ordered),
+        tables_of(config.name, work, ordered, summary),
         config.tags,
     )
     return Outcome(release, ordered, failed, summary)
@@ -128,38 +125,6 @@ def _cluster_resources() -> tuple[list[Mapping[str, float]], Mapping[str, float]
         # the cluster launcher's autoscaler does not tell the cluster its node types; its file on the head does
         ceiling = autoscaler_ceiling(read_yaml(_BOOTSTRAP))
     return nodes, ceiling
-
-
-def autoscaler_ceiling(launcher: object) -> Mapping[str, float] | None:
-    """The most CPUs and GPUs a cluster launcher's configuration allows, head included; None where it names no nodes."""
-    types = launcher.get("available_node_types") if isinstance(launcher, dict) else None
-    if not isinstance(launcher, dict) or not isinstance(types, dict):
-        return None
-    most: dict[str, float] = {}
-    for name, node in types.items():
-        at_most = (
-            1 if name == launcher.get("head_node_type") else node.get("max_workers", launcher.get("max_workers", 0))
-        )
-        for resource, amount in node.get("resources", {}).items():
-            most[resource] = most.get(resource, 0) + amount * at_most
-    return most
-
-
-def check_resources(
-    wanted: ResourcesConfig, nodes: list[Mapping[str, float]], ceiling: Mapping[str, float] | None
-) -> None:
-    """Raise UserError when a fine-tune asks for more than the cluster has or will ever have."""
-    for resource, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
-        total = each * wanted.workers_per_level
-        there = sum(node.get(resource, 0) for node in nodes)
-        largest = max((node.get(resource, 0) for node in nodes), default=0)
-        most = max(there, (ceiling or {}).get(resource, 0))
-        if total > most or (ceiling is None and each > largest):
-            workers = f" by {wanted.workers_per_level} workers" if wanted.workers_per_level > 1 else ""
-            raise UserError(
-                f"a fine-tune asks for {each:g} {resource}{workers} but the cluster will never have more than {most:g}: "
-                f"lower resources.{resource.lower()}s or resources.workers_per_level, or use a larger cluster"
-            )
 
 
 def _beside_driver() -> NodeAffinitySchedulingStrategy:
@@ -372,7 +337,7 @@ def _levels(
     threads = max(1, int(resources.cpus))
     start: Callable[[str], Any]
     if spreads_over_workers(resources):
-        at_once = _groups_that_fit(resources)
+        at_once = groups_that_fit(resources, *_cluster_resources())
         start = lambda level: _run_level_on_workers.options(  # noqa: E731
             max_retries=resources.retries, scheduling_strategy=_beside_driver()
         ).remote(shared, level, resources, board)
@@ -404,17 +369,6 @@ def spreads_over_workers(resources: ResourcesConfig) -> bool:
     return resources.workers_per_level > 1
 
 
-def _groups_that_fit(resources: ResourcesConfig) -> int:
-    """Worker groups that run at once: a group that waits for another's workers would time out inside Ray Train."""
-    nodes, ceiling = _cluster_resources()
-    fits = []
-    for resource, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
-        if each:
-            most = max(sum(node.get(resource, 0) for node in nodes), (ceiling or {}).get(resource, 0))
-            fits.append(int(most // (each * resources.workers_per_level)))
-    return max(1, min(fits))
-
-
 def _reason(error: Exception) -> str:
     """Why a level failed, in one line; Ray Train wraps a worker's exception in several of its own."""
     inner: BaseException = error
@@ -426,105 +380,3 @@ def _reason(error: Exception) -> str:
         inner = following
     text = " ".join(str(inner).split()) or type(inner).__name__
     return text if isinstance(inner, UserError | TrainingFailedError) else f"{type(inner).__name__}: {text[:500]}"
-
-
-# ── the release ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str, Any]:
-    return {
-        "level": result.level,
-        "metric": METRIC,
-        "original": result.original,
-        "full": result.full,
-        # an undistorted level is the base itself
-        "adaptor": result.original if result.adaptor is None else result.adaptor,
-        "adaptor_floats": result.floats,
-        "budget_floats": budget,
-        "model_floats": model_floats,
-        "seconds_full": result.seconds_full,
-        "seconds_partial": result.seconds_partial,
-    }
-
-
-def _manifest(
-    config: SplitConfig, work: Work, base: Blob, facts: NetworkFacts, results: tuple[LevelResult, ...]
-) -> dict[str, Any]:
-    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes."""
-    levels: dict[str, Any] = {}
-    for result in results:
-        scores = {
-            "metric": METRIC,
-            "original": result.original,
-            "full": result.full,
-            "adaptor": result.adaptor,
-        }
-        levels[result.level] = {
-            "digest": result.digest,
-            "bytes": result.bytes,
-            "floats": result.floats,
-            "layers": list(result.layers),
-            "scores": {name: score for name, score in scores.items() if score is not None},
-        }
-        if result.full_digest is not None:
-            levels[result.level]["full"] = {"digest": result.full_digest, "bytes": result.full_bytes}
-    packages = {name: version(name) for name in _PACKAGES if _installed(name)}
-    return {
-        "schema": SCHEMA,
-        "name": config.name,
-        "model": {
-            "name": work.network.name,
-            "num_classes": work.network.num_classes,
-            "class_names": list(work.data.class_names),
-            "floats": facts.floats,
-            "task": "segmentation",
-            "normalisation": {k: list(v) for k, v in asdict(work.network.normalisation).items()},
-        },
-        "data": {"name": work.data.name, "train": work.data.train.digest, "val": work.data.val.digest},
-        "base": asdict(base),
-        "levels": levels,
-        "budget": {"asked": config.budget, "floats": work.budget},
-        "recipe": work.recipe.model_dump(),
-        "seed": work.seed,
-        "config": _config_to_keep(config),
-        "versions": {"python": platform.python_version(), **packages, **codec_versions()},
-    }
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except ImportError:
-        return False  # only the working directory was shipped
-    return True
-
-
-def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
-    """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
-    return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
-
-
-def _tables(
-    name: str, work: Work, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
-) -> dict[str, Any]:
-    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, summary)}
-    for result in results:
-        if parse_level(result.level).is_clean:
-            continue
-        chosen = set(result.layers)
-        moved = [{"level": result.level, **row} for row in result.sensitivity]
-        picked = [
-            {
-                "level": result.level,
-                "layer": row["layer"],
-                "numel": row["numel"],
-                "value": row["mean_abs_change"],
-                "selected": row["layer"] in chosen,
-                "budget": work.budget,
-                **{k: result.selection[k] for k in ("objective", "bound", "status")},
-            }
-            for row in result.sensitivity
-        ]
-        made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
-        made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)
-    return made

@@ -30,7 +30,7 @@ from gearnn_ray.offline.events import Event, Say, StageName
 from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.selection import select
-from gearnn_ray.offline.sensitivity import Sensitivity, sensitivity
+from gearnn_ray.offline.sensitivity import Sensitivity, sensitivity, share_of_weights_changed
 from gearnn_ray.store import Blob, Store, digest_of, encode_state
 from gearnn_ray.tasks.segmentation import Normalisation
 
@@ -82,6 +82,11 @@ class LevelResult:
     seconds_partial: float = 0.0
     sensitivity: tuple[dict[str, Any], ...] = ()
     selection: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def share_changed(self) -> tuple[float, float]:
+        """`share_of_weights_changed` of the full fine-tune: by layers, by weights."""
+        return share_of_weights_changed([Sensitivity(**row) for row in self.sensitivity])
 
 
 def stage_key(stage: str, **inputs: Any) -> str:

@@ -1,0 +1,121 @@
+"""What a release is made of: the manifest, the tables, one summary row per level. Plain values from level results.
+
+Knows nothing of Ray or of how the results came about.
+"""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from gearnn_ray import tables
+from gearnn_ray.config import SplitConfig
+from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.offline.stages import LevelResult, NetworkFacts, Work
+from gearnn_ray.store import SCHEMA, Blob
+from gearnn_ray.tasks.segmentation import METRIC
+
+_PACKAGES = ("gearnn-ray", "torch", "torchvision", "ray", "ortools", "numpy", "pyarrow")
+
+
+def summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str, Any]:
+    return {
+        "level": result.level,
+        "metric": METRIC,
+        "original": result.original,
+        "full": result.full,
+        # an undistorted level is the base itself
+        "adaptor": result.original if result.adaptor is None else result.adaptor,
+        "adaptor_floats": result.floats,
+        "budget_floats": budget,
+        "model_floats": model_floats,
+        "seconds_full": result.seconds_full,
+        "seconds_partial": result.seconds_partial,
+    }
+
+
+def manifest_of(
+    config: SplitConfig, work: Work, base: Blob, facts: NetworkFacts, results: tuple[LevelResult, ...]
+) -> dict[str, Any]:
+    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes."""
+    levels: dict[str, Any] = {}
+    for result in results:
+        scores = {
+            "metric": METRIC,
+            "original": result.original,
+            "full": result.full,
+            "adaptor": result.adaptor,
+        }
+        levels[result.level] = {
+            "digest": result.digest,
+            "bytes": result.bytes,
+            "floats": result.floats,
+            "layers": list(result.layers),
+            "scores": {name: score for name, score in scores.items() if score is not None},
+        }
+        if result.sensitivity:
+            by_layer, by_weight = result.share_changed
+            # the paper's Fig. 5 fact, of the full fine-tune: floats in layers whose mean moved by more, floats that did
+            levels[result.level]["share_above_2e_4"] = {"by_layer": by_layer, "by_weight": by_weight}
+        if result.full_digest is not None:
+            levels[result.level]["full"] = {"digest": result.full_digest, "bytes": result.full_bytes}
+    packages = {name: version(name) for name in _PACKAGES if _installed(name)}
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "model": {
+            "name": work.network.name,
+            "num_classes": work.network.num_classes,
+            "class_names": list(work.data.class_names),
+            "floats": facts.floats,
+            "task": "segmentation",
+            "normalisation": {k: list(v) for k, v in asdict(work.network.normalisation).items()},
+        },
+        "data": {"name": work.data.name, "train": work.data.train.digest, "val": work.data.val.digest},
+        "base": asdict(base),
+        "levels": levels,
+        "budget": {"asked": config.budget, "floats": work.budget},
+        "recipe": work.recipe.model_dump(),
+        "seed": work.seed,
+        "config": _config_to_keep(config),
+        "versions": {"python": platform.python_version(), **packages, **codec_versions()},
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False  # only the working directory was shipped
+    return True
+
+
+def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
+    """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
+    return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
+
+
+def tables_of(
+    name: str, work: Work, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
+) -> dict[str, Any]:
+    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, summary)}
+    for result in results:
+        if parse_level(result.level).is_clean:
+            continue
+        chosen = set(result.layers)
+        moved = [{"level": result.level, **row} for row in result.sensitivity]
+        picked = [
+            {
+                "level": result.level,
+                "layer": row["layer"],
+                "numel": row["numel"],
+                "value": row["mean_abs_change"],
+                "selected": row["layer"] in chosen,
+                "budget": work.budget,
+                **{k: result.selection[k] for k in ("objective", "bound", "status")},
+            }
+            for row in result.sensitivity
+        ]
+        made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
+        made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)
+    return made
