@@ -602,3 +602,8 @@ def test_damage_of_any_kind_is_a_user_error_or_harmless(
             plain(error)
         else:
             assert pixels.dtype == np.uint8
+
+
+def test_the_scenes_refuse_an_option_that_is_none_of_theirs() -> None:
+    with pytest.raises(UserError, match="scenes has no option 'num_classes'"):
+        open_dataset("scenes", num_classes=3)

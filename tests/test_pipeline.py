@@ -224,6 +224,20 @@ def test_a_job_on_s3(told: Callable[..., list[str]], tmp_path: Path, capsys: pyt
         server.stop()
 
 
+def test_a_failed_level_spread_over_workers_says_why(
+    told: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines, _ = run(
+        told(
+            levels=["brightness-0.01"],
+            **{"model.name": "tests.nets:afraid_of_the_dark", "resources.workers-per-level": 2, "resources.retries": 0},
+        ),
+        capsys,
+    )
+    assert code == 1
+    assert lines[-1]["failed"]["brightness-0.01"].startswith("the loss became nan in epoch 1 of 3")
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -99,8 +99,10 @@ def assert_same(work: Path, store: str, undisturbed: Path) -> None:
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    """Ray's own processes follow their driver; anything that would not is ended here, by id."""
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    """Workers follow their driver within seconds; Ray's agents linger, and are ended here, by id."""
+    workers = [p for p in processes if p.is_running() and "ray::_run_level" in " ".join(p.cmdline())]
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    _, alive = psutil.wait_procs(processes, timeout=3)
     for process in alive:
         process.kill()
 

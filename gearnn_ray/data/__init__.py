@@ -3,6 +3,7 @@
 Knows nothing about distortion levels, networks or caches: `gearnn_ray.data.images` builds on this.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,10 +83,9 @@ def open_dataset(kind: str, path: str | None = None, **own: Any) -> Dataset:
             raise UserError(f"data of kind scenes is generated, but a path was given ({path}): leave it out.")
         from gearnn_ray.data.scenes import open_scenes
 
+        _refuse_unknown(kind, own, set(inspect.signature(open_scenes).parameters))
         return open_scenes(**own)
-    unknown = sorted(own.keys() - ({"num_classes"} if kind == "folder" else set()))
-    if unknown:
-        raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")
+    _refuse_unknown(kind, own, {"num_classes"} if kind == "folder" else set())
     if not path:
         raise UserError(f"data of kind {kind} needs a path and none was given: name the folder it lies in.")
     # absolute, because a worker runs in another directory than the one the path was written for
@@ -98,6 +98,12 @@ def open_dataset(kind: str, path: str | None = None, **own: Any) -> Dataset:
     except OSError as error:
         found = f"{error.filename or root} cannot be read ({error.strerror})"
         raise UserError(f"{found}: expected {kind} data there, so make it readable.") from error
+
+
+def _refuse_unknown(kind: str, given: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")
 
 
 def _opener(kind: str) -> Callable[..., Dataset]:

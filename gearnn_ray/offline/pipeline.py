@@ -24,6 +24,7 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gearnn_ray.adaptors import ComplementChangedError
 from gearnn_ray.config import (
     ModelConfig,
     ResourcesConfig,
@@ -137,6 +138,7 @@ class _Board:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._failures: dict[str, str] = {}
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -144,6 +146,12 @@ class _Board:
     def take(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def give_up(self, level: str, reason: str) -> None:
+        self._failures.setdefault(level, reason)
+
+    def given_up(self, level: str) -> str | None:
+        return self._failures.get(level)
 
 
 class _Relay:
@@ -295,6 +303,9 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
 
+    with _saying(board) as say:
+        if (known := stages.known_level(work, level, say)) is not None:
+            return known
     threads = max(1, int(resources.cpus))
 
     def loop() -> None:
@@ -304,12 +315,18 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
         if (device := get_device()).type == "cuda":
             torch.cuda.set_device(device)
         prepare_process(threads)
+        if ray.get(board.given_up.remote(level)) is not None:
+            return  # Ray Train tries again after any failure; what is wrong with a level does not get better
         with _saying(board) as say:
-            stages.run_level(work, level, say if dist.get_rank() == 0 else _mute)
+            try:
+                stages.run_level(work, level, say if dist.get_rank() == 0 else _mute)
+            except (TrainingFailedError, UserError, ComplementChangedError) as error:
+                ray.get(board.give_up.remote(level, str(error)))
+                raise  # the other workers wait for this one: Ray Train ends them
 
     bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
     with tempfile.TemporaryDirectory(prefix="gearnn_ray-") as scratch:
-        TorchTrainer(
+        trainer = TorchTrainer(
             loop,
             scaling_config=ScalingConfig(
                 num_workers=resources.workers_per_level,
@@ -320,9 +337,16 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
             run_config=RunConfig(
                 name=level, storage_path=scratch, failure_config=FailureConfig(max_failures=resources.retries)
             ),
-        ).fit()
-    # every stage is in the store now: this reads them and computes nothing
-    return stages.run_level(work, level, _mute)
+        )
+        try:
+            trainer.fit()
+        finally:
+            reason = ray.get(board.given_up.remote(level))
+            if reason is not None:
+                raise TrainingFailedError(reason) from None
+    result = stages.known_level(work, level, _mute)
+    assert result is not None, "Ray Train ended without an error but left a stage undone"
+    return result
 
 
 def _mute(event: Event) -> None:

@@ -189,7 +189,27 @@ def run_level(work: Work, level: str, say: Say) -> LevelResult:
 
     Raises UserError, TrainingFailedError, ComplementChangedError.
     """
-    run = _LevelRun(work, level, say)
+    return _run_level(_LevelRun(work, level, say))
+
+
+def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
+    """What `run_level` would return where the store holds all of it already, else None; computes nothing."""
+    said: list[Event] = []
+    try:
+        result = _run_level(_LevelRun(work, level, said.append, only_look=True))
+    except _NotYetError:
+        return None
+    for event in said:
+        say(event)
+    return result
+
+
+class _NotYetError(Exception):
+    """A stage is not in the store, and only looking was asked for."""
+
+
+def _run_level(run: "_LevelRun") -> LevelResult:
+    work, level = run.work, run.level
     original = run.stage("original", run.key("original"), run.judge_original)
     if parse_level(level).is_clean:
         return LevelResult(level, original["score"])
@@ -223,8 +243,8 @@ def run_level(work: Work, level: str, say: Say) -> LevelResult:
 class _LevelRun:
     """The stages of one level over one network in memory."""
 
-    def __init__(self, work: Work, level: str, say: Say) -> None:
-        self.work, self.level, self.say = work, level, say
+    def __init__(self, work: Work, level: str, say: Say, only_look: bool = False) -> None:
+        self.work, self.level, self.say, self.only_look = work, level, say, only_look
         self.store = Store(work.store)
         self.distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.leads = not self.distributed or dist.get_rank() == 0
@@ -263,6 +283,8 @@ class _LevelRun:
         if record is not None:
             self.say(Event("reused", name, self.level, score=record.get("score"), seconds=record.get("seconds", 0.0)))
             return record
+        if self.only_look:
+            raise _NotYetError
         self.say(Event("started", name, self.level))
         started = time.perf_counter()
         record = compute(key)

@@ -110,7 +110,7 @@ def loss_of(logits_BKhw: Tensor, y_BHW: Tensor) -> Tensor:
 def confusion(logits_1Khw: Tensor, label: Image) -> Tensor:
     """hist_KK (int64) of one image: the logits are resized to the label's size, then judged pixel by pixel."""
     classes = logits_1Khw.shape[1]
-    y = torch.from_numpy(np.ascontiguousarray(label)).to(logits_1Khw.device).long()
+    y = torch.from_numpy(label.astype(np.int64)).to(logits_1Khw.device)
     if logits_1Khw.shape[-2:] != y.shape:
         logits_1Khw = F.interpolate(logits_1Khw, size=y.shape, mode="bilinear", align_corners=False)
     prediction = logits_1Khw[0].argmax(0)
