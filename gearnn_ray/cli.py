@@ -85,13 +85,14 @@ def _show(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
     if outcome.release is None:
         console.print("\nno level succeeded, so nothing was published", highlight=False)
         return
+    python = "uv run python" if "UV" in os.environ else "python"
     example = next((r.level for r in outcome.results if r.digest), outcome.results[0].level)
     console.print(
         f"\nbundle:   {config.name}:latest ({outcome.release[:19]}…) in {store.uri}\n"
-        f"pull it:  python -c \"import gearnn_ray; r = gearnn_ray.Store({store.uri!r}).pull({config.name + ':latest'!r}); "
+        f"pull it:  {python} -c \"import gearnn_ray; r = gearnn_ray.Store({store.uri!r}).pull({config.name + ':latest'!r}); "
         f"print({{**r.base_state(), **r.adaptor_state({example!r})}}.keys())\""
         + "".join(f"\npicture:  {store.uri}/{path}" for path in pictures),
-        highlight=False, markup=False,
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 
