@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from step import smallest_layers
 from torch.utils.flop_counter import FlopCounterMode
 
-from gearnn_ray.layers import layers_of, network_state, same_bits
+from gearnn_ray.layers import network_state, same_bits
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.finetune import fine_tune, prepare_process
 from gearnn_ray.offline.recipe import Recipe
@@ -26,17 +27,6 @@ from gearnn_ray.tasks.segmentation import Normalisation
 
 CLASSES, BATCH = 11, 8
 NORMALISATION = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31))
-BUDGET = 31_814
-
-
-def small_layers() -> tuple[str, ...]:
-    """The smallest layers that fit M = 0.2%: the set Eq. (2) can choose from, the costliest first convolution included."""
-    chosen, used = [], 0
-    for layer in sorted(layers_of(build_model("drn_d_22", CLASSES)), key=lambda x: x.numel):
-        if used + layer.numel <= BUDGET:
-            chosen.append(layer.name)
-            used += layer.numel
-    return tuple(chosen)
 
 
 def pictures(count: int, batch: int) -> tuple[list[Any], list[Any]]:
@@ -51,7 +41,7 @@ def worker(device: str, partial: bool, crop: int, batch: int, steps: int, barrie
     prepare_process(1)
     recipe = Recipe(epochs=1, batch_size=batch, crop=crop)
     model = build_model("drn_d_22", CLASSES).to(device)
-    chosen = small_layers() if partial else None
+    chosen = smallest_layers() if partial else None
     images, labels = pictures(steps * batch, batch)
     fine_tune(model, images[: 3 * batch], labels[: 3 * batch], recipe, NORMALISATION, chosen=chosen, seed=0)
     barrier.wait()
@@ -101,7 +91,7 @@ def step_flops(partial: bool, crop: int) -> float:
     from gearnn_ray.layers import set_trainable
 
     model = build_model("drn_d_22", CLASSES)
-    set_trainable(model, small_layers() if partial else None)
+    set_trainable(model, smallest_layers() if partial else None)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, crop, crop)).sum().backward()
     return float(counter.get_total_flops())
