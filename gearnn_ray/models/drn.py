@@ -94,7 +94,7 @@ class DRNSeg(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
-        # a head as wide as DRN's own initialisation makes the first steps so large that fine texture is never learnt
+        # narrower than DRN's own initialisation: the base that is trained from scratch starts from small logits
         nn.init.normal_(self.seg.weight, 0.0, 0.01)
         assert self.seg.bias is not None
         nn.init.zeros_(self.seg.bias)
