@@ -120,7 +120,7 @@ def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: Path, stage: st
     workers, _ = job.descendants()
     workers[0].send_signal(signal.SIGKILL)
     assert job.end() == 0, job.errors
-    assert tiny.epochs_run(job.lines) <= ALL_EPOCHS + 2  # it may have been between two fine-tunes' epochs
+    assert tiny.epochs_run(job.lines) <= ALL_EPOCHS + 1  # one fine-tune was interrupted: at most one epoch again
     assert_same(work, f"worker-{stage}", undisturbed)
 
 
@@ -178,7 +178,7 @@ def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path) -> No
     assert job.end() == 0, job.errors
     assert {"event": "node killed"} in job.lines
     lines = [e for e in job.lines if "stage" in e]
-    assert tiny.epochs_run(lines) <= ALL_EPOCHS + 2
+    assert tiny.epochs_run(lines) <= ALL_EPOCHS + 1  # the node had one CPU, hence one fine-tune
     assert_same(work, "node", undisturbed)
 
 
