@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from gearnn_ray.layers import model_size
     from gearnn_ray.models import build_model
     from gearnn_ray.offline.selection import Selection, select
+    from gearnn_ray.online.adaptive import AdaptiveModel
     from gearnn_ray.store import Release, Store
 
 _HOMES = {
+    "AdaptiveModel": "online.adaptive",
     "CorruptStoreError": "errors",
     "Release": "store",
     "Selection": "offline.selection",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveModel",
     "CorruptStoreError",
     "Release",
     "Selection",

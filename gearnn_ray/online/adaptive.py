@@ -1,0 +1,372 @@
+"""One base, every level: a network whose samples each use the weights of their own distortion level, in one pass.
+
+    model = AdaptiveModel.pull("artifacts", "drn22-scenes-jpeg:latest")
+    logits = model(images)                                 # levels detected per frame
+    logits = model(images, levels=["jpeg-10", "jpeg-80"])  # or given
+    model.set_level("jpeg-10")                             # or one for all until told otherwise
+
+Holds the base and all adaptors once, to the byte. Knows nothing of HTTP, Ray, or how a release was made.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gearnn_ray.errors import UserError
+from gearnn_ray.levels import CLEAN
+from gearnn_ray.models import build_model
+from gearnn_ray.online import convolution
+from gearnn_ray.online.batch import Mixture, Selection, Table
+from gearnn_ray.online.detection import Detected, Detector, Reference
+from gearnn_ray.online.frames import evidence_of
+from gearnn_ray.online.jpeg import quality_of_pixels
+from gearnn_ray.online.modules import Adaptive, AdaptiveConv, NeedsParentError, PerLevel, kind_of
+from gearnn_ray.store import Release, Store
+from gearnn_ray.tasks.segmentation import Normalisation, logits_of
+
+_DRY_BATCH = 3  # of the dry run: a number that no layer has by chance as its first dimension (as 1 or 2 might be)
+_MEASURED_BATCH = 4
+_USUAL_SIZE = (360, 480)  # height and width where a release does not say on what it was trained
+
+
+class _Choice:
+    """The level that `set_level` chose; a plain object, because a Module's attributes take microseconds to set."""
+
+    __slots__ = ("level", "lock")
+
+    def __init__(self) -> None:
+        self.level: str | None = None
+        self.lock = threading.Lock()
+
+
+class AdaptiveModel(nn.Module):
+    """The network of a release at all its levels.
+
+    levels: those of the release with `clean`, the base itself, first. device, detector, manifest, digest as they say.
+    One model serves one call at a time; `share()` gives others for other threads or streams, without another copy of the
+    weights.
+    """
+
+    def __init__(
+        self,
+        release: Release,
+        device: str | torch.device = "cpu",
+        untrained: Literal["nearest", "interpolate"] = "nearest",
+    ) -> None:
+        """Raises UserError when the release's network cannot be built or does not fit its weights."""
+        super().__init__()
+        self.manifest, self.digest, self.name = release.manifest, release.digest, release.name
+        self.device = _device(device)
+        self.levels = (CLEAN.name, *(level for level in release.levels if level != CLEAN.name))
+        self.detector = Detector(self.levels, Reference.of_manifest(self.manifest), untrained)
+        normalisation = self.manifest["model"]["normalisation"]
+        self._normalise = Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
+        self._number = {level: number for number, level in enumerate(self.levels)}
+        self._untrained = untrained
+        self._network, self._selection = _assemble(release, self.levels, self.device, untrained == "interpolate")
+        self._run: Any = self._network
+        self._choice = _Choice()
+        self.eval()
+
+    @classmethod
+    def pull(
+        cls,
+        uri: str,
+        ref: str,
+        device: str | torch.device = "cpu",
+        untrained: Literal["nearest", "interpolate"] = "nearest",
+    ) -> "AdaptiveModel":
+        """The release `ref` ("name", "name:tag" or "name@sha256:…") of the store at `uri`, every digest verified.
+
+        untrained: what stands in for a level between the release's own: the nearest of them, or the interpolation of
+        its two neighbours. Raises UserError, CorruptStoreError as `Store.pull` does.
+        """
+        return cls(Store(uri).pull(ref), device, untrained)
+
+    def forward(self, images: Any, levels: Any = None) -> Tensor:
+        """logits float32 [B, K, H, W] of images [B, 3, H, W]: uint8 RGB, or float and then normalised already.
+
+        levels: a name per image (levels of the release, or others that `untrained` maps to them), or what the detector said
+        of it, or int64 [B] of positions in `self.levels` (which a compiled graph may take); None: what `set_level` chose,
+        otherwise detected per image. Raises UserError for anything else.
+        """
+        _check_images(images)
+        if isinstance(levels, Tensor):
+            self._selection.set_index(levels)
+            return self._logits(self._network, images)
+        with self._choice.lock, torch.no_grad():
+            held = self._choice.level
+            self._selection.reserve(len(images))
+            if levels is not None or held is None:
+                self._selection.set_each(self._mixtures(images, levels))
+            try:
+                return self._logits(self._run, images)
+            finally:
+                if levels is not None and held is not None:
+                    self._selection.set_all(self._number[held])
+
+    def set_level(self, level: str | None) -> None:
+        """Use this level of the release for every image from now on; None: detect again. One write, no weight is moved."""
+        number = None if level is None else self._number.get(level)
+        if number is None and level is not None:
+            raise UserError(f"{self.name} has no level {level!r}: it has {', '.join(self.levels)}")
+        choice = self._choice
+        with choice.lock:
+            choice.level = level
+            if number is not None:
+                self._selection.set_all(number)
+
+    def detect(self, images: Tensor) -> list[Detected]:
+        """The level of each image [B, 3, H, W] alone, from its size, its brightness and the traces that JPEG left in it."""
+        pixels = images if images.dtype == torch.uint8 else self._denormalised(images)
+        found = []
+        for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
+            frame = np.ascontiguousarray(image)
+            jpeg = quality_of_pixels(frame) if self.detector.sees_jpeg else None
+            found.append(self.detector.detect(evidence_of(frame, jpeg)))
+        return found
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network with `torch.compile(fullgraph=True, **options)`: one graph for all levels and mixtures."""
+        self._run = torch.compile(self._network, fullgraph=True, **options)
+
+    def share(self) -> "AdaptiveModel":
+        """Another model over the same weights with a level of its own, for another thread or stream; not compiled."""
+        twin = copy.copy(self)
+        twin._modules = {}
+        tensors = {id(tensor): tensor for tensor in _weights_of(self._network)}
+        twin._network = copy.deepcopy(self._network, tensors)
+        twin._selection = next(m for m in twin._network.modules() if isinstance(m, Selection))
+        twin._run, twin._choice = twin._network, _Choice()
+        return twin
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights occupy: exactly the base's bytes and those of all adaptors."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _weights_of(self._network)}
+        return sum(storages.values())
+
+    def methods(self) -> dict[str, tuple[str, str]]:
+        """How modules with weights per sample compute: by path, the method in eager execution and in a compiled graph."""
+        chosen = {}
+        for module in self._network.modules():
+            if isinstance(module, AdaptiveConv) and module.table("weight") is not None:
+                chosen[module.path] = (module.eager_method, module.compiled_method)
+            elif isinstance(module, PerLevel):
+                chosen[module.path] = ("per level", "per sample")
+        return chosen
+
+    def _logits(self, network: Any, images: Tensor) -> Tensor:
+        x = images.to(self.device)
+        x = self._normalise(x) if x.dtype == torch.uint8 else x.float()
+        logits = logits_of(network, x)
+        if logits.shape[-2:] != x.shape[-2:]:
+            logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return logits
+
+    def _mixtures(self, images: Tensor, levels: Sequence[str | Detected] | None) -> list[Mixture]:
+        if levels is None:
+            levels = self.detect(images)
+        if isinstance(levels, str) or len(levels) != len(images):
+            found = f"one level {levels!r}" if isinstance(levels, str) else f"{len(levels)} levels"
+            raise UserError(f"{found} was given for {len(images)} images: give one for each, or call set_level")
+        return [self._mixture(level) for level in levels]
+
+    def _mixture(self, level: str | Detected) -> Mixture:
+        if isinstance(level, str):
+            if (number := self._number.get(level)) is not None:
+                return Mixture(number)
+            level = self.detector.match(level)
+        if level.neighbour is None:
+            return Mixture(self._number[level.level])
+        return Mixture(self._number[level.level], self._number[level.neighbour], level.weight)
+
+    def _denormalised(self, x_BCHW: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(v, device=x_BCHW.device).view(1, 3, 1, 1) for v in (self._normalise.mean, self._normalise.std)
+        )
+        return ((x_BCHW * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda on a machine with a GPU"
+        ) from error
+    return chosen
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3 or not images.numel():
+        found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UserError(f"{found} was given as images: expected a tensor [B, 3, H, W] with at least one image")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"images of {images.dtype} were given: expected uint8, or float32 that is normalised already")
+
+
+# ── from a release to a network of tables ────────────────────────────────────────────────────────────────────────
+
+
+def _assemble(
+    release: Release, levels: Sequence[str], device: torch.device, mixes: bool
+) -> tuple[nn.Module, Selection]:
+    network = _base_network(release, device)
+    adaptors = {level: release.adaptor_state(level) for level in levels if level in release.levels}
+    adapted = [name for name in network.state_dict() if any(name in a for a in adaptors.values())]
+    rows = {name: tuple(_rows(name, levels, adaptors)) for name in adapted}
+    maps = list(dict.fromkeys(rows.values())) or [(0,) * len(levels)]
+    selection = Selection(maps, mixes, device)
+    tables: dict[str, Table] = {}
+    made: dict[int, Table] = {}  # tied tensors share a table
+    for name in adapted:
+        owner, leaf = _owner(network, name)
+        base = getattr(owner, leaf)
+        if id(base) not in made:
+            stacked = [base, *(a[name].to(device) for level in levels if name in (a := adaptors.get(level, {})))]
+            made[id(base)] = Table(torch.stack([t.detach() for t in stacked]), maps.index(rows[name]), selection)
+        tables[name] = made[id(base)]
+    for name, table in tables.items():
+        # the plain network goes on to hold the base, in row 0: no tensor is kept twice
+        owner, leaf = _owner(network, name)
+        _replace(owner, leaf, table.values[0])
+    size = _training_size(release.manifest)
+    alone: set[str] = set()  # paths of modules that run as a whole, once per level
+    while True:
+        built = _with_tables(network, tables, alone)
+        try:
+            _dry_run(built, size)
+        except NeedsParentError as error:
+            if not error.path:
+                raise UserError(f"{release.name} cannot be served: its network takes no batch of images") from error
+            alone.add(error.path.rpartition(".")[0])
+        else:
+            break
+    _measure(built)
+    return built, selection
+
+
+def _base_network(release: Release, device: torch.device) -> nn.Module:
+    model = release.manifest["model"]
+    network = build_model(model["name"], model["num_classes"])
+    try:
+        network.load_state_dict(release.base_state(), strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"the network {model['name']!r} does not fit the weights of {release.name}: {first}") from error
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            module.num_batches_tracked = None  # of use in training alone
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _rows(name: str, levels: Sequence[str], adaptors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[int]:
+    """The row of the table of `name` that each level uses: 0, the base's, where its adaptor does not hold it."""
+    used = 0
+    for level in levels:
+        holds = name in adaptors.get(level, {})
+        used += holds
+        yield used if holds else 0
+
+
+def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return network.get_submodule(path), leaf
+
+
+def _replace(owner: nn.Module, leaf: str, values: Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    else:
+        owner._buffers[leaf] = values
+
+
+def _with_tables(network: nn.Module, tables: Mapping[str, Table], alone: set[str]) -> nn.Module:
+    """A copy of the modules of `network`, but not of its tensors, with adaptive ones where levels change something.
+
+    alone: paths of modules that are to run as a whole, once per level.
+    """
+    alone = alone | {
+        path for name in tables if kind_of(network.get_submodule(path := name.rpartition(".")[0])) is PerLevel
+    }
+    owners: dict[str, dict[str, Table]] = {}
+    for name, table in tables.items():
+        path = name.rpartition(".")[0]
+        # what runs once per level takes everything inside it along
+        around = [p for p in sorted(alone, key=len) if p == path or not p or path.startswith(f"{p}.")]
+        path = around[0] if around else path
+        owners.setdefault(path, {})[name.removeprefix(f"{path}.") if path else name] = table
+    built = copy.deepcopy(network, {id(tensor): tensor for tensor in _weights_of(network)})
+    for path, its in owners.items():
+        module = built.get_submodule(path)
+        wrapped = (PerLevel if path in alone else kind_of(module))(module, its, path)
+        if not path:
+            return wrapped
+        parent, _, leaf = path.rpartition(".")
+        setattr(built.get_submodule(parent), leaf, wrapped)
+    return built
+
+
+def _weights_of(network: nn.Module) -> list[Tensor]:
+    """Every tensor that holds numbers of the network; the indices of a `Selection` are none."""
+    indices = {id(t) for m in network.modules() if isinstance(m, Selection) for t in m.buffers()}
+    return [t for t in (*network.parameters(), *network.buffers()) if id(t) not in indices]
+
+
+def _training_size(manifest: Mapping[str, Any]) -> tuple[int, int]:
+    reference = Reference.of_manifest(manifest)
+    return _USUAL_SIZE if reference is None else (reference.height, reference.width)
+
+
+def _dry_run(network: nn.Module, size: tuple[int, int]) -> None:
+    """Run shapes through the network: finds modules that cannot be adapted alone, and what each convolution gets.
+
+    Raises NeedsParentError.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    devices = ("meta", tensors[0].device.type)  # where a network looks at numbers, shapes alone do not do
+    for device in devices:
+        memo = {id(t): torch.empty_like(t, device="meta") if device == "meta" else t for t in tensors}
+        shadow = copy.deepcopy(network, memo)
+        for module in shadow.modules():
+            if isinstance(module, Adaptive):
+                module.check_batch = _DRY_BATCH
+            elif isinstance(module, Selection):
+                module.forget()
+        try:
+            with torch.no_grad():
+                logits_of(shadow, torch.zeros(_DRY_BATCH, 3, *size, device=device))
+        except NeedsParentError:
+            raise
+        except Exception as error:
+            failure = error
+            continue
+        for module, its in zip(_parts(network), _parts(shadow), strict=True):
+            if isinstance(module, AdaptiveConv) and isinstance(its, AdaptiveConv):
+                module.seen = its.seen
+        return
+    if not isinstance(network, PerLevel):  # whatever it is: as a whole it runs as it always did
+        raise NeedsParentError("network") from failure
+
+
+def _parts(network: nn.Module) -> list[Adaptive]:
+    return [module for module in network.modules() if isinstance(module, Adaptive)]
+
+
+def _measure(network: nn.Module) -> None:
+    """Choose for each convolution the fastest method at the shape that it gets from images of the training set's size."""
+    for module in _parts(network):
+        if isinstance(module, AdaptiveConv) and (table := module.table("weight")) is not None and module.seen:
+            shape = torch.Size((_MEASURED_BATCH, *module.seen[1:]))
+            conv: Any = module.module
+            module.eager_method, module.compiled_method = convolution.fastest(conv, table.values, shape)

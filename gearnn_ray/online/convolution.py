@@ -1,0 +1,143 @@
+"""Convolutions in which every sample has weights of its own: several exact methods, and which is fastest for a shape.
+
+Knows nothing of levels: it gets one weight per sample, or rows of a table.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_REPEATS = 2
+_HOPELESS = 1.5  # times as slow as the fastest at first sight: not looked at again
+
+Conv = nn.modules.conv._ConvNd
+_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+
+
+def is_supported(module: nn.Module) -> bool:
+    """A convolution of torch's own whose forward pass is not overridden."""
+    return any(type(module).forward is kind.forward for kind in _FUNCTIONS)
+
+
+def plain(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None, samples: int = 1) -> Tensor:
+    """What `conv` does, with these weights. samples: how many independent copies lie side by side in the channels."""
+    function = next(f for kind, f in _FUNCTIONS.items() if type(conv).forward is kind.forward)
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = (0,) * len(conv.kernel_size)
+    groups = conv.groups * samples
+    if conv.transposed:
+        return function(x, weight, bias, conv.stride, padding, conv.output_padding, groups, conv.dilation)
+    return function(x, weight, bias, conv.stride, padding, conv.dilation, groups)
+
+
+# ── methods: x [n, C, *size], weight [n, *shape of one] → [n, O, *size'], without bias ───────────────────────────
+
+
+def grouped(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
+    """One convolution over n × C channels whose groups are the samples."""
+    n = x.shape[0]
+    y = plain(x.reshape(1, -1, *x.shape[2:]), conv, weight.flatten(0, 1), None, samples=n)
+    return y.reshape(n, -1, *y.shape[2:])
+
+
+def one_by_one(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
+    """A batched matrix product over the pixels; for kernels of one pixel."""
+    for d, step in enumerate(conv.stride):
+        x = x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
+    y = torch.bmm(weight.flatten(2), x.flatten(2))
+    return y.reshape(*y.shape[:2], *x.shape[2:])
+
+
+def unfolded(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
+    """The patches as columns, then a batched matrix product."""
+    kernel, step = conv.kernel_size, conv.stride
+    assert not isinstance(conv.padding, str)
+    columns = F.unfold(x, kernel, conv.dilation, conv.padding, step)
+    size = [
+        (x.shape[2 + d] + 2 * conv.padding[d] - conv.dilation[d] * (kernel[d] - 1) - 1) // step[d] + 1 for d in (0, 1)
+    ]
+    return torch.bmm(weight.flatten(2), columns).reshape(len(x), -1, *size)
+
+
+def sample_by_sample(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
+    """n convolutions of one sample each."""
+    return torch.cat([plain(x[i : i + 1], conv, weight[i], None) for i in range(x.shape[0])])
+
+
+METHODS = {f.__name__: f for f in (grouped, one_by_one, unfolded, sample_by_sample)}
+"""Methods whose graph does not depend on the levels."""
+BY_ROW = "by_row"
+"""For eager execution: the samples that share a row go through one convolution together."""
+
+
+def by_row(x: Tensor, conv: Conv, values: Tensor, rows: Sequence[int]) -> Tensor:
+    """One convolution per distinct row, over the samples that use it. values: [R, *shape], rows: one per sample."""
+    samples: dict[int, list[int]] = {}
+    for sample, row in enumerate(rows):
+        samples.setdefault(row, []).append(sample)
+    parts = [plain(x[members], conv, values[row], None) for row, members in samples.items()]
+    order = [member for members in samples.values() for member in members]
+    y = parts[0].new_empty(x.shape[0], *parts[0].shape[1:])
+    start = 0
+    for part in parts:
+        y[order[start : start + len(part)]] = part
+        start += len(part)
+    return y
+
+
+def methods_for(conv: Conv) -> tuple[str, ...]:
+    """The names of the methods in `METHODS` that give exactly what this convolution gives."""
+    names = ["grouped", "sample_by_sample"]
+    plainly = not conv.transposed and conv.groups == 1 and conv.padding_mode == "zeros"
+    if plainly and not isinstance(conv.padding, str):
+        if all(k == 1 for k in conv.kernel_size) and not any(conv.padding):
+            names.append("one_by_one")
+        elif len(conv.kernel_size) == 2:
+            names.append("unfolded")
+    return tuple(names)
+
+
+def fastest(conv: Conv, values: Tensor, shape: torch.Size) -> tuple[str, str]:
+    """The fastest method in eager execution, and the fastest whose graph does not depend on the levels.
+
+    Measured on random input [n, C, *size] = `shape` with the table's rows dealt out in turn, on the table's device.
+    """
+    x = torch.randn(shape, device=values.device)
+    rows = [i % len(values) for i in range(shape[0])]
+    index = torch.tensor(rows, device=values.device)
+    runs: dict[str, Callable[[], Tensor]] = {
+        name: lambda method=METHODS[name]: method(x, conv, values[index])  # type: ignore[misc]
+        for name in methods_for(conv)
+    }
+    runs[BY_ROW] = lambda: by_row(x, conv, values, rows)
+    with torch.no_grad():
+        for run in runs.values():  # chooses kernels and fills caches
+            run()
+        best = {name: _time(run, values.device) for name, run in runs.items()}
+        near = [name for name in runs if best[name] < _HOPELESS * min(best.values())]
+        for name in near * _REPEATS:
+            best[name] = min(best[name], _time(runs[name], values.device))
+    static = min(methods_for(conv), key=best.__getitem__)
+    return min(best, key=best.__getitem__), static
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
