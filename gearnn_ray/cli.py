@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from gearnn_ray.config import SplitConfig, parse_command_line
+from gearnn_ray.config import ServeConfig, SplitConfig, parse_command_line
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
 from gearnn_ray.progress import reporter
@@ -18,10 +19,14 @@ from gearnn_ray.store import Store
 
 if TYPE_CHECKING:
     from gearnn_ray.offline.pipeline import Outcome
+    from gearnn_ray.online.service import Serving
 
 _DESCRIPTION = (
     "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
 )
+
+
+_SERVE_DESCRIPTION = "Serve releases over HTTP: one base, every level, each frame with the network of its own level."
 
 
 def run_split(arguments: Sequence[str]) -> int:
@@ -43,6 +48,41 @@ def run_split(arguments: Sequence[str]) -> int:
         return 130
     _show(config, outcome, options.json_lines)
     return 1 if outcome.failed else 0
+
+
+def run_serve(arguments: Sequence[str]) -> int:
+    """`jobs/serve.py`: serves until Ctrl-C or SIGTERM, then 0; 1 its Serve was ended, 2 what it was told is wrong."""
+    try:
+        config, options = parse_command_line(ServeConfig, arguments, _SERVE_DESCRIPTION)
+        config = config.model_copy(update={"store": resolve_store(config.store)})
+        try:
+            from gearnn_ray.online import service
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{error.name} is not installed: install the extra `serve` (uv sync --extra serve)"
+            ) from error
+
+        with service.serving(config) as serving:
+            _announce(serving, options.json_lines)
+            service.wait_until_gone()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # SIGTERM too
+        return 0
+    print("error: Ray Serve was ended by someone else", file=sys.stderr)
+    return 1
+
+
+def _announce(serving: "Serving", json_lines: bool) -> None:
+    if json_lines:
+        print(json.dumps({"event": "serving", **asdict(serving)}), flush=True)
+        return
+    for ref, about in serving.bundles.items():
+        digest, levels = about["digest"], about["levels"]
+        print(f"serving {ref} ({digest[:19]}…) with {len(levels)} levels on {serving.url} (page)")
+    print(f"try it:   curl --data-binary @frame.jpg {serving.url}predict -o classes.png")
+    print(f"health:   {serving.url}health\nmetrics:  {' '.join(serving.metrics)}\nCtrl-C ends it", flush=True)
 
 
 def resolve_store(uri: str) -> str:

@@ -93,9 +93,7 @@ class ResourcesConfig(_Section):
     @field_validator("gpus")
     @classmethod
     def _fraction_or_whole(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"{gpus:g} GPUs cannot be reserved: expected a fraction below 1 or a whole number")
-        return gpus
+        return fraction_or_whole(gpus)
 
 
 class SplitConfig(_Section):
@@ -160,6 +158,94 @@ class SplitConfig(_Section):
         if self.data.kind == "scenes":
             return self.data.scenes.model_dump()
         return {"num_classes": self.data.num_classes} if self.data.kind == "folder" else {}
+
+
+class LimitsConfig(_Section):
+    """What a request may ask for; more is refused before anything is allocated for it."""
+
+    body_mib: float = Field(16, gt=0, le=1024)
+    """MiB of one request's body"""
+    megapixels: float = Field(8.5, gt=0, le=100)
+    """million pixels of one frame, and of the frames that go through the network at once; a 4K frame has 8.3"""
+
+
+class ServeConfig(_Section):
+    """Serving releases over HTTP, each frame with the network of its own distortion level."""
+
+    store: str = "artifacts"
+    """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+    bundles: tuple[str, ...] = ("drn22-scenes-jpeg:latest",)
+    """releases as name:tag, followed when the tag moves, or name@sha256:…; the first answers requests that name none"""
+    host: str = Field("127.0.0.1", min_length=1)
+    """address to listen on; 0.0.0.0 lets other machines in"""
+    port: int = Field(8000, ge=1, le=65535)
+    """of HTTP"""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where a GPU is reserved"""
+    replicas: int = Field(1, ge=1)
+    """processes that answer; each holds every bundle"""
+    num_cpus: float = Field(1, gt=0)
+    """CPUs a replica reserves; torch gets as many threads"""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs a replica reserves; default: one where the cluster has any and device is not cpu"""
+    max_batch: int = Field(16, ge=1, le=1024)
+    """frames that go through the network at once, whatever their levels"""
+    batch_wait_ms: float = Field(2, ge=0, le=1000)
+    """how long a first frame waits for others"""
+    untrained: Literal["nearest", "interpolate"] = "nearest"
+    """what answers a frame whose level lies between released ones: the nearest, or a mixture of its neighbours"""
+    poll_seconds: float = Field(10, gt=0)
+    """how often the store is asked whether a tag has moved"""
+    limits: LimitsConfig = LimitsConfig()
+    cameras: dict[str, float] = {}
+    """x-gearnn-stream of a camera and the mean luma (0 to 255) of its undistorted frames, where not the training set's"""
+
+    @field_validator("bundles")
+    @classmethod
+    def _references(cls, bundles: tuple[str, ...]) -> tuple[str, ...]:
+        if not bundles:
+            raise ValueError("no bundle is given: expected at least one, such as drn22-scenes-jpeg:latest")
+        full = tuple(full_reference(bundle) for bundle in bundles)
+        twice = next((bundle for bundle in full if full.count(bundle) > 1), None)
+        if twice:
+            raise ValueError(f"the bundle {twice} is given twice: give each bundle once")
+        return full
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _fraction_or_whole(cls, gpus: float | None) -> float | None:
+        return gpus if gpus is None else fraction_or_whole(gpus)
+
+    @field_validator("cameras")
+    @classmethod
+    def _lumas(cls, cameras: dict[str, float]) -> dict[str, float]:
+        for camera, luma in cameras.items():
+            if not 0 < luma <= 255:
+                raise ValueError(f"the mean luma of camera {camera} is {luma:g}: expected above 0 and at most 255")
+        return cameras
+
+
+def full_reference(bundle: str) -> str:
+    """The one spelling of a release's reference: name:tag (the tag `latest` where none is said) or name@sha256:…
+
+    ValueError for anything else.
+    """
+    name, pinned, digest = bundle.partition("@")
+    if not pinned:
+        name, tagged, tag = bundle.partition(":")
+        tag = tag if tagged else "latest"
+    if SAFE_NAME.fullmatch(name) and (
+        re.fullmatch("sha256:[0-9a-f]{64}", digest) if pinned else SAFE_NAME.fullmatch(tag)
+    ):
+        return bundle if pinned else f"{name}:{tag}"
+    raise ValueError(f"{bundle!r} is no bundle: expected name, name:tag or name@sha256:… with 64 hexadecimal digits")
+
+
+def fraction_or_whole(gpus: float) -> float:
+    """The number itself. ValueError where Ray cannot reserve so many GPUs."""
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs cannot be reserved: expected a fraction below 1 or a whole number")
+    return gpus
 
 
 def budget_floats(budget: str, model_floats: int) -> int:

@@ -33,6 +33,7 @@ from gearnn_ray.tasks.segmentation import Normalisation, logits_of
 
 _DRY_BATCH = 3  # of the dry run: a number that no layer has by chance as its first dimension (as 1 or 2 might be)
 _MEASURED_BATCH = 4
+_LEAST_SIDE = 256  # pixels: images that the dry run may take a quarter of on each side
 _USUAL_SIZE = (360, 480)  # height and width where a release does not say on what it was trained
 
 
@@ -329,32 +330,38 @@ def _training_size(manifest: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _dry_run(network: nn.Module, size: tuple[int, int]) -> None:
-    """Run shapes through the network: finds modules that cannot be adapted alone, and what each convolution gets.
+    """Run empty images through the network: finds modules that cannot be adapted alone, and what each convolution gets.
 
-    Raises NeedsParentError.
+    Raises NeedsParentError. (Real ones, of a sixteenth of the pixels: torch's shapes without numbers, its meta device,
+    take seconds to import.)
     """
-    tensors = [*network.parameters(), *network.buffers()]
-    devices = ("meta", tensors[0].device.type)  # where a network looks at numbers, shapes alone do not do
-    for device in devices:
-        memo = {id(t): torch.empty_like(t, device="meta") if device == "meta" else t for t in tensors}
-        shadow = copy.deepcopy(network, memo)
-        for module in shadow.modules():
-            if isinstance(module, Adaptive):
-                module.check_batch = _DRY_BATCH
-            elif isinstance(module, Selection):
-                module.forget()
-        try:
-            with torch.no_grad():
-                logits_of(shadow, torch.zeros(_DRY_BATCH, 3, *size, device=device))
-        except NeedsParentError:
-            raise
-        except Exception as error:
-            failure = error
-            continue
-        for module, its in zip(_parts(network), _parts(shadow), strict=True):
-            if isinstance(module, AdaptiveConv) and isinstance(its, AdaptiveConv):
-                module.seen = its.seen
-        return
+    device = next(tensor for tensor in (*network.parameters(), *network.buffers())).device
+    parts = _parts(network)
+    selections = [module for module in network.modules() if isinstance(module, Selection)]
+    for selection in selections:
+        selection.forget()
+    for part in parts:
+        part.check_batch = _DRY_BATCH
+    scales = (4, 1) if min(size) >= _LEAST_SIDE else (1,)  # a network may take images of its own size only
+    try:
+        for scale in scales:
+            try:
+                with torch.no_grad():
+                    logits_of(network, torch.zeros(_DRY_BATCH, 3, size[0] // scale, size[1] // scale, device=device))
+            except NeedsParentError:
+                raise
+            except Exception as error:
+                failure = error
+                continue
+            for part in parts:
+                if isinstance(part, AdaptiveConv) and part.seen is not None:
+                    part.seen = torch.Size((*part.seen[:2], *(scale * side for side in part.seen[2:])))
+            return
+    finally:
+        for part in parts:
+            part.check_batch = None
+        for selection in selections:
+            selection.set_all(0)
     if not isinstance(network, PerLevel):  # whatever it is: as a whole it runs as it always did
         raise NeedsParentError("network") from failure
 

@@ -45,7 +45,9 @@ _SIZE_UNIT = 0.05
 _JPEG_UNIT = 5.0
 _JPEG_NONE = 101.0
 _TABLES_UNIT = 0.2  # five steps of quality change libjpeg's tables by this much: mean |ln| over 10 to 90
-_QP_SHIFT = 4.5  # of libx264's mean slice QP above its CRF: 4.48 from CRF 15 to 36 on street scenes, if a release does not say
+_QP_SHIFT = (
+    4.5  # of libx264's mean slice QP above its CRF: 4.48 from CRF 15 to 36 on street scenes, if a release does not say
+)
 _SIZE_CRF = 18.0  # what `h264-WxH` levels are encoded at
 _LEAST_LUMA = 0.5  # ln of a black frame's luma must be finite
 _UNREAD = 0.01  # weight of an axis that was not read: decides between levels otherwise (about) equally near

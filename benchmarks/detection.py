@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""What it costs to find the level of a JPEG file, against decoding it with Pillow, in turns.
+
+uv run benchmarks/detection.py
+"""
+
+import io
+import statistics
+import time
+
+import numpy as np
+from http_latency import frames
+from PIL import Image
+from releases import JPEG
+
+from gearnn_ray.online.detection import Detector, Reference
+from gearnn_ray.online.frames import evidence_of, read_frame
+from gearnn_ray.online.jpeg import quality_of_pixels, quality_of_tables
+
+ROUNDS = 200
+LEVELS = ("clean", *JPEG, "brightness-0.2", "brightness-0.5", "brightness-2.0")
+
+
+def main() -> None:
+    detector = Detector(LEVELS, Reference(360, 480, 100.0, 0.3))
+    files = frames(360, 480)
+    seconds: dict[str, list[float]] = {"Pillow": [], "detection": [], "read_frame": [], "from pixels alone": []}
+    for turn in range(ROUNDS):
+        file = files[turn % len(files)]
+        started = [time.perf_counter()]
+        image = Image.open(io.BytesIO(file))
+        pixels = np.asarray(image.convert("RGB"))
+        started.append(time.perf_counter())
+        tables = image.quantization  # type: ignore[attr-defined]
+        detector.detect(evidence_of(pixels, quality_of_tables(tables[0], tables.get(1))))
+        started.append(time.perf_counter())
+        read_frame(file, "image/jpeg")
+        started.append(time.perf_counter())
+        quality_of_pixels(pixels)
+        started.append(time.perf_counter())
+        for name, start, end in zip(seconds, started, started[1:], strict=False):
+            seconds[name].append(end - start)
+    decoding = statistics.median(seconds["Pillow"])
+    for name, took in seconds.items():
+        print(
+            f"{name:20}{1e6 * statistics.median(took):9.0f} µs{statistics.median(took) / decoding:9.1%} of Pillow's decoding"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""What it costs to switch to another level, ten ways of holding ten levels, in turns, one run.
+
+uv run --group benchmarks benchmarks/switch.py [--store STORE --release NAME:TAG]
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from peft_lora import lora_network
+from releases import add_options, from_options
+
+from gearnn_ray import build_model
+from gearnn_ray.offline.finetune import prepare_process
+from gearnn_ray.online.adaptive import AdaptiveModel
+
+ROUNDS = 400  # of the fast ways; a slow one gets what fits a few seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    arguments = parser.parse_args()
+    prepare_process(1)
+    release = from_options(arguments)
+    levels = [level for level in release.levels if level != "clean"][:9]
+    base, adaptors = release.base_state(), {level: release.adaptor_state(level) for level in levels}
+    union = sorted({name for adaptor in adaptors.values() for name in adaptor})
+
+    adaptive = AdaptiveModel(release)
+    model = release.manifest["model"]
+    network = build_model(model["name"], model["num_classes"]).eval().requires_grad_(False)
+    network.load_state_dict(base)
+    states = {level: {**base, **adaptor} for level, adaptor in adaptors.items()}
+    targets = [network.state_dict()[name] for name in union]
+    sources = {level: [states[level][name] for name in union] for level in levels}
+    whole = {}
+    for level in levels:
+        whole[level] = copy.deepcopy(network)
+        whole[level].load_state_dict(states[level])
+    lora = lora_network(build_model(model["name"], model["num_classes"]).eval(), levels)
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = {level: Path(folder) / f"{level}.safetensors" for level in levels}
+        for level, file in files.items():
+            safetensors.torch.save_file(states[level], file)
+        ways: dict[str, Callable[[str], object]] = {
+            "AdaptiveModel.set_level": adaptive.set_level,
+            "torch._foreach_copy_ of the union": lambda level: torch._foreach_copy_(targets, sources[level]),
+            "load_state_dict of the adaptor": lambda level: network.load_state_dict(
+                {name: states[level][name] for name in union}, strict=False
+            ),
+            "load_state_dict of the network": lambda level: network.load_state_dict(states[level]),
+            "PEFT set_adapter (LoRA, rank 1)": lora.set_adapter,
+            "whole networks in memory": whole.__getitem__,
+            "whole networks from disk": lambda level: network.load_state_dict(
+                safetensors.torch.load_file(files[level])
+            ),
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(ROUNDS):
+            for way, switch in ways.items():
+                if turn > 20 and sum(seconds[way]) > 5:
+                    continue
+                level = levels[turn % len(levels)]
+                start = time.perf_counter()
+                switch(level)
+                seconds[way].append(time.perf_counter() - start)
+    extra = adaptive.weight_bytes / sum(t.nbytes for t in base.values()) - 1
+    print(f"{len(levels) + 1} levels on {adaptive.device}; AdaptiveModel holds the base + {extra:.2%}")
+    print(f"{'way':36}{'p50 µs':>12}{'p99 µs':>12}")
+    for way, took in seconds.items():
+        p99 = statistics.quantiles(took, n=100)[98]
+        print(f"{way:36}{1e6 * statistics.median(took):12.1f}{1e6 * p99:12.1f}")
+
+
+if __name__ == "__main__":
+    main()

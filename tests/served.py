@@ -1,0 +1,75 @@
+"""A tiny release to serve: one small network, levels whose outputs differ clearly, and what each of them must answer."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from gearnn_ray.layers import network_state
+from gearnn_ray.models import build_model
+from gearnn_ray.store import Store
+from tests.tiny import CLASSES
+
+LEVELS = ("jpeg-10", "jpeg-50")
+MEAN, STD = (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)
+ADAPTED = ("bn2.weight", "head.weight", "head.bias")
+
+
+def publish(store: Store, name: str = "tiny", seed: int = 0, tags: tuple[str, ...] = ()) -> str:
+    """A release with a network of random weights; every level has its own head. Returns its digest."""
+    torch.manual_seed(seed)
+    network = build_model("tests.nets:small", CLASSES)
+    state = network_state(network)
+    base = store.put_state(state)
+    levels: dict[str, Any] = {"clean": {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}}}
+    for level in LEVELS:
+        adaptor = {key: torch.randn_like(state[key]) for key in ADAPTED}
+        blob = store.put_state(adaptor)
+        floats = sum(tensor.numel() for tensor in adaptor.values())
+        entry = {"floats": floats, "layers": list(ADAPTED), "scores": {}}
+        levels[level] = {"digest": blob.digest, "bytes": blob.bytes, **entry}
+    manifest = {
+        "schema": 1, "name": name,
+        "model": {
+            "name": "tests.nets:small", "num_classes": CLASSES, "class_names": ["road", "car", "sky"], "floats": 1,
+            "task": "segmentation", "normalisation": {"mean": list(MEAN), "std": list(STD)},
+        },
+        "data": {"reference": {"height": 64, "width": 80, "luma": 100.0, "luma_spread": 0.3}},
+        "base": {"digest": base.digest, "bytes": base.bytes},
+        "levels": levels, "budget": {}, "recipe": {}, "versions": {},
+    }  # fmt: skip
+    return store.publish(manifest, {}, tags)
+
+
+def picture(seed: int = 0, height: int = 64, width: int = 80) -> NDArray[np.uint8]:
+    """Smooth colours [H, W, 3] that JPEG leaves much as they are."""
+    rough = np.random.default_rng(seed).integers(20, 236, (4, 5, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def expected_logits(store: Path | str, ref: str, level: str, frame: bytes) -> NDArray[np.float32]:
+    """[K, H, W] of the level's own plain network, without any code of `gearnn_ray.online`."""
+    release = Store(store).pull(ref)
+    network = build_model("tests.nets:small", CLASSES)
+    network.load_state_dict({**release.base_state(), **({} if level == "clean" else release.adaptor_state(level))})
+    pixels = np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")).astype(np.float32) / 255
+    x = torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits: NDArray[np.float32] = network.eval()(x)[0].numpy()
+    return logits

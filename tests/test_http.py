@@ -1,0 +1,417 @@
+"""HTTP: what a request may be, what its answer says, and that whatever is wrong is one sentence. No Ray: uvicorn alone."""
+
+import asyncio
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from gearnn_ray.errors import CorruptStoreError, UserError
+from gearnn_ray.online.detection import Detected, Detector
+from gearnn_ray.online.frames import Frame, Limits
+from gearnn_ray.online.http import Prediction, UnknownBundleError, answer
+
+LEVELS = ("clean", "jpeg-10", "jpeg-40", "jpeg-80")
+CLASS_NAMES = ("dark", "dim", "light", "bright")
+BUNDLES = {"street:latest": "sha256:" + "12" * 32, "night:latest": "sha256:" + "ab" * 32}
+LIMITS = Limits(body_bytes=200_000, pixels=300_000)
+
+
+@dataclass
+class Luma:
+    """A backend whose networks sort pixels by their luma; every level has other boundaries between its four classes."""
+
+    untrained: Any = "nearest"
+    fails: Exception | None = None
+    problem: str | None = None
+    delays: list[float] = field(default_factory=list)  # seconds, of the next answers in turn
+    received: list[tuple[bytes, Mapping[str, str]]] = field(default_factory=list)  # bodies and headers of the requests
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, logits: bool
+    ) -> Prediction:
+        if self.delays:
+            await asyncio.sleep(self.delays.pop(0))
+        if self.fails:
+            raise self.fails
+        name = bundle or "street:latest"
+        if name not in BUNDLES:
+            raise UnknownBundleError(f"There is no bundle {name!r} here, expected one of {', '.join(BUNDLES)}.")
+        if level is not None and level not in LEVELS:
+            raise UserError(f"There is no level {level!r} here, expected one of {', '.join(LEVELS)}.")
+        found = Detector(LEVELS, None, self.untrained).detect(frame.evidence, stream)
+        used = Detected(level, None, 0.0, 0.0, found.found) if level else found
+        scores = luma_logits(frame.pixels, used.level)
+        return Prediction(
+            None if logits else scores.argmax(0).astype(np.uint8),
+            scores if logits else None,
+            used,
+            f"{name.partition(':')[0]}@{BUNDLES[name]}",
+            {"queue": 0.001, "network": 0.002},
+        )
+
+    def health(self) -> Mapping[str, Any]:
+        entries = {
+            name: {"digest": digest, "levels": LEVELS, "class_names": CLASS_NAMES, "problem": self.problem}
+            for name, digest in BUNDLES.items()
+        }
+        return {"status": "degraded" if self.problem else "ok", "bundles": entries}
+
+
+def luma_logits(pixels: np.ndarray, level: str) -> np.ndarray:
+    """[4, H, W]: how near each pixel's luma is to the middle of each class."""
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    centres = np.array([32, 96, 160, 224]) - 8 * LEVELS.index(level)
+    return -np.abs(luma[None] - centres[:, None, None]).astype(np.float32)
+
+
+@contextmanager
+def serve(backend: Luma, limits: Limits = LIMITS) -> Iterator[int]:
+    """The port on loopback where `answer` stands behind uvicorn, in a thread of its own."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytearray()
+
+        async def heard() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        request = Request(scope, heard, send)
+        response = await answer(request, backend, limits)
+        if body:
+            backend.received.append((bytes(body), request.headers))
+        await response(scope, receive, send)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[int, Luma]]:
+    backend = Luma()
+    with serve(backend) as port:
+        yield port, backend
+
+
+@pytest.fixture
+def backend(shared: tuple[int, Luma]) -> Iterator[Luma]:
+    """The shared server's backend, put back after the test."""
+    yield shared[1]
+    shared[1].__init__()  # type: ignore[misc]
+
+
+@pytest.fixture
+def port(shared: tuple[int, Luma], backend: Luma) -> int:
+    return shared[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def array(self) -> np.ndarray:
+        return np.load(io.BytesIO(self.body)) if self.headers["content-type"] == "application/x-npy" else self.map[0]
+
+    @property
+    def map(self) -> tuple[np.ndarray, Image.Image]:
+        image = Image.open(io.BytesIO(self.body))
+        return np.asarray(image), image
+
+
+def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        names = {
+            name if name.startswith("serve_") else name.replace("_", "-"): value for name, value in headers.items()
+        }
+        connection.request(method, path, body, names)
+        response = connection.getresponse()
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+def problem(answer: Answer) -> tuple[int, str]:
+    """Status and sentence of a refusal; that it is one, in one line, is checked."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    said = json.loads(answer.body)
+    assert said["status"] == answer.status >= 400
+    assert "\n" not in said["detail"]
+    assert "Traceback" not in said["detail"]
+    assert said["detail"].endswith(".")
+    return answer.status, said["detail"]
+
+
+def picture(height: int = 48, width: int = 64) -> np.ndarray:
+    ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
+    return (ramp + np.random.default_rng(0).normal(0, 12, ramp.shape)).clip(0, 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def raw(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return file.getvalue()
+
+
+# ---- answers
+
+
+def test_a_class_map_is_a_palette_png_whose_pixel_values_are_the_class_ids(port: int) -> None:
+    got = ask(port, "POST", "/predict", encoded(picture()), content_type="image/png")
+    assert (got.status, got.headers["content-type"]) == (200, "image/png")
+    classes, image = got.map
+    assert image.mode == "P"
+    assert np.array_equal(classes, luma_logits(picture(), "clean").argmax(0))
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) == 256
+    assert colours[0].tolist() == [128, 64, 128]  # road, as in Cityscapes
+
+
+def test_logits_are_the_backends_own_to_the_bit(port: int) -> None:
+    got = ask(port, "POST", "/predict", encoded(picture()), accept="application/x-npy")
+    assert (got.status, got.headers["content-type"]) == (200, "application/x-npy")
+    assert got.array.dtype == np.float32
+    assert np.array_equal(got.array, luma_logits(picture(), "clean"))
+
+
+def test_jpeg_png_and_raw_frames_are_read_whatever_the_content_type_says(port: int) -> None:
+    jpeg = encoded(picture(), "JPEG", quality=100)
+    pixels = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for body, expected in ((encoded(picture()), picture()), (raw(picture()), picture()), (jpeg, pixels)):
+        for headers in ({}, {"content_type": "application/octet-stream"}):
+            got = ask(port, "POST", "/predict", body, x_gearnn_level="clean", **headers)
+            assert np.array_equal(got.array, luma_logits(expected, "clean").argmax(0))
+
+
+@pytest.mark.parametrize(
+    ("quality", "level", "distance"), [(10, "jpeg-10", "0"), (34, "jpeg-40", "1.2"), (80, "jpeg-80", "0")]
+)
+def test_headers_say_the_level_found_and_the_level_used(port: int, quality: int, level: str, distance: str) -> None:
+    headers = ask(port, "POST", "/predict", encoded(picture(), "JPEG", quality=quality)).headers
+    assert headers["x-gearnn-found"] == f"jpeg-{quality}"
+    assert (headers["x-gearnn-level"], headers["x-gearnn-distance"]) == (level, distance)
+    assert headers["x-gearnn-release"] == f"street@{BUNDLES['street:latest']}"
+
+
+def test_a_mixture_is_spelled_with_its_shares(port: int, backend: Luma) -> None:
+    backend.untrained = "interpolate"
+    headers = ask(port, "POST", "/predict", encoded(picture(), "JPEG", quality=30)).headers
+    assert headers["x-gearnn-level"] == "jpeg-40*0.67, jpeg-10*0.33"
+
+
+def test_a_level_can_be_forced_and_a_bundle_chosen(port: int) -> None:
+    jpeg = encoded(picture(), "JPEG", quality=10)
+    pixels = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for header in ("serve_multiplexed_model_id", "x_gearnn_stream", "serve-multiplexed-model-id"):
+        got = ask(port, "POST", "/predict", jpeg, x_gearnn_level="jpeg-80", **{header: "night:latest"})
+        bundle = "street" if header == "x_gearnn_stream" else "night"
+        assert got.headers["x-gearnn-release"] == f"{bundle}@{BUNDLES[f'{bundle}:latest']}"
+        assert (got.headers["x-gearnn-level"], got.headers["x-gearnn-found"]) == ("jpeg-80", "jpeg-10")
+        assert np.array_equal(got.array, luma_logits(pixels, "jpeg-80").argmax(0))
+
+
+def test_server_timing_has_all_parts_in_milliseconds(port: int) -> None:
+    timing = ask(port, "POST", "/predict", encoded(picture())).headers["server-timing"]
+    parts = dict(part.strip().split(";dur=") for part in timing.split(","))
+    assert list(parts) == ["decode", "queue", "network", "encode"]
+    assert (float(parts["queue"]), float(parts["network"])) == (1, 2)
+    assert 0 < float(parts["decode"]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("*/*", "image/png"),
+        ("image/*", "image/png"),
+        ("application/*;q=0.5", "application/x-npy"),
+        ("text/html, image/png;q=0.2, application/x-npy;q=0.3", "application/x-npy"),
+        ("IMAGE/PNG ; q=1", "image/png"),
+        ("*/*;q=0.1, image/png;q=0", "application/x-npy"),
+        ("", "image/png"),
+        ("text/html", None),
+        ("image/jpeg, image/png;q=0", None),
+        (";;,,q=", None),
+    ],
+)
+def test_the_answer_is_of_the_type_that_is_accepted(port: int, accept: str, expected: str | None) -> None:
+    got = ask(port, "POST", "/predict", encoded(picture()), accept=accept)
+    if expected is None:
+        assert problem(got)[0] == 406
+    else:
+        assert (got.status, got.headers["content-type"]) == (200, expected)
+
+
+# ---- page and health
+
+
+def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(port: int) -> None:
+    got = ask(port, "GET", "/")
+    assert (got.status, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert b"<!doctype html>" in got.body
+    assert "default-src 'none'" in got.headers["content-security-policy"]
+    assert b"http://" not in got.body.replace(b"http://www.w3.org/2000/svg", b"")
+    assert b"https://" not in got.body
+    head = ask(port, "HEAD", "/")
+    assert (head.status, head.body) == (200, b"")
+
+
+def test_health_is_200_and_says_why_it_is_degraded(port: int, backend: Luma) -> None:
+    assert json.loads(ask(port, "GET", "/health").body)["status"] == "ok"
+    backend.problem = "The store at s3://bucket does not answer."
+    got = ask(port, "GET", "/health")
+    said = json.loads(got.body)
+    assert (got.status, said["status"]) == (200, "degraded")
+    assert said["bundles"]["street:latest"]["problem"] == backend.problem
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/predict/", "/%00", "/../etc/passwd"])
+def test_other_paths_are_not_found(port: int, path: str) -> None:
+    assert problem(ask(port, "GET", path))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [("GET", "/predict", "POST"), ("POST", "/", "GET, HEAD"), ("PUT", "/health", "GET, HEAD")],
+)
+def test_other_methods_are_refused_with_those_allowed(port: int, method: str, path: str, allow: str) -> None:
+    got = ask(port, method, path, b"")
+    assert problem(got)[0] == 405
+    assert got.headers["allow"] == allow
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b""),
+        (400, encoded(picture())[:-30]),
+        (415, b"%PDF-1.7 not an image at all"),
+        (422, encoded(np.zeros((8, 1000, 3), np.uint8))),
+        (413, encoded(np.zeros((600, 600, 3), np.uint8))),
+    ],
+    ids=["empty", "truncated", "pdf", "thin", "pixels"],
+)
+def test_what_is_no_frame_is_refused_in_a_sentence(port: int, status: int, body: bytes) -> None:
+    assert problem(ask(port, "POST", "/predict", body))[0] == status
+    assert ask(port, "POST", "/predict", encoded(picture())).status == 200  # and the server lives
+
+
+@pytest.mark.parametrize("level", ["jpeg-101", "JPEG-10", "nonsense", "", "jpeg-10+clean", "a" * 500])
+def test_a_level_that_is_none_is_unprocessable(port: int, level: str) -> None:
+    assert problem(ask(port, "POST", "/predict", encoded(picture()), x_gearnn_level=level))[0] == 422
+
+
+def test_a_level_or_bundle_that_is_not_served_is_named(port: int) -> None:
+    status, sentence = problem(ask(port, "POST", "/predict", encoded(picture()), x_gearnn_level="jpeg-11"))
+    assert status == 422
+    assert "jpeg-11" in sentence
+    status, sentence = problem(ask(port, "POST", "/predict", encoded(picture()), serve_multiplexed_model_id="other:v1"))
+    assert status == 404
+    assert "other:v1" in sentence
+
+
+@pytest.mark.parametrize("name", ["x_gearnn_stream", "serve_multiplexed_model_id"])
+@pytest.mark.parametrize("value", ["", "a" * 129, "a b", "../x", "caf\u00e9", "a;b"])
+def test_ids_are_short_and_plain(port: int, name: str, value: str) -> None:
+    assert problem(ask(port, "POST", "/predict", encoded(picture()), **{name: value}))[0] == 400
+
+
+def test_a_body_too_large_is_refused_before_it_comes(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_body_too_large_is_refused_while_it_comes(port: int) -> None:
+    """Chunks without a length, and without an end: the answer comes all the same."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(LIMITS.body_bytes // 50_000 + 1):
+            connection.sendall(b"C350\r\n" + bytes(50_000) + b"\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_body_in_chunks_is_read(port: int) -> None:
+    body = encoded(picture())
+    got = ask(port, "POST", "/predict", iter([body[:100], body[100:]]))
+    assert np.array_equal(got.array, luma_logits(picture(), "clean").argmax(0))
+
+
+def test_a_request_without_a_length_is_told_so(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 411"
+
+
+def test_a_client_that_hangs_up_does_no_harm(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+    time.sleep(0.1)
+    assert ask(port, "POST", "/predict", encoded(picture())).status == 200
+    assert not caplog.records
+
+
+def test_a_corrupt_store_is_not_the_clients_fault(port: int, backend: Luma) -> None:
+    backend.fails = CorruptStoreError("sha256:12 is not what the store promises.")
+    assert problem(ask(port, "POST", "/predict", encoded(picture()))) == (
+        503,
+        "sha256:12 is not what the store promises.",
+    )
+
+
+def test_a_bug_is_logged_and_not_shown(port: int, backend: Luma, caplog: pytest.LogCaptureFixture) -> None:
+    backend.fails = RuntimeError("secret inner state")
+    status, sentence = problem(ask(port, "POST", "/predict", encoded(picture())))
+    assert status == 500
+    assert "secret" not in sentence
+    assert "RuntimeError: secret inner state" in caplog.text
+
+
+def test_requests_at_once_each_get_their_own_answer(port: int) -> None:
+    rng = np.random.default_rng(1)
+    frames = [rng.integers(0, 256, (32 + i, 48, 3), dtype=np.uint8) for i in range(8)]
+    answers: dict[int, Answer] = {}
+
+    def one(index: int) -> None:
+        answers[index] = ask(port, "POST", "/predict", encoded(frames[index]), x_gearnn_level=LEVELS[index % 4])
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, frame in enumerate(frames):
+        assert np.array_equal(answers[index].array, luma_logits(frame, LEVELS[index % 4]).argmax(0))

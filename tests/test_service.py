@@ -1,0 +1,347 @@
+"""The service as its clients see it: real HTTP to a real Ray Serve, every answer held against a plain network.
+
+One deployment serves all tests; each leaves it serving the first release again.
+"""
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from gearnn_ray.config import LimitsConfig, ServeConfig
+from gearnn_ray.errors import UserError
+from gearnn_ray.store import Store
+from tests import served
+
+# read when the session's Ray starts; Ray's own ten seconds are long for a test
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+
+pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
+from gearnn_ray.online import service
+from gearnn_ray.online.detection import Detected
+from gearnn_ray.online.frames import Evidence, Frame
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def classes(self) -> NDArray[np.uint8]:
+        image = Image.open(io.BytesIO(self.body))
+        assert image.mode == "P"
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The running service and the store behind it."""
+
+    root: Path
+    port: int
+    serving: service.Serving
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
+            response = connection.getresponse()
+            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def predict(self, frame: bytes, **headers: str) -> Answer:
+        return self.ask("POST", "/predict", frame, **headers)
+
+    def health(self) -> Any:
+        return json.loads(self.ask("GET", "/health").body)
+
+    def check(self, frame: bytes, level: str, answer: Answer) -> None:
+        """The answer is that of the release and level it names, to the pixel."""
+        assert answer.status == 200, answer.body
+        assert answer.headers["x-gearnn-level"] == level
+        expected = self.expected(answer.headers["x-gearnn-release"], level, frame)
+        assert np.mean(answer.classes == expected) > 0.999  # of the rest two classes are as good as equal
+
+    def expected(self, release: str, level: str, frame: bytes) -> NDArray[Any]:
+        return served.expected_logits(self.root, release, level, frame).argmax(0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("served") / "store"
+    served.publish(Store(root), "tiny", tags=("first",))
+    served.publish(Store(root), "other", seed=7)
+    config = ServeConfig(
+        store=str(root), bundles=("tiny", "other"), port=free_port(), device="cpu", max_batch=8, poll_seconds=0.3,
+        limits=LimitsConfig(body_mib=0.1, megapixels=0.05),
+    )  # fmt: skip
+    with service.serving(config) as serving:
+        yield Server(root, config.port, serving)
+
+
+FRAMES = {
+    "jpeg-10": served.jpeg(served.picture(1), 10),
+    "jpeg-50": served.jpeg(served.picture(2, 48, 96), 50),
+    "clean": served.png(served.picture(3)),
+}
+
+
+def test_every_frame_is_answered_by_the_network_of_its_level(server: Server) -> None:
+    for level, frame in FRAMES.items():
+        answer = server.predict(frame)
+        server.check(frame, level, answer)
+        assert answer.headers["x-gearnn-found"] == level
+        assert float(answer.headers["x-gearnn-distance"]) == 0
+        assert answer.headers["x-gearnn-release"].startswith("tiny@sha256:")
+        assert re.search(r"queue;dur=.*network;dur=", answer.headers["server-timing"])
+
+
+def test_a_level_given_wins_over_the_one_found(server: Server) -> None:
+    frame = FRAMES["jpeg-10"]
+    for level in ("clean", "jpeg-50"):
+        answer = server.predict(frame, x_gearnn_level=level)
+        server.check(frame, level, answer)
+        assert answer.headers["x-gearnn-found"] == "jpeg-10"
+    near = server.predict(frame, x_gearnn_level="jpeg-33")
+    server.check(frame, "jpeg-50", near)
+    assert float(near.headers["x-gearnn-distance"]) > 0
+
+
+def test_logits_are_those_of_the_level(server: Server) -> None:
+    frame = FRAMES["jpeg-50"]
+    answer = server.predict(frame, accept="application/x-npy")
+    logits = np.load(io.BytesIO(answer.body), allow_pickle=False)
+    expected = served.expected_logits(server.root, answer.headers["x-gearnn-release"], "jpeg-50", frame)
+    assert (logits.dtype, logits.shape) == (np.float32, (3, 48, 96))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bundle_is_chosen_by_its_header_and_only_configured_ones_are(server: Server) -> None:
+    frame = FRAMES["jpeg-10"]
+    for bundle in ("other", "other:latest", "tiny:latest"):
+        answer = server.predict(frame, serve_multiplexed_model_id=bundle)
+        server.check(frame, "jpeg-10", answer)
+        assert answer.headers["x-gearnn-release"].split("@")[0] == bundle.split(":")[0]
+    for bundle in ("tiny:first", "nowhere", "tiny@sha256:0"):
+        refused = server.predict(frame, serve_multiplexed_model_id=bundle)
+        assert refused.status == 404
+        assert f"the bundle {bundle} is not served here, only tiny:latest, other:latest" in refused.body.decode()
+
+
+def test_what_cannot_be_answered_is_one_sentence_and_the_service_lives(server: Server) -> None:
+    good, noise = FRAMES["jpeg-10"], np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+    wrong: list[tuple[bytes, dict[str, str], int, str]] = [
+        (good, {"x_gearnn_level": "brightness-0.4"}, 422, "brightness-0.4"),
+        (good[: len(good) // 2], {}, 400, "ends before"),
+        (served.png(noise), {}, 413, "larger than"),
+        (served.jpeg(noise, 5), {}, 413, "pixels"),
+        (b"hello", {}, 415, "image/jpeg"),
+    ]
+    for body, headers, status, sentence in wrong:
+        answer = server.predict(body, **headers)
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
+        assert sentence in answer.body.decode()
+    server.check(good, "jpeg-10", server.predict(good))
+
+
+def test_levels_sizes_and_bundles_mixed_by_many_clients_are_each_answered_right(server: Server) -> None:
+    levels = list(FRAMES)
+
+    def client(number: int) -> None:
+        for turn in range(6):
+            level = levels[(number + turn) % 3]
+            bundle = ("tiny", "other")[number % 2]
+            answer = server.predict(
+                FRAMES[level], serve_multiplexed_model_id=bundle, x_gearnn_stream=f"camera-{number}"
+            )
+            server.check(FRAMES[level], level, answer)
+            assert answer.headers["x-gearnn-release"].startswith(bundle)
+
+    with ThreadPoolExecutor(12) as clients:
+        list(clients.map(client, range(12)))
+
+
+class Load:
+    """Clients that ask without pause; every answer is checked, what failed is counted."""
+
+    def __init__(self, server: Server, clients: int = 4) -> None:
+        self.server, self.failed, self.releases = server, 0, list[str]()
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(clients)
+        self._clients = [self._pool.submit(self._ask, number) for number in range(clients)]
+
+    def _ask(self, number: int) -> None:
+        levels = list(FRAMES)
+        while not self._stop.is_set():
+            number += 1
+            level = levels[number % 3]
+            try:
+                answer = self.server.predict(FRAMES[level])
+            except (OSError, http.client.HTTPException):  # the connection broke
+                answer = Answer(0, {}, b"")
+            if answer.status != 200:
+                self.failed += 1
+                time.sleep(0.2)
+                continue
+            self.server.check(FRAMES[level], level, answer)
+            self.releases.append(answer.headers["x-gearnn-release"])
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+        for client in self._clients:
+            client.result()  # raises what a check found
+
+
+def test_a_moved_tag_is_followed_without_dropping_a_request(server: Server) -> None:
+    first = server.store.tags("tiny")["first"]
+    with Load(server) as load:
+        eventually(lambda: len(load.releases) > 5)
+        second = served.publish(server.store, "tiny", seed=1)
+        eventually(lambda: f"tiny@{second}" in load.releases[-4:])
+        assert server.health()["bundles"]["tiny:latest"]["digest"] == second
+        server.store.tag("tiny", "latest", first)  # a rollback
+        eventually(lambda: load.releases[-4:] == [f"tiny@{first}"] * 4)
+    assert load.failed == 0
+    assert set(load.releases) == {f"tiny@{first}", f"tiny@{second}"}
+
+
+def degraded(server: Server, words: str) -> bool:
+    health = server.health()
+    return health["status"] == "degraded" and words in (health["bundles"]["tiny:latest"]["problem"] or "")
+
+
+def test_a_corrupt_release_or_a_lost_store_leaves_the_old_one_serving_and_health_says_why(server: Server) -> None:
+    first = server.store.tags("tiny")["first"]
+    before = set((server.root / "blobs/sha256").iterdir())
+    third = served.publish(server.store, "tiny", seed=2, tags=("third",))
+    server.store.tag("tiny", "latest", first)
+    broken = next(iter(set((server.root / "blobs/sha256").iterdir()) - before))
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    server.store.tag("tiny", "latest", third)
+    eventually(lambda: degraded(server, broken.name))
+    answer = server.predict(FRAMES["jpeg-10"])
+    assert answer.headers["x-gearnn-release"] == f"tiny@{first}"
+    server.store.tag("tiny", "latest", first)
+    eventually(lambda: server.health()["status"] == "ok")
+
+    server.root.rename(server.root.with_name("away"))
+    eventually(lambda: degraded(server, "tiny:latest is not in"))
+    frame = FRAMES["clean"]
+    away = server.predict(frame)
+    server.root.with_name("away").rename(server.root)
+    server.check(frame, "clean", away)
+    eventually(lambda: server.health()["status"] == "ok")
+
+
+def metric(text: str, name: str, **tags: str) -> float:
+    """The sum of all series of a metric that have these tags."""
+    lines = [line for line in text.splitlines() if line.startswith(f"ray_gearnn_{name}{{")]
+    wanted = [line for line in lines if all(f'{tag}="{value}"' in line for tag, value in tags.items())]
+    return sum(float(line.rpartition(" ")[2]) for line in wanted)
+
+
+def test_prometheus_sees_levels_batches_distances_and_the_release(server: Server) -> None:
+    server.predict(served.jpeg(served.picture(), 30))
+    server.predict(b"hello")
+
+    def scraped() -> str:
+        with urllib.request.urlopen(server.serving.metrics[0], timeout=10) as response:
+            return str(response.read().decode())
+
+    # jpeg-30 lies 20 steps of quality, 4 units, from both levels; every other frame lies on one
+    eventually(lambda: metric(scraped(), "level_distance_sum", bundle="tiny:latest") >= 3, 30)
+    text = scraped()
+    for level in FRAMES:
+        assert metric(text, "requests_total", bundle="tiny:latest", level=level, status="200") >= 1
+    assert metric(text, "request_seconds_count") == metric(text, "requests_total")
+    assert metric(text, "batch_size_sum") > metric(text, "batch_size_count") > 0
+    assert metric(text, "batch_levels_sum") > metric(text, "batch_levels_count")
+    assert metric(text, "requests_total", bundle="none", level="none", status="415") >= 1
+    digest = server.store.tags("tiny")["latest"]
+    assert metric(text, "release", bundle="tiny:latest", digest=digest) >= 1
+
+
+def replica_pids() -> list[int]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # some come and go
+            if any("ServeReplica:gearnn" in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def test_a_killed_replica_answers_nothing_wrong_and_what_is_tried_again_succeeds(server: Server) -> None:
+    with Load(server) as load:
+        eventually(lambda: len(load.releases) > 5)
+        (killed,) = replica_pids()
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda: replica_pids() not in ([], [killed]), 40)
+        before = len(load.releases)
+        eventually(lambda: len(load.releases) > before + 5, 40)
+    assert load.failed < 100
+
+
+def test_a_pass_holds_one_release_and_size_and_a_bounded_number_of_pixels() -> None:
+    one, other = object(), object()
+
+    def item(release: Any, height: int, width: int) -> service._Item:
+        frame = Frame(np.zeros((height, width, 3), np.uint8), Evidence(height, width, 0.0))
+        return service._Item(release, frame, Detected("clean"), False, 0.0)
+
+    items = [item(one, 4, 5), item(other, 4, 5), item(one, 5, 4), *(item(one, 4, 5) for _ in range(4)), item(one, 9, 9)]
+    passes = list(service._passes(items, 60))
+    assert sorted(position for positions in passes for position in positions) == list(range(len(items)))
+    assert passes == [[0, 3, 4], [5, 6], [1], [2], [7]]  # the last has more pixels than a pass, and one of its own
+
+
+def test_a_bundle_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    served.publish(Store(tmp_path), "tiny")
+    for bundle, sentence in (
+        ("nowhere", "there is no release nowhere:latest"),
+        ("tiny:v2", "there is no release tiny:v2"),
+    ):
+        config = ServeConfig(store=str(tmp_path), bundles=("tiny", bundle))
+        with pytest.raises(UserError, match=sentence), service.serving(config):
+            pass
