@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of a mixed batch, against the same network with constant weights and against other ways, in turns.
 
-    uv run --group benchmarks benchmarks/mixed_batch.py [--store STORE --release NAME:TAG] [--compile] [--device cuda]
+uv run --group benchmarks benchmarks/mixed_batch.py [--store STORE --release NAME:TAG] [--compile] [--device cuda]
 """
 
 import argparse
@@ -25,7 +25,7 @@ BATCH = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--size", type=int, nargs=2, default=(360, 480), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", type=int, nargs=2, default=(180, 240), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="the compiled networks, not the eager ones")
     parser.add_argument("--threads", type=int, default=2)

@@ -53,6 +53,7 @@ def main() -> None:
             safetensors.torch.save_file(states[level], file)
         ways: dict[str, Callable[[str], object]] = {
             "AdaptiveModel.set_level": adaptive.set_level,
+            "the same, and the index written": lambda level: (adaptive.set_level(level), adaptive._selection.write()),
             "torch._foreach_copy_ of the union": lambda level: torch._foreach_copy_(targets, sources[level]),
             "load_state_dict of the adaptor": lambda level: network.load_state_dict(
                 {name: states[level][name] for name in union}, strict=False

@@ -38,13 +38,14 @@ _USUAL_SIZE = (360, 480)  # height and width where a release does not say on wha
 
 
 class _Choice:
-    """The level that `set_level` chose; a plain object, because a Module's attributes take microseconds to set."""
+    """The level that `set_level` chose; a plain object, because a Module's attributes take microseconds to get and set."""
 
-    __slots__ = ("level", "lock")
+    __slots__ = ("level", "lock", "set_all")
 
-    def __init__(self) -> None:
+    def __init__(self, selection: Selection) -> None:
         self.level: str | None = None
         self.lock = threading.Lock()
+        self.set_all = selection.set_all
 
 
 class AdaptiveModel(nn.Module):
@@ -64,16 +65,14 @@ class AdaptiveModel(nn.Module):
         """Raises UserError when the release's network cannot be built or does not fit its weights."""
         super().__init__()
         self.manifest, self.digest, self.name = release.manifest, release.digest, release.name
-        self.device = _device(device)
         self.levels = (CLEAN.name, *(level for level in release.levels if level != CLEAN.name))
         self.detector = Detector(self.levels, Reference.of_manifest(self.manifest), untrained)
         normalisation = self.manifest["model"]["normalisation"]
         self._normalise = Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
         self._number = {level: number for number, level in enumerate(self.levels)}
-        self._untrained = untrained
-        self._network, self._selection = _assemble(release, self.levels, self.device, untrained == "interpolate")
+        self._network, self._selection = _assemble(release, self.levels, _device(device), untrained == "interpolate")
         self._run: Any = self._network
-        self._choice = _Choice()
+        self._choice = _Choice(self._selection)
         self.eval()
 
     @classmethod
@@ -107,6 +106,8 @@ class AdaptiveModel(nn.Module):
             self._selection.reserve(len(images))
             if levels is not None or held is None:
                 self._selection.set_each(self._mixtures(images, levels))
+            if self._run is not self._network:
+                self._selection.write()
             try:
                 return self._logits(self._run, images)
             finally:
@@ -114,7 +115,10 @@ class AdaptiveModel(nn.Module):
                     self._selection.set_all(self._number[held])
 
     def set_level(self, level: str | None) -> None:
-        """Use this level of the release for every image from now on; None: detect again. One write, no weight is moved."""
+        """Use this level of the release for every image from now on; None: detect again.
+
+        No weight is moved: two pointers change, and where the network is compiled an index is written before its next run.
+        """
         number = None if level is None else self._number.get(level)
         if number is None and level is not None:
             raise UserError(f"{self.name} has no level {level!r}: it has {', '.join(self.levels)}")
@@ -122,7 +126,7 @@ class AdaptiveModel(nn.Module):
         with choice.lock:
             choice.level = level
             if number is not None:
-                self._selection.set_all(number)
+                choice.set_all(number)
 
     def detect(self, images: Tensor) -> list[Detected]:
         """The level of each image [B, 3, H, W] alone, from its size, its brightness and the traces that JPEG left in it."""
@@ -145,8 +149,13 @@ class AdaptiveModel(nn.Module):
         tensors = {id(tensor): tensor for tensor in _weights_of(self._network)}
         twin._network = copy.deepcopy(self._network, tensors)
         twin._selection = next(m for m in twin._network.modules() if isinstance(m, Selection))
-        twin._run, twin._choice = twin._network, _Choice()
+        twin._run, twin._choice = twin._network, _Choice(twin._selection)
         return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._selection.maps.device
 
     @property
     def weight_bytes(self) -> int:

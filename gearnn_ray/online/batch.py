@@ -9,6 +9,7 @@ Legend: n samples of a batch, L levels, M maps (distinct ways in which the table
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ class Mixture:
 class _Host:
     """What the host knows of the batch; a plain object, because a Module's attributes take microseconds to set."""
 
-    __slots__ = ("indices", "mixed", "rows")
+    __slots__ = ("indices", "mixed", "rows", "unwritten")
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
         self.rows: NDArray[np.int64] | None = None  # [M, n] or, where all samples agree, [M, 1]; None: not known
         self.mixed = False  # whether a sample of this batch stands between two levels
+        self.unwritten: Tensor | None = None  # [M, 1]: what `indices` is to hold, where it does not yet
 
 
 class Selection(nn.Module):
@@ -57,21 +59,27 @@ class Selection(nn.Module):
         self.mixes = mixes
         self._maps_ML = np.array(maps, np.int64).reshape(len(maps), -1)
         self.register_buffer("maps", torch.from_numpy(self._maps_ML).to(device), persistent=False)
+        self.register_buffer("rows", torch.zeros_like(self.maps[:, :1]), persistent=False)
+        self.host = _Host(self.rows)
         self._grow(_CAPACITY)
-        self._columns = [
-            (self.maps[:, [level]].contiguous(), self._maps_ML[:, [level]]) for level in range(self._maps_ML.shape[1])
-        ]
 
     def _grow(self, capacity: int) -> None:
-        device, last = (
-            self.maps.device,
-            self.rows[:, :1] if "rows" in self._buffers else torch.zeros_like(self.maps[:, :1]),
-        )
-        self.register_buffer("rows", last.repeat(1, capacity), persistent=False)
-        self.host = _Host(self.rows)
+        self.rows = self.rows[:, :1].repeat(1, capacity)
         if self.mixes:
             self.register_buffer("neighbours", torch.zeros_like(self.rows), persistent=False)
-            self.register_buffer("weights", torch.zeros(capacity, device=device), persistent=False)
+            self.register_buffer("weights", torch.zeros(capacity, device=self.rows.device), persistent=False)
+        self._look()
+
+    def _look(self) -> None:
+        """What plain attributes know of the buffers."""
+        self.host.indices = self.rows
+        levels = range(self._maps_ML.shape[1])
+        self._columns = [(self.maps[:, [level]].contiguous(), self._maps_ML[:, [level]]) for level in levels]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Selection":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # `to` another device
+        self._look()
+        return self
 
     def reserve(self, n: int) -> None:
         """Make room for batches of n samples."""
@@ -79,13 +87,19 @@ class Selection(nn.Module):
             self._grow(max(n, 2 * self.rows.shape[1]))
 
     def set_all(self, level: int) -> None:
-        """Every sample, of this batch and later ones, uses this level: one write."""
+        """Every sample, of this batch and later ones, uses this level. Two pointers; `write` follows where it is needed."""
         host = self.host
-        column, host.rows = self._columns[level]
-        host.indices.copy_(column)
-        if self.mixes:
-            self.weights.zero_()
-            host.mixed = False
+        host.unwritten, host.rows = self._columns[level]
+        host.mixed = False
+
+    def write(self) -> None:
+        """Let the device know of the last `set_all`, as a compiled graph must: one write of indices."""
+        host = self.host
+        if host.unwritten is not None:
+            host.indices.copy_(host.unwritten)
+            host.unwritten = None
+            if self.mixes:
+                self.weights.zero_()
 
     def set_each(self, mixtures: Sequence[Mixture]) -> None:
         """Sample i uses mixtures[i]."""
@@ -94,6 +108,7 @@ class Selection(nn.Module):
         rows_Mn = self._maps_ML[:, [mixture.level for mixture in mixtures]]
         self.rows[:, :n].copy_(torch.from_numpy(rows_Mn))
         self.host.rows, self.host.mixed = rows_Mn, any(mixture.weight for mixture in mixtures)
+        self.host.unwritten = None
         if self.mixes:
             rows_Mn = self._maps_ML[:, [mixture.neighbour for mixture in mixtures]]
             self.neighbours[:, :n].copy_(torch.from_numpy(rows_Mn))
@@ -104,12 +119,13 @@ class Selection(nn.Module):
     def set_index(self, levels_n: Tensor) -> None:
         """Sample i uses level levels_n[i]; nothing is read on the host, so that this can stand in a compiled graph."""
         self.rows[:, : levels_n.shape[0]] = self.maps[:, levels_n]
-        self.host.rows, self.host.mixed = None, False
+        self.host.rows, self.host.mixed, self.host.unwritten = None, False, None
         if self.mixes:
             self.weights.zero_()
 
     def forget(self) -> None:
         """Let the host know nothing of the levels: modules then run as they do in a compiled graph."""
+        self.write()
         self.host.rows = None
 
     def on_host(self, map_index: int) -> list[int] | None:
