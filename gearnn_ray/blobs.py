@@ -6,6 +6,7 @@ networks or levels.
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -22,7 +23,6 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from pyarrow import fs
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gearnn_ray.errors import CorruptStoreError, UserError
@@ -43,7 +43,7 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """The name of these bytes: "sha256:" and 64 hexadecimal digits."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -69,13 +69,49 @@ def encode_state(state: Mapping[str, Tensor], metadata: Mapping[str, object] | N
     return safetensors.torch.save(dense, header)
 
 
-def decode_state(data: bytes) -> dict[str, Tensor]:
-    """The state dict of `encode_state`, names sorted. Raises CorruptStoreError when it is not safetensors."""
+def decode_state(data: bytes | memoryview) -> dict[str, Tensor]:
+    """The state dict of `encode_state`, names sorted. Raises CorruptStoreError when it is not safetensors.
+
+    Writable memory is not copied: the tensors are views of it, each of its own part, and keep it alive.
+    """
+    # safetensors.torch.load copies every tensor, which takes half as long as hashing it
     try:
-        state = safetensors.torch.load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch has not
-        raise CorruptStoreError(f"{digest_of(data)} does not hold safetensors: {error}") from error
+        state = _views(data if isinstance(data, memoryview) and not data.readonly else memoryview(bytearray(data)))
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CorruptStoreError(f"{digest_of(data)} does not hold safetensors: {_one_line(error)}") from error
     return dict(sorted(state.items()))
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+def _views(memory: memoryview) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: 8 bytes with the length of a JSON header, the header, the elements.
+
+    As the format demands, the tensors fill the bytes after the header with neither a gap nor an overlap.
+    """
+    start = end = 8 + int.from_bytes(memory[:8], "little")
+    header = json.loads(bytes(memory[8:start]).decode())
+    header.pop("__metadata__", None)
+    state = dict[str, Tensor]()
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if start + first != end or last < first or last - first != count * dtype.itemsize:
+            raise ValueError(f"{name!r} of shape {shape} cannot lie in the bytes from {first} to {last}")
+        # torch makes no tensor of no bytes
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=end) if count else torch.empty(0, dtype=dtype)
+        state[name] = flat.reshape(shape)
+        end = start + last
+    if end != len(memory):
+        raise ValueError(f"its tensors end at byte {end} of {len(memory)}")
+    return state
 
 
 # What a worker leaves in the store
@@ -114,7 +150,7 @@ class BlobStore:
 
     def get_blob(self, digest: str) -> bytes:
         """The bytes of a digest. Raises CorruptStoreError naming it when they are missing or altered."""
-        return self._verified(f"blobs/sha256/{hex_of(digest)}", digest)
+        return bytes(self._blob(digest))
 
     def has_blob(self, digest: str) -> bool:
         """Whether there is such a blob; `get_blob` says whether it is intact."""
@@ -127,7 +163,7 @@ class BlobStore:
 
     def get_state(self, digest: str) -> dict[str, Tensor]:
         """The state dict in a blob. Raises CorruptStoreError naming the digest."""
-        return decode_state(self.get_blob(digest))
+        return decode_state(self._blob(digest))
 
     def put_record(self, key: str, record: dict[str, Any]) -> None:
         """Remember what the stage `key` (64 hexadecimal digits) returned: any JSON object."""
@@ -185,8 +221,11 @@ class BlobStore:
     def _blob_size(self, digest: str) -> int | None:
         return self._files.size(f"blobs/sha256/{hex_of(digest)}")
 
-    def _verified(self, path: str, digest: str) -> bytes:
-        data = self._files.read(path)
+    def _blob(self, digest: str) -> memoryview:
+        return self._verified(f"blobs/sha256/{hex_of(digest)}", digest)
+
+    def _verified(self, path: str, digest: str) -> memoryview:
+        data = self._files.read_memory(path)
         if data is None:
             raise CorruptStoreError(f"{digest} is missing from {self.uri}")
         if digest_of(data) != digest:
@@ -247,12 +286,21 @@ class FileTree:
 
     def read(self, path: str) -> bytes | None:
         """All bytes of a file, None where there is none."""
+        while (data := self.read_memory(path)) is not None:
+            # S3 is asked for the length first: a file replaced by a longer one in between comes cut off
+            if self._local or self.size(path) == len(data):
+                return bytes(data)
+        return None
+
+    def read_memory(self, path: str) -> memoryview | None:
+        """All bytes of a file that never changes, in writable memory that nobody else has; None where there is none."""
         try:
-            with self._fs.open_input_stream(self._full(path)) as stream:
-                data: bytes = stream.read()
+            with self._fs.open_input_file(self._full(path)) as file:
+                # Arrow's own pool and numpy ask for huge pages, which are slower to get than the file is to read
+                memory = memoryview(pa.allocate_buffer(file.size(), pa.system_memory_pool())).cast("B")
+                return memory[: file.readinto(memory)]
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return data
 
     def size(self, path: str) -> int | None:
         """The length of a file in bytes, None where there is none."""
@@ -279,7 +327,10 @@ class FileTree:
     def files(self, folder: str) -> list[str]:
         """The files anywhere below a folder, relative to it and sorted, without writers' temporary ones."""
         root = self._full(folder)
-        found = self._fs.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        try:
+            found = self._fs.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        except FileNotFoundError:
+            return []  # made while pyarrow looked: absent at its first look, there at its second
         paths = [info.path[len(root) + 1 :] for info in found if info.type == fs.FileType.File]
         return sorted(path for path in paths if not path.rpartition("/")[2].startswith("."))
 

@@ -180,7 +180,7 @@ class Store(BlobStore):
     def _manifest(self, name: str, digest: str) -> tuple[dict[str, Any], "_Manifest"]:
         data = self._verified(f"manifests/{hex_of(digest)}.json", digest)
         try:
-            content = json.loads(data)
+            content = json.loads(bytes(data))
         except ValueError as error:
             raise CorruptStoreError(f"the manifest {digest} is not JSON: {error}") from error
         manifest = _parse_manifest(content, digest)
@@ -191,9 +191,9 @@ class Store(BlobStore):
     def _state(self, entry: "_BlobEntry") -> dict[str, Tensor]:
         if entry.digest is None:
             return {}
-        data = self.get_blob(entry.digest)
-        if len(data) != entry.bytes:
-            raise CorruptStoreError(f"{entry.digest} has {len(data)} bytes, the manifest says {entry.bytes}")
+        data = self._blob(entry.digest)
+        if data.nbytes != entry.bytes:
+            raise CorruptStoreError(f"{entry.digest} has {data.nbytes} bytes, the manifest says {entry.bytes}")
         return decode_state(data)
 
 

@@ -68,6 +68,18 @@ def test_from_weights_to_a_release(
     assert release.manifest["config"]["recipe"]["epochs"] == 3
     assert str(tmp_path / "store") not in json.dumps(release.manifest)
 
+    # what a server compares frames with: the training images, undistorted and at each level
+    pictures = [np.asarray(Image.open(p).convert("L")) for p in (tmp_path / "data/train/images").iterdir()]
+    lumas = np.array([picture.mean() for picture in pictures])
+    reference = release.manifest["data"]["reference"]
+    assert (reference["height"], reference["width"]) == (32, 40)
+    assert reference["luma"] == pytest.approx(lumas.mean(), abs=0.001)
+    assert reference["luma_spread"] == pytest.approx(np.log(lumas).std(), abs=0.0001)
+    found = {level: entry["luma"] for level, entry in release.manifest["levels"].items()}
+    assert found["clean"] == reference["luma"]
+    assert found["jpeg-10"] == pytest.approx(reference["luma"], rel=0.02)
+    assert found["brightness-0.4+jpeg-30"] == pytest.approx(0.4 * reference["luma"], rel=0.05)
+
     model = build_model("tests.nets:small", tiny.CLASSES)
     given = safetensors.torch.load_file(tmp_path / "weights.safetensors")
     base = release.base_state()

@@ -42,7 +42,7 @@ from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
 from gearnn_ray.offline.resources import autoscaler_ceiling, check_resources, groups_that_fit
-from gearnn_ray.offline.stages import LevelResult, Network, NetworkFacts, Work
+from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Network, NetworkFacts, Work
 from gearnn_ray.store import Blob, Store
 from gearnn_ray.tasks.segmentation import Normalisation
 
@@ -69,7 +69,7 @@ def split(config: SplitConfig, say: Say) -> Outcome:
         check_resources(config.resources, *_cluster_resources())
         board = cast(Any, _Board).options(scheduling_strategy=_beside_driver()).remote()
         relay = _Relay(board, say)
-        work, facts = _checked_work(config, relay)
+        work, facts, images = _checked_work(config, relay)
         try:
             base = _base(config, work, board, relay)
         except (TrainingFailedError, RayError) as error:
@@ -83,7 +83,7 @@ def split(config: SplitConfig, say: Say) -> Outcome:
         return Outcome(None, (), failed)
     summary = tuple(summary_row(result, work.budget, facts.floats) for result in ordered)
     release = store.publish(
-        manifest_of(asked, work, base, facts, ordered),
+        manifest_of(asked, work, base, facts, images, ordered),
         tables_of(config.name, work, ordered, summary),
         config.tags,
     )
@@ -220,12 +220,19 @@ def _check_network(model: ModelConfig, num_classes: int) -> tuple[Network, Netwo
 
 
 @ray.remote
-def _prepare_images(work: Work, level: str, split_name: Any) -> None:
+def _prepare_images(work: Work, level: str, split_name: Any) -> ImageStatistics | None:
+    """Make a level's images; those to train on are measured in passing, where they lie."""
     stages.prepare_images(work, level, split_name)
+    return stages.measure_images(work, level) if split_name == "train" else None
 
 
-def _checked_work(config: SplitConfig, relay: _Relay) -> tuple[Work, NetworkFacts]:
-    """Data, labels, weights, budget: all of it looked at, every level's images made. Raises UserError."""
+@ray.remote
+def _measure_undistorted(work: Work) -> ImageStatistics:
+    return stages.measure_images(work, "clean")
+
+
+def _checked_work(config: SplitConfig, relay: _Relay) -> tuple[Work, NetworkFacts, dict[str, ImageStatistics]]:
+    """Data, labels, weights, budget: all of it looked at, every level's images made and measured. Raises UserError."""
     relay.say(Event("started", "images", "all"))
     data: Dataset = relay.wait(_open_data.remote(config))
     network_ref = _check_network.remote(config.model, data.num_classes)
@@ -245,21 +252,27 @@ def _checked_work(config: SplitConfig, relay: _Relay) -> tuple[Work, NetworkFact
     if config.model.weights is None and "clean" not in names:
         names.append("clean")
     shared = ray.put(work)
-    images = [_prepare_images.remote(shared, name, part) for name in names for part in ("train", "val")]
+    wanted = [(name, part) for name in names for part in ("train", "val")]
+    images = [_prepare_images.remote(shared, name, part) for name, part in wanted]
+    undistorted = _measure_undistorted.remote(shared)
     network, facts = relay.wait(network_ref)
     budget = budget_floats(config.budget, facts.floats)
     if budget < facts.smallest_layer:
-        for ref in images:
+        for ref in [*images, undistorted]:
             ray.cancel(ref, force=False)
         raise UserError(
             f"the budget {config.budget} is {budget} floats and fits no layer: the smallest of {config.model.name} "
             f"has {facts.smallest_layer}, so give at least that"
         )
-    for done, ref in enumerate(images, 1):
-        relay.wait(ref)
+    measured = dict[str, ImageStatistics]()
+    for done, ((name, part), ref) in enumerate(zip(wanted, images, strict=True), 1):
+        found = relay.wait(ref)
+        if part == "train":
+            measured[name] = found
         relay.say(Event("progress", "images", "all", done, len(images)))
+    measured["clean"] = relay.wait(undistorted)
     relay.say(Event("finished", "images", "all", len(images), len(images)))
-    return replace(work, network=network, budget=budget), facts
+    return replace(work, network=network, budget=budget), facts, measured
 
 
 # ── the base ─────────────────────────────────────────────────────────────────────────────────────────────────────

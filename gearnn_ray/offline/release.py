@@ -4,6 +4,7 @@ Knows nothing of Ray or of how the results came about.
 """
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from gearnn_ray import tables
 from gearnn_ray.config import SplitConfig
 from gearnn_ray.levels import codec_versions, parse_level
-from gearnn_ray.offline.stages import LevelResult, NetworkFacts, Work
+from gearnn_ray.offline.stages import ImageStatistics, LevelResult, NetworkFacts, Work
 from gearnn_ray.store import SCHEMA, Blob
 from gearnn_ray.tasks.segmentation import METRIC
 
@@ -35,9 +36,17 @@ def summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str
 
 
 def manifest_of(
-    config: SplitConfig, work: Work, base: Blob, facts: NetworkFacts, results: tuple[LevelResult, ...]
+    config: SplitConfig,
+    work: Work,
+    base: Blob,
+    facts: NetworkFacts,
+    images: Mapping[str, ImageStatistics],
+    results: tuple[LevelResult, ...],
 ) -> dict[str, Any]:
-    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes."""
+    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes.
+
+    `images`: of the training images of every level, and of the undistorted ones ("clean").
+    """
     levels: dict[str, Any] = {}
     for result in results:
         scores = {
@@ -51,6 +60,7 @@ def manifest_of(
             "bytes": result.bytes,
             "floats": result.floats,
             "layers": list(result.layers),
+            "luma": images[result.level].luma,
             "scores": {name: score for name, score in scores.items() if score is not None},
         }
         if result.sensitivity:
@@ -71,7 +81,12 @@ def manifest_of(
             "task": "segmentation",
             "normalisation": {k: list(v) for k, v in asdict(work.network.normalisation).items()},
         },
-        "data": {"name": work.data.name, "train": work.data.train.digest, "val": work.data.val.digest},
+        "data": {
+            "name": work.data.name,
+            "train": work.data.train.digest,
+            "val": work.data.val.digest,
+            "reference": asdict(images["clean"]),
+        },
         "base": asdict(base),
         "levels": levels,
         "budget": {"asked": config.budget, "floats": work.budget},

@@ -9,14 +9,19 @@ nothing of Ray.
 
 import hashlib
 import json
+import math
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from gearnn_ray.adaptors import take_adaptor
@@ -422,3 +427,37 @@ def check_network(network: Network, weights: str | None) -> NetworkFacts:
 def prepare_images(work: Work, level: str, split_name: Literal["train", "val"]) -> None:
     """Make one level's images of one split, and check every label, where this node has not done so before."""
     _data(work, level, split_name)
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What a server compares its frames with, to see which level they have."""
+
+    height: int
+    width: int
+    """of the most frequent size, in pixels"""
+    luma: float
+    """mean over the images of their mean Rec. 601 luma, 0 to 255"""
+    luma_spread: float
+    """standard deviation of the natural logarithm of an image's mean luma"""
+
+
+_MEASURED_IMAGES = 200
+
+
+def measure_images(work: Work, level: str) -> ImageStatistics:
+    """Statistics of at most 200 training images of a level, evenly spaced. Equal images give equal numbers."""
+    split, parsed = work.data.train, parse_level(level)
+    # undistorted images are read where they lie: no cache entry is made for a few of them
+    read = split.image if parsed.is_clean else level_images(split, parsed, Path(work.cache).expanduser()).__getitem__
+    count = min(len(split), _MEASURED_IMAGES)
+    sizes, lumas = Counter[tuple[int, int]](), list[float]()
+    for index in range(count):
+        image = Image.fromarray(read(index * len(split) // count))
+        sizes[image.height, image.width] += 1
+        lumas.append(float(np.asarray(image.convert("L")).mean()))
+    (height, width), _ = sizes.most_common(1)[0]
+    # a black image has no logarithm; below one step of 255 it is black. Rounded, because logarithms differ in the last
+    # bit from machine to machine, and the same work makes the same manifest.
+    spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
+    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))

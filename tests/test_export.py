@@ -1,0 +1,178 @@
+"""One level's network as files for other runtimes: each is loaded again and answers as the level's own network does."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gearnn_ray import Store, UserError
+from gearnn_ray.layers import model_size, network_state
+from gearnn_ray.models import build_model, read_weights
+from gearnn_ray.online.export import export_level
+from gearnn_ray.store import Release
+
+CLASSES = 3
+SIZE = (32, 40)
+ADAPTED = {"tests.nets:small": ("bn1.weight", "conv2.weight"), "drn_d_22": ("base.0.1.weight", "seg.bias")}
+
+
+def publish(folder: Path, network: str = "tests.nets:small", reference: dict[str, Any] | None = None) -> Release:
+    """A release with one level, whose network answers clearly otherwise than the base."""
+    torch.manual_seed(0)
+    model = build_model(network, CLASSES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    state = network_state(model)
+    adaptor = {name: state[name] * 1.5 + 0.1 for name in ADAPTED.get(network, ADAPTED["tests.nets:small"])}
+    store = Store(folder)
+    base, blob = store.put_state(state), store.put_state(adaptor)
+    manifest = {
+        "schema": 1,
+        "name": "tiny",
+        "model": {
+            "name": network, "num_classes": CLASSES, "class_names": ["road", "tree", "sky"], "task": "segmentation",
+            "floats": model_size(model), "normalisation": {"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]},
+        },
+        "data": {"reference": reference} if reference else {},
+        "base": {"digest": base.digest, "bytes": base.bytes},
+        "levels": {
+            "jpeg-10": {
+                "digest": blob.digest, "bytes": blob.bytes, "floats": sum(t.numel() for t in adaptor.values()),
+                "layers": sorted(adaptor), "scores": {},
+            },
+        },
+        "budget": {}, "recipe": {}, "versions": {},
+    }  # fmt: skip
+    store.publish(manifest, {})
+    return store.pull("tiny")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Release:
+    return publish(tmp_path / "store")
+
+
+def expected(release: Release, level: str, images: Tensor) -> Tensor:
+    model = build_model(release.manifest["model"]["name"], CLASSES)
+    model.load_state_dict({**release.base_state(), **({} if level == "clean" else release.adaptor_state(level))})
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def run_pt2(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    extra = {"gearnn_ray": ""}
+    return torch.export.load(path, extra_files=extra).module(), json.loads(extra["gearnn_ray"])
+
+
+def run_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["images"]
+    about = json.loads(session.get_modelmeta().custom_metadata_map["gearnn_ray"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), about
+
+
+@pytest.mark.parametrize("level", ["jpeg-10", "clean"])
+def test_a_plain_state_dict(release: Release, tmp_path: Path, level: str) -> None:
+    path = export_level(release, level, tmp_path / "level.safetensors")
+    images = torch.randn(2, 3, *SIZE)
+    model = build_model("tests.nets:small", CLASSES)
+    model.load_state_dict(safetensors.torch.load_file(path))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), expected(release, level, images))
+    # the normalisation comes along, so that the file is a base like any other
+    about = read_weights(path).about
+    assert (about["mean"], about["std"], about["level"]) == ([0.4] * 3, [0.3] * 3, level)
+    assert about["release"] == f"tiny@{release.digest}"
+
+
+@pytest.mark.parametrize(("network", "run"), [("tests.nets:small", run_pt2), ("drn_d_22", run_onnx)])
+def test_a_graph_answers_as_the_levels_own_network(
+    tmp_path: Path, network: str, run: Callable[[Path], tuple[Callable[[Tensor], Tensor], dict[str, Any]]]
+) -> None:
+    release = publish(tmp_path / "store", network)
+    suffix = {run_pt2: ".pt2", run_onnx: ".onnx"}[run]
+    exported, about = run(export_level(release, "jpeg-10", tmp_path / f"level{suffix}", SIZE))
+    # any batch, and sizes that are no multiple of the network's stride
+    for shape in ((1, 3, *SIZE), (3, 3, *SIZE), (2, 3, 50, 67)):
+        images = torch.randn(shape)
+        own = expected(release, "jpeg-10", images)
+        with torch.no_grad():
+            logits = exported(images)
+        assert logits.shape == own.shape
+        torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits, expected(release, "clean", images), rtol=1e-2)
+    assert (about["class_names"], about["mean"]) == (["road", "tree", "sky"], [0.4] * 3)
+
+
+def test_a_network_of_one_size_is_written_for_that_size(tmp_path: Path) -> None:
+    release = publish(
+        tmp_path / "store", "tests.test_export:one_size", {"height": 32, "width": 40, "luma": 90.0, "luma_spread": 0.2}
+    )
+    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2"))
+    images = torch.randn(5, 3, *SIZE)
+    torch.testing.assert_close(run(images), expected(release, "jpeg-10", images))
+    with pytest.raises(UserError, match=r"cannot be written as \.pt2 for 64x48 images"):
+        export_level(release, "jpeg-10", tmp_path / "level.pt2", (48, 64))
+
+
+def test_a_network_that_puts_its_logits_in_a_dict(tmp_path: Path) -> None:
+    release = publish(tmp_path / "store", "tests.test_export:in_a_dict")
+    images = torch.randn(2, 3, *SIZE)
+    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2", SIZE))
+    torch.testing.assert_close(run(images), expected(release, "jpeg-10", images)["out"])
+
+
+def test_what_cannot_be_exported_is_one_sentence(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(sentence: str, release: Release, level: str, path: Path, size: tuple[int, int] | None = SIZE) -> None:
+        with pytest.raises(UserError, match=sentence) as caught:
+            export_level(release, level, path, size)
+        assert "\n" not in str(caught.value)
+        assert not path.exists()
+
+    refused("no level 'jpeg-11'", release, "jpeg-11", tmp_path / "level.pt2")
+    refused("ends in '.pt'", release, "jpeg-10", tmp_path / "level.pt")
+    refused("ends in 'nothing'", release, "jpeg-10", tmp_path / "level")
+    refused("cannot be written", release, "jpeg-10", tmp_path / "nowhere" / "level.safetensors")
+    refused("give image_size", release, "jpeg-10", tmp_path / "level.pt2", None)
+    looks = publish(tmp_path / "looks", "tests.nets:afraid_of_the_dark")
+    refused("take .safetensors", looks, "jpeg-10", tmp_path / "level.pt2")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refused("the extra onnx", release, "jpeg-10", tmp_path / "level.onnx")
+
+
+class _OneSize(nn.Module):
+    """Has a number for every pixel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name, module in network.named_children():
+            setattr(self, name, module)
+        self.network = type(network).forward
+        self.prior = nn.Parameter(torch.arange(float(np.prod(SIZE))).reshape(SIZE) / 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self, x) + self.prior
+
+
+def one_size(num_classes: int) -> nn.Module:
+    return _OneSize(build_model("tests.nets:small", num_classes))
+
+
+class _InADict(_OneSize):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": super().forward(x)}
+
+
+def in_a_dict(num_classes: int) -> nn.Module:
+    return _InADict(build_model("tests.nets:small", num_classes))
