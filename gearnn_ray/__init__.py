@@ -1,8 +1,10 @@
 """GearNN on Ray: one base network, a tiny adaptor per distortion level (Xie & Kim, CVPR 2020).
 
+    model = gearnn_ray.AdaptiveModel.pull("artifacts", "drn22-scenes-jpeg:latest")
+    logits = model(images)  # uint8 [B, 3, H, W], every image with the network of its own level
+
     release = gearnn_ray.Store("artifacts").pull("drn22-scenes-jpeg:latest")
-    model = gearnn_ray.build_model("drn_d_22", num_classes=9)
-    model.load_state_dict({**release.base_state(), **release.adaptor_state("jpeg-10")})
+    network = {**release.base_state(), **release.adaptor_state("jpeg-10")}
 
 The names below are imported when they are first used: torch and CP-SAT take seconds, and not every worker or command
 needs both.
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from gearnn_ray.models import build_model
     from gearnn_ray.offline.selection import Selection, select
     from gearnn_ray.online.adaptive import AdaptiveModel
+    from gearnn_ray.online.export import export_level
     from gearnn_ray.store import Release, Store
 
 _HOMES = {
@@ -28,6 +31,7 @@ _HOMES = {
     "TrainingFailedError": "errors",
     "UserError": "errors",
     "build_model": "models",
+    "export_level": "online.export",
     "model_size": "layers",
     "select": "offline.selection",
 }
@@ -41,6 +45,7 @@ __all__ = [
     "TrainingFailedError",
     "UserError",
     "build_model",
+    "export_level",
     "model_size",
     "select",
 ]

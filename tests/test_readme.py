@@ -39,9 +39,10 @@ def test_pulling_a_bundle_in_five_lines(tmp_path: Path, monkeypatch: pytest.Monk
             },
             "base": {"digest": blobs[0].digest, "bytes": blobs[0].bytes},
             "levels": {
-                "jpeg-10": {
+                level: {
                     "digest": blobs[1].digest, "bytes": blobs[1].bytes, "floats": 9, "layers": ["seg.bias"], "scores": {},
                 }
+                for level in ("jpeg-10", "jpeg-80")
             },
             "budget": {"asked": "0.2%", "floats": 31_798},
             "recipe": {},
@@ -50,9 +51,13 @@ def test_pulling_a_bundle_in_five_lines(tmp_path: Path, monkeypatch: pytest.Monk
         {},
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    serving, pulling = re.findall(r"```python\n(.*?)```", README, re.S)
+    served: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
+    exec(serving, served)
+    assert isinstance(served["logits"], torch.Tensor)
+    assert served["logits"].shape == (2, 9, 64, 64)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(pulling, names)
     pulled = names["model"]
     assert isinstance(pulled, torch.nn.Module)
     assert torch.equal(pulled.state_dict()["seg.bias"], adaptor["seg.bias"])
