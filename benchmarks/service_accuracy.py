@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from serving import service
 
-from gearnn_ray import Store
+from gearnn_ray import Store, build_model
 from gearnn_ray.data import open_dataset
-from gearnn_ray.tasks.segmentation import IGNORED, mean_iou
+from gearnn_ray.levels import parse_level
+from gearnn_ray.tasks.segmentation import IGNORED, Normalisation, confusion, logits_of, mean_iou
 
 CLIENTS = 4
 
@@ -26,11 +27,14 @@ def main() -> None:
     parser.add_argument("--camvid", required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--release", required=True)
+    parser.add_argument("--alone", nargs="*", default=[], metavar="LEVEL")
     arguments = parser.parse_args()
-    manifest = Store(arguments.store).pull(arguments.release).manifest
+    release = Store(arguments.store).pull(arguments.release)
+    manifest = release.manifest
     levels = sorted(
         (q for q in manifest["levels"] if q.startswith("jpeg-")), key=lambda q: int(q.removeprefix("jpeg-"))
     )
+    levels = [level for level in levels if level in arguments.alone or not arguments.alone]
     val = open_dataset("camvid", arguments.camvid).val
     classes = manifest["model"]["num_classes"]
 
@@ -49,6 +53,19 @@ def main() -> None:
         hist = torch.from_numpy(np.bincount(cells, minlength=classes**2)).view(classes, classes)
         return hist, str(response.headers["x-gearnn-level"])
 
+    def alone(level: str) -> float:
+        """mIoU of the level's own network on the same files, float32, no service."""
+        network = build_model(manifest["model"]["name"], classes).eval()
+        network.load_state_dict({**release.base_state(), **release.adaptor_state(level)}, strict=False)
+        normalise = Normalisation(*(tuple(manifest["model"]["normalisation"][k]) for k in ("mean", "std")))
+        hist = torch.zeros(classes, classes, dtype=torch.int64)
+        for index in range(len(val)):
+            (image,) = parse_level(level).apply([val.image(index)])
+            x = normalise(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+            with torch.no_grad():
+                hist += confusion(logits_of(network, x), val.label(index))
+        return mean_iou(hist)
+
     options = ("--store", arguments.store, "--bundles", arguments.release, "--num-cpus", "2")
     print(f"{'level':10}{'release':>9}{'service':>9}{'difference':>12}  levels used")
     with service(*options) as port, ThreadPoolExecutor(CLIENTS) as clients:
@@ -59,6 +76,8 @@ def main() -> None:
             used = {name: sum(name == level for _, level in found) for name in {level for _, level in found}}
             said, scored = manifest["levels"][level]["scores"]["adaptor"], mean_iou(hist)
             print(f"{level:10}{said:9.2f}{scored:9.2f}{scored - said:12.2f}  {used}", flush=True)
+    for level in arguments.alone:
+        print(f"{level}: the level's own network in float32, without a service, {alone(level):.2f}", flush=True)
 
 
 if __name__ == "__main__":

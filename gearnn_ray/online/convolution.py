@@ -4,7 +4,7 @@ Knows nothing of levels: it gets one weight per sample, or rows of a table.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,23 +60,12 @@ def one_by_one(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
     return y.reshape(*y.shape[:2], *x.shape[2:])
 
 
-def unfolded(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
-    """The patches as columns, then a batched matrix product."""
-    kernel, step = conv.kernel_size, conv.stride
-    assert not isinstance(conv.padding, str)
-    columns = F.unfold(x, kernel, conv.dilation, conv.padding, step)
-    size = [
-        (x.shape[2 + d] + 2 * conv.padding[d] - conv.dilation[d] * (kernel[d] - 1) - 1) // step[d] + 1 for d in (0, 1)
-    ]
-    return torch.bmm(weight.flatten(2), columns).reshape(len(x), -1, *size)
-
-
 def sample_by_sample(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
     """n convolutions of one sample each."""
     return torch.cat([plain(x[i : i + 1], conv, weight[i], None) for i in range(x.shape[0])])
 
 
-METHODS = {f.__name__: f for f in (grouped, one_by_one, unfolded, sample_by_sample)}
+METHODS = {f.__name__: f for f in (grouped, one_by_one, sample_by_sample)}
 """Methods whose graph does not depend on the levels."""
 BY_ROW = "by_row"
 """For eager execution: the samples that share a row go through one convolution together."""
@@ -100,12 +89,9 @@ def by_row(x: Tensor, conv: Conv, values: Tensor, rows: Sequence[int]) -> Tensor
 def methods_for(conv: Conv) -> tuple[str, ...]:
     """The names of the methods in `METHODS` that give exactly what this convolution gives."""
     names = ["grouped", "sample_by_sample"]
-    plainly = not conv.transposed and conv.groups == 1 and conv.padding_mode == "zeros"
-    if plainly and not isinstance(conv.padding, str):
-        if all(k == 1 for k in conv.kernel_size) and not any(conv.padding):
-            names.append("one_by_one")
-        elif len(conv.kernel_size) == 2:
-            names.append("unfolded")
+    one_pixel = all(k == 1 for k in conv.kernel_size) and not any(conv.padding) and not isinstance(conv.padding, str)
+    if one_pixel and not conv.transposed and conv.groups == 1:
+        names.append("one_by_one")
     return tuple(names)
 
 
@@ -117,20 +103,31 @@ def fastest(conv: Conv, values: Tensor, shape: torch.Size) -> tuple[str, str]:
     x = torch.randn(shape, device=values.device)
     rows = [i % len(values) for i in range(shape[0])]
     index = torch.tensor(rows, device=values.device)
-    runs: dict[str, Callable[[], Tensor]] = {
-        name: lambda method=METHODS[name]: method(x, conv, values[index])  # type: ignore[misc]
-        for name in methods_for(conv)
-    }
-    runs[BY_ROW] = lambda: by_row(x, conv, values, rows)
+
+    def run(name: str, x: Tensor) -> Tensor:
+        return by_row(x, conv, values, rows) if name == BY_ROW else METHODS[name](x, conv, values[index])
+
+    # a compiler lays images out with the channels last: there a method that wants them first pays for the turning
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    y = x.contiguous(memory_format=last)
+    names = methods_for(conv)
+    eager = _fastest({name: lambda name=name: run(name, x) for name in (*names, BY_ROW)}, x.device)  # type: ignore[misc]
+    compiled = _fastest(
+        {name: lambda name=name: run(name, y).contiguous(memory_format=last) for name in names},  # type: ignore[misc]
+        x.device,
+    )
+    return eager, compiled
+
+
+def _fastest(runs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> str:
     with torch.no_grad():
         for run in runs.values():  # chooses kernels and fills caches
             run()
-        best = {name: _time(run, values.device) for name, run in runs.items()}
+        best = {name: _time(run, device) for name, run in runs.items()}
         near = [name for name in runs if best[name] < _HOPELESS * min(best.values())]
         for name in near * _REPEATS:
-            best[name] = min(best[name], _time(runs[name], values.device))
-    static = min(methods_for(conv), key=best.__getitem__)
-    return min(best, key=best.__getitem__), static
+            best[name] = min(best[name], _time(runs[name], device))
+    return min(best, key=best.__getitem__)
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
