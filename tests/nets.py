@@ -1,7 +1,5 @@
 """A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,16 +46,3 @@ class _AfraidOfTheDark(Small):
 
 def afraid_of_the_dark(num_classes: int) -> nn.Module:
     return _AfraidOfTheDark(num_classes)
-
-
-class _Slow(Small):
-    """Takes its time over a training step, so that a test can kill the process in the middle of an epoch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            time.sleep(0.15)
-        return super().forward(x)
-
-
-def slow(num_classes: int) -> nn.Module:
-    return _Slow(num_classes)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gearnn_ray import Store
-from gearnn_ray.cli import resolve_store
+from gearnn_ray.cli import resolve_store, run_split
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -133,11 +133,13 @@ def test_as_a_process_it_prints_a_table_where_the_bundle_is_and_how_to_pull_it(t
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_wrong_is_one_sentence_on_standard_error(tmp_path: Path) -> None:
-    for arguments in (["--levels", "jpeg-101"], ["--config", "nowhere.yaml"], ["--speed", "3"]):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "jobs/split.py"), *arguments], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
+def test_what_is_wrong_is_one_sentence_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    job = [sys.executable, str(ROOT / "jobs/split.py")]
+    done = subprocess.run([*job, "--levels", "jpeg-101"], capture_output=True, text=True, timeout=60)
+    said = [(done.returncode, done.stdout, done.stderr)]
+    for arguments in (["--config", "nowhere.yaml"], ["--speed", "3"]):
+        said.append((run_split(arguments), *capsys.readouterr()))
+    for code, out, err in said:
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1

@@ -1,30 +1,74 @@
 """`kill -9` of a worker, of the driver, of a node: the next run ends with the digests of an undisturbed one.
 
-Real processes over real time: the fine-tunes here take some seconds, so that there is something to kill.
+Real processes, whose fine-tunes wait at a gate in the middle of an epoch to be killed. What need not be a process of its
+own runs on the Ray of all tests.
 """
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from torch import Tensor, nn
 
 from gearnn_ray import Store
+from gearnn_ray.config import SplitConfig, parse_command_line
+from gearnn_ray.offline import pipeline
+from gearnn_ray.offline.events import Event
 from tests import tiny
 from tests.conftest import ROOT
+from tests.nets import Small
 
 LEVELS = ["jpeg-10", "brightness-0.4"]
-EPOCHS = 6
-# all full and partial fine-tunes of an undisturbed run
-ALL_EPOCHS = len(LEVELS) * 2 * EPOCHS
+EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch
+# of one stage, full or partial, in an undisturbed run
+STAGE_EPOCHS = len(LEVELS) * EPOCHS
+
+
+# every process of these tests and of their jobs knows it from the environment
+GATES = Path(os.environ.setdefault("GEARNN_TEST_GATES", f"{tempfile.gettempdir()}/gearnn-gates-{os.getpid()}"))
+# training steps of a process that begins with a full fine-tune: in the third epoch of the full, of the partial one
+FULL, PARTIAL = 2 * STEPS + 1, (EPOCHS + 2) * STEPS + 1
+
+
+class _Gated(Small):
+    """Waits before each training step while its number is a file among the gates."""
+
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            while (GATES / str(self.steps)).exists():
+                time.sleep(0.02)
+            self.steps += 1
+        return super().forward(x)
+
+
+def gated(num_classes: int) -> nn.Module:
+    return _Gated(num_classes)
+
+
+@contextlib.contextmanager
+def closed(*gates: int) -> Iterator[None]:
+    GATES.mkdir()
+    try:
+        for gate in gates:
+            (GATES / str(gate)).touch()
+        yield
+    finally:
+        shutil.rmtree(GATES)
 
 
 class Job:
@@ -50,9 +94,9 @@ class Job:
         assert self.process.stderr is not None
         self.errors = self.process.stderr.read()
 
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], seconds: float = 120) -> None:
+    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while not any(wanted(e) for e in list(self.lines)):
+        while not seen(list(self.lines)):
             assert self.process.poll() is None, f"the job ended first:\n{self.errors}"
             assert time.monotonic() < deadline, f"not seen within {seconds} s in {self.lines[-3:]}"
             time.sleep(0.05)
@@ -63,17 +107,42 @@ class Job:
             reader.join(10)
         return code
 
-    def descendants(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """The workers that run a level, and Ray's other processes."""
-        workers, others = [], []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # some come and go
-                (workers if "ray::_run_level" in " ".join(process.cmdline()) else others).append(process)
-        return workers, others
+
+def descendants(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The workers of a driver that run a level, and Ray's other processes."""
+    workers, others = [], []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # some come and go
+            (workers if "ray::_run_level" in " ".join(process.cmdline()) else others).append(process)
+    return workers, others
 
 
-def in_epoch(stage: str, epoch: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda e: e["event"] == "progress" and e["stage"] == stage and e["epoch"] == epoch
+def levels_past(stage: str, epoch: int, lines: list[dict[str, Any]]) -> set[str]:
+    """The levels whose fine-tune has done this epoch."""
+    return {e["level"] for e in lines if e["event"] == "progress" and e["stage"] == stage and e["epoch"] == epoch}
+
+
+def epochs_of(stage: str, lines: list[dict[str, Any]]) -> int:
+    return tiny.epochs_run([e for e in lines if e.get("stage") == stage])
+
+
+def times_started(stage: str, lines: list[dict[str, Any]]) -> int:
+    return sum(e["event"] == "started" and e["stage"] == stage for e in lines)
+
+
+def run_here(
+    arguments: list[str], see: Callable[[list[dict[str, Any]]], object] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Run a job on the Ray of all tests; its events, shown to `see` whenever there is another."""
+    lines: list[dict[str, Any]] = []
+
+    def say(event: Event) -> None:
+        lines.append({"event": event.kind, **asdict(event)})
+        see(lines)
+
+    config, _ = parse_command_line(SplitConfig, arguments, "")
+    assert not pipeline.split(config, say).failed
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +153,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(work: Path, store: str) -> list[str]:
-    slow = {"recipe.epochs": EPOCHS, "model.name": "tests.nets:slow"}
-    return tiny.options(work, store=work / store, levels=LEVELS, **slow)
+def told(work: Path, store: str, **changes: Any) -> list[str]:
+    gated = {"recipe.epochs": EPOCHS, "model.name": "tests.test_recovery:gated", "levels": LEVELS}
+    return tiny.options(work, store=work / store, **gated | changes)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path) -> Path:
-    job = Job(tiny.start_job(told(work, "undisturbed")))
-    assert job.end() == 0, job.errors
-    assert tiny.epochs_run(job.lines) == ALL_EPOCHS
+def undisturbed(work: Path, ray_cluster: None) -> Path:
+    lines = run_here(told(work, "undisturbed"))
+    assert [epochs_of(stage, lines) for stage in ("full", "partial")] == [STAGE_EPOCHS] * 2
+    assert [times_started(stage, lines) for stage in ("full", "partial")] == [len(LEVELS)] * 2
     return work / "undisturbed"
 
 
-def assert_same(work: Path, store: str, undisturbed: Path) -> None:
-    assert tiny.blobs(work / store) == tiny.blobs(undisturbed)
+def assert_same(work: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
+    assert tiny.blobs(work / store) == tiny.blobs(undisturbed) | earlier
     ours, theirs = (Store(folder).pull("tiny").manifest for folder in (work / store, undisturbed))
     assert {**ours, "created": ""} == {**theirs, "created": ""}
     assert not list((work / store / "checkpoints").iterdir())
@@ -107,78 +176,111 @@ def assert_same(work: Path, store: str, undisturbed: Path) -> None:
 def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process]) -> None:
     """Workers follow their driver within seconds; Ray's agents linger, and are ended here, by id."""
     still_working = psutil.wait_procs(workers, timeout=30)[1]
-    for process in psutil.wait_procs(others, timeout=3)[1]:
+    for process in psutil.wait_procs(others, timeout=0.5)[1]:
         with contextlib.suppress(psutil.Error):
             process.kill()
     assert not still_working
 
 
-@pytest.mark.parametrize("stage", ["full", "partial"])
-def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: Path, stage: str) -> None:
-    job = Job(tiny.start_job(told(work, f"worker-{stage}")))
-    job.wait_for(in_epoch(stage, 2))
-    workers, _ = job.descendants()
-    workers[0].send_signal(signal.SIGKILL)
-    assert job.end() == 0, job.errors
-    assert tiny.epochs_run(job.lines) <= ALL_EPOCHS + 1  # one fine-tune was interrupted: at most one epoch again
-    assert_same(work, f"worker-{stage}", undisturbed)
+def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: Path) -> None:
+    killed: list[psutil.Process] = []
+
+    def kill(lines: list[dict[str, Any]]) -> None:
+        """One worker in its full fine-tune; and the other, who is ahead from then on, in its partial one."""
+        stages = (("full", FULL, len(LEVELS)), ("partial", PARTIAL, 1))
+        for stage, gate, waiting in stages[len(killed) : len(killed) + 1]:
+            if len(levels_past(stage, 2, lines)) == waiting:
+                killed.append(next(p for p in descendants(os.getpid())[0] if p not in killed))
+                killed[-1].send_signal(signal.SIGKILL)
+                (GATES / str(gate)).unlink()
+
+    with closed(FULL, PARTIAL):
+        lines = run_here(told(work, "worker"), kill)
+    for stage in ("full", "partial"):
+        assert times_started(stage, lines) == len(LEVELS) + 1  # one fine-tune was interrupted
+        assert epochs_of(stage, lines) <= STAGE_EPOCHS + 1  # and did at most one epoch again
+    assert_same(work, "worker", undisturbed)
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [("full", 3), ("partial", 2)])
-def test_a_killed_driver_goes_on_where_it_was(work: Path, undisturbed: Path, stage: str, epoch: int) -> None:
-    store = f"driver-{stage}-{epoch}"
-    first = Job(tiny.start_job(told(work, store)))
-    first.wait_for(in_epoch(stage, epoch))
-    workers, others = first.descendants()
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.end()
-    wait_until_gone(workers, others)
-    second = Job(tiny.start_job(told(work, store)))
-    assert second.end() == 0, second.errors
-    # what was done and not yet said when the driver died is at most the epochs in flight, one per fine-tune
-    assert tiny.epochs_run(first.lines) + tiny.epochs_run(second.lines) <= ALL_EPOCHS + len(LEVELS)
-    assert tiny.epochs_run(second.lines) < ALL_EPOCHS
-    assert_same(work, store, undisturbed)
+def test_a_killed_driver_goes_on_where_it_was(work: Path, undisturbed: Path) -> None:
+    # with one level's full fine-tune done already, for another budget, the two levels wait in different stages
+    before = run_here(told(work, "driver", levels=LEVELS[:1], budget="40"))
+    earlier = frozenset(tiny.blobs(work / "driver"))
+    with closed(FULL):
+        job = Job(tiny.start_job(told(work, "driver")))
+        job.wait_for(lambda lines: bool(levels_past("full", 2, lines) and levels_past("partial", 2, lines)))
+        workers, others = descendants(job.process.pid)
+        os.kill(job.process.pid, signal.SIGKILL)
+        job.end()
+        wait_until_gone(workers, others)
+    last = run_here(told(work, "driver"))
+    assert (times_started("full", last), times_started("partial", last)) == (1, 2)  # both had been interrupted
+    for stage, once in (("full", STAGE_EPOCHS - EPOCHS), ("partial", STAGE_EPOCHS)):
+        assert epochs_of(stage, last) < once
+        # what was done and not yet said when the driver died is at most the epoch in flight
+        assert epochs_of(stage, job.lines + last) <= once + 1
+    assert epochs_of("full", before) == EPOCHS
+    assert_same(work, "driver", undisturbed, earlier)
 
 
 NODES = """
-import sys, threading, time
+import sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from gearnn_ray.cli import run_split
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-doomed = cluster.add_node(num_cpus=1)
-cluster.add_node(num_cpus=1)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-
-def kill():
-    sys.stdin.readline()
-    cluster.remove_node(doomed, allow_graceful=False)  # SIGKILL to its raylet, and its workers with it
-    print('{"event": "node killed"}', flush=True)
-threading.Thread(target=kill, daemon=True).start()
-code = run_split(sys.argv[1:] + ["--json"])
+codes = []
+job = threading.Thread(target=lambda: codes.append(run_split(sys.argv[1:] + ["--json"])), daemon=True)
+job.start()
+sys.stdin.readline()
+doomed = cluster.add_node(num_cpus=1)
+sys.stdin.readline()
+cluster.remove_node(doomed, allow_graceful=False)  # SIGKILL to its raylet, and its workers with it
+print('{"event": "node killed"}', flush=True)
+job.join()
 ray.shutdown()
 cluster.shutdown()
-sys.exit(code)
+sys.exit(codes[0])
 """
 
 
-def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path) -> None:
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """Where a Ray of one's own may note its address: in the usual place, whoever starts a Ray meanwhile would join it."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path has room for 107 characters
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path, ray_folder: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", NODES, *told(work, "node")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder},
     )  # fmt: skip
     job = Job(process)
-    job.wait_for(in_epoch("full", 2))
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+
+    def enter() -> None:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    with closed(FULL):
+        # the node joins a job that has begun: what is not to be lost with it, such as the board of events, is placed
+        job.wait_for(lambda lines: bool(lines))
+        enter()
+        job.wait_for(lambda lines: levels_past("full", 2, lines) == set(LEVELS))
+        workers, _ = descendants(process.pid)
+        enter()
+        job.wait_for(lambda lines: {"event": "node killed"} in lines)
+        job.wait_for(lambda _: bool(psutil.wait_procs(workers, timeout=0)[0]))  # Ray ends what it was running
     assert job.end() == 0, job.errors
-    assert {"event": "node killed"} in job.lines
     lines = [e for e in job.lines if "stage" in e]
-    assert tiny.epochs_run(lines) <= ALL_EPOCHS + 1  # the node had one CPU, hence one fine-tune
+    assert times_started("full", lines) == len(LEVELS) + 1  # the node had one CPU, hence one fine-tune
+    assert epochs_of("full", lines) <= STAGE_EPOCHS + 1
+    assert epochs_of("partial", lines) == STAGE_EPOCHS
     assert_same(work, "node", undisturbed)
 
 
@@ -186,5 +288,7 @@ def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path) -> No
 def _no_orphans() -> Iterator[None]:
     yield
     for process in psutil.Process().children():
-        if "split.py" in " ".join(process.cmdline()):
-            process.kill()
+        if "run_split" in (command := " ".join(process.cmdline())) or "split.py" in command:
+            for each in (*process.children(recursive=True), process):
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
