@@ -1,6 +1,5 @@
 """A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
