@@ -106,12 +106,19 @@ def main() -> None:
                     torch.cuda.synchronize(device)
                 if turn:  # the first of each warms up or compiles
                     seconds[way].append(time.perf_counter() - start)
+        got, worst = adaptive(x, levels=mixed), 0.0
+        for level in dict.fromkeys(mixed):
+            constant.load_state_dict({**release.base_state(), **release.adaptor_state(level)})
+            for i in (i for i, its in enumerate(mixed) if its == level):
+                want = constant(x[[i]])[0]
+                worst = max(worst, float((got[i] - want).abs().max() / want.abs().max()))
     how = "compiled" if arguments.compile else "eager"
     threads = torch.get_num_threads()
     print(
         f"{how}, batch {BATCH} of {arguments.size[0]}x{arguments.size[1]}, {len(set(mixed))} levels, {device}, {threads} threads"
     )
     print(f"methods: {adaptive.methods()}")
+    print(f"largest difference of a sample to its own level's network: {worst:.1e} of the largest logit")
     print(f"{'way':36}{'images/s':>10}{'of constant':>13}{'best turns':>12}")
     for way, took in seconds.items():
         # turn by turn, because the machine's speed drifts

@@ -8,6 +8,7 @@ ten that must be refused. Every answer is compared with the first one to the sam
 """
 
 import argparse
+import contextlib
 import http.client
 import io
 import random
@@ -65,11 +66,12 @@ def same(a: bytes, b: bytes) -> bool:
 
 
 def memory() -> float:
-    """MiB that all replicas hold for themselves."""
+    """MiB that the replicas of our service hold for themselves."""
     total = 0.0
-    for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica" in " ".join(process.info["cmdline"] or []):
-            total += process.memory_full_info().uss / 2**20
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # some come and go
+            if "ServeReplica" in " ".join(process.cmdline()):
+                total += process.memory_full_info().uss / 2**20
     return total
 
 

@@ -300,7 +300,7 @@ def test_prometheus_sees_levels_batches_distances_and_the_release(server: Server
     assert metric(text, "batch_levels_sum") > metric(text, "batch_levels_count")
     assert metric(text, "requests_total", bundle="none", level="none", status="415") >= 1
     digest = server.store.tags("tiny")["latest"]
-    assert metric(text, "release", bundle="tiny:latest", digest=digest) >= 1
+    eventually(lambda: metric(scraped(), "release", bundle="tiny:latest", digest=digest) >= 1)
 
 
 def replica_pids() -> list[int]:

@@ -255,10 +255,10 @@ class Service:
     async def _refresh(self, bundle: _Bundle) -> None:
         before = bundle.served
         await asyncio.to_thread(bundle.refresh)
-        if bundle.served is not before:
-            for served, value in ((before, 0), (bundle.served, 1)):
-                if served is not None:
-                    self._metrics.release.set(value, {"bundle": bundle.ref, "digest": served.model.digest})
+        if before is not None and bundle.served is not before:
+            self._metrics.release.set(0, {"bundle": bundle.ref, "digest": before.model.digest})
+        if bundle.served is not None:  # said again every time: Ray forgets a gauge that nobody sets
+            self._metrics.release.set(1, {"bundle": bundle.ref, "digest": bundle.served.model.digest})
 
     async def _watch(self) -> None:
         while True:
