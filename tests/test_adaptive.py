@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gearnn_ray import AdaptiveModel, Release, UserError
 from gearnn_ray.layers import network_state
 from gearnn_ray.models import build_model
+from gearnn_ray.online.detection import Detected
 from gearnn_ray.tasks.segmentation import Normalisation
 from tests.conftest import NORMALISATION
 
@@ -29,6 +30,8 @@ def release_of(network: str, share: float = 0.7) -> Release:
         elif tensor.is_floating_point() and "running" in name:
             tensor.normal_(std=0.2)
     base = network_state(model)
+    first: dict[int, str] = {}  # tensors that have several names have the same values under each
+    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
     adaptors: dict[str, dict[str, Tensor]] = {"clean": {}}
     for number, level in enumerate(LEVELS):
         adaptors[level] = {
@@ -36,6 +39,11 @@ def release_of(network: str, share: float = 0.7) -> Release:
             for index, (name, tensor) in enumerate(base.items())
             if tensor.is_floating_point() and (torch.rand(()) < share or index % len(LEVELS) == number)
         }
+        for name, of in names.items():
+            if of in adaptors[level]:
+                adaptors[level][name] = adaptors[level][of]
+            else:
+                adaptors[level].pop(name, None)
     manifest = {
         "name": "made",
         "model": {
@@ -109,7 +117,49 @@ def test_a_mixed_batch_equals_each_image_through_its_own_network(
 def test_the_same_without_the_host_knowing_the_levels(release: Release, model: AdaptiveModel, images: Tensor) -> None:
     """The graph that a compiler sees."""
     numbers = torch.tensor([model.levels.index(level) for level in MIXED])
-    assert far(model(images, levels=numbers), wanted(release, images, MIXED)) < 1e-5
+    model._selection.set_index(numbers)
+    with torch.no_grad():
+        assert far(model._logits(model._network, images), wanted(release, images, MIXED)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["encoder", "asks_for_features", "standardised", "twice", "adds_constant", "hooked", "tied_names", "windows"],
+)
+def test_networks_that_use_their_modules_in_ways_of_their_own(network: str, images: Tensor) -> None:
+    """Each has misled a version of this: what a dry run cannot see is compared with the plain network at load."""
+    for share in (0.7, 0.0):
+        release = release_of(f"tests.zoo:{network}", share)
+        model = AdaptiveModel(release)
+        assert far(model(images, levels=MIXED), wanted(release, images, MIXED)) < 1e-5
+        for level in model.levels:
+            model.set_level(level)
+            assert far(model(images), wanted(release, images, [level] * 7)) < 1e-5
+        tensors = [*release.base_state().values(), *(t for q in LEVELS for t in release.adaptor_state(q).values())]
+        assert model.weight_bytes <= sum(tensor.nbytes for tensor in tensors)  # tied tensors are held once
+
+
+def test_frames_that_are_folded_into_the_batch_are_refused_not_mixed_up() -> None:
+    release = release_of("tests.zoo:windows", 0.0)
+    model = AdaptiveModel(release)
+    large = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    refused = ""
+    try:
+        got = model(large, levels=["jpeg-10", "jpeg-50"])
+    except UserError as error:
+        refused = str(error)
+    if refused:
+        assert "folds" in refused
+    else:
+        want = [
+            network_of(release, state_of(release, q))(NORMALISATION(large[[i]])) for i, q in enumerate(LEVELS[:3:2])
+        ]
+        want = [nn.functional.interpolate(each, size=(96, 96), mode="bilinear") for each in want]
+        assert far(got, torch.cat(want)) < 1e-5
+    # one level for all of them is what it always was
+    model.set_level("jpeg-10")
+    want = network_of(release, state_of(release, "jpeg-10"))(NORMALISATION(large))
+    assert far(model(large), nn.functional.interpolate(want, size=(96, 96), mode="bilinear")) < 1e-5
 
 
 def test_one_level_for_all_is_its_network_bit_for_bit(release: Release, model: AdaptiveModel, images: Tensor) -> None:
@@ -258,11 +308,21 @@ def test_what_it_is_told_wrong_is_said_plainly(images: Tensor) -> None:
         (images, "clean"),
         (images, ["no-level"] * seven),
         (images, ["h264-crf24"] * seven),
+        (images, [1] * seven),
+        (images, [Detected("jpeg-77")] * seven),
+        (images, [Detected("jpeg-10", "jpeg-30", 0.5)] * seven),
+        (images, torch.tensor([1])),
+        (images, torch.full((seven,), 99)),
+        (images, torch.full((seven,), -1)),
     ]
+    model.set_level("jpeg-30")
     for given, levels in wrong:
         with pytest.raises(UserError) as error:
             model(given, levels)
         assert "\n" not in str(error.value)
+    assert far(model(images), wanted(release, images, ["jpeg-30"] * seven)) < 1e-5  # as it was set before
+    with pytest.raises(UserError, match="device="):
+        model.to(torch.float64)
     with pytest.raises(UserError, match="jpeg-10"):
         model.set_level("jpeg-11")
     with pytest.raises(UserError, match="cannot be used here"):
@@ -271,6 +331,39 @@ def test_what_it_is_told_wrong_is_said_plainly(images: Tensor) -> None:
     other["model"]["num_classes"] = CLASSES + 1
     with pytest.raises(UserError, match="does not fit"):
         AdaptiveModel(Release(other, release.digest, release.base_state(), {"clean": {}}))
+
+
+def test_levels_as_positions_do_not_change_the_level_that_was_set(images: Tensor) -> None:
+    release = release_of("tests.nets:small")
+    model = AdaptiveModel(release)
+    model.set_level("jpeg-10")
+    many = images[:1].expand(70, -1, -1, -1)
+    assert far(model(many, levels=torch.full((70,), 3))[:1], wanted(release, images[:1], ["jpeg-50"])) < 1e-5
+    assert far(model(images), wanted(release, images, ["jpeg-10"] * 7)) < 1e-5
+
+
+def test_made_and_grown_in_inference_mode(images: Tensor) -> None:
+    release = release_of("tests.nets:small")
+    with torch.inference_mode():
+        model = AdaptiveModel(release)
+        model(images[:1].expand(70, -1, -1, -1), levels=["jpeg-10"] * 70)
+    assert far(model(images, levels=MIXED), wanted(release, images, MIXED)) < 1e-5
+
+
+def test_a_release_of_the_base_alone(images: Tensor) -> None:
+    release = release_of("tests.nets:small")
+    alone = Release(release.manifest, release.digest, release.base_state(), {"clean": {}})
+    model = AdaptiveModel(alone).share()
+    assert far(model(images), wanted(release, images, ["clean"] * 7)) < 1e-5
+
+
+def test_loading_leaves_the_random_numbers_alone() -> None:
+    release = release_of("tests.nets:small")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    AdaptiveModel(release)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_normalisation_is_that_of_the_training(images: Tensor) -> None:

@@ -91,3 +91,173 @@ class Zoo(nn.Module):
 
 def zoo(num_classes: int) -> nn.Module:
     return Zoo(num_classes)
+
+
+# ── networks that use their modules in ways which cannot be seen from outside ────────────────────────────────────
+
+
+class Patches(nn.Module):
+    """Patches of 8 pixels in, `middle` over them, classes out."""
+
+    def __init__(self, num_classes: int, middle: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.middle = middle
+        self.head = nn.Conv2d(WIDTH, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.stem(x)))
+
+
+class Encoder(nn.Module):
+    """torch's fast path reads the weights of its attention's projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(2).mT).mT.reshape(x.shape)
+
+
+class Position(nn.Module):
+    """Not called, but asked by its parent for a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x + self.position
+
+
+class AsksForFeatures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Position()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.features(x)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that changes its weights before it uses them."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Twice(nn.Module):
+    """One module under two names, inside one with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(WIDTH, 1, 1))
+        self.one = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.other = self.one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x) * self.gain)
+
+
+class Constant(nn.Module):
+    """What it gives is the same for all samples of a level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values
+
+
+class AddsConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = Constant()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.constant(x)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(WIDTH, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class Hooked(nn.Module):
+    """Takes what a hook has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.kept: dict[str, Tensor] = {}
+        self.gate.register_forward_hook(lambda module, given, output, kept=self.kept: kept.__setitem__("it", output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate(x)
+        return x + self.kept["it"]
+
+
+class TiedNames(nn.Module):
+    """A wrapper that names a part of its backbone again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH))
+        self.layer = self.backbone[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone[1](self.layer(x))
+
+
+class Windows(nn.Module):
+    """Windows of 4 × 4 pixels folded into the batch, one at small sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = F.pad(x, (0, -w % 4, 0, -h % 4))
+        rows, columns = y.shape[2] // 4, y.shape[3] // 4
+        z = y.view(n, c, rows, 4, columns, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+        z = self.linear(z).view(n, rows, columns, 4, 4, c).permute(0, 5, 1, 3, 2, 4)
+        return z.reshape(y.shape)[..., :h, :w]
+
+
+def encoder(num_classes: int) -> nn.Module:
+    return Patches(num_classes, Encoder())
+
+
+def asks_for_features(num_classes: int) -> nn.Module:
+    return Patches(num_classes, AsksForFeatures())
+
+
+def standardised(num_classes: int) -> nn.Module:
+    return Patches(num_classes, Standardised(WIDTH, WIDTH, 3, padding=1))
+
+
+def twice(num_classes: int) -> nn.Module:
+    return Patches(num_classes, Twice())
+
+
+def adds_constant(num_classes: int) -> nn.Module:
+    return Patches(num_classes, AddsConstant())
+
+
+def hooked(num_classes: int) -> nn.Module:
+    return Patches(num_classes, Hooked())
+
+
+def tied_names(num_classes: int) -> nn.Module:
+    return Patches(num_classes, TiedNames())
+
+
+def windows(num_classes: int) -> nn.Module:
+    return Patches(num_classes, Windows())

@@ -10,13 +10,14 @@ Holds the base and all adaptors once, to the byte. Knows nothing of HTTP, Ray, o
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from gearnn_ray.errors import UserError
@@ -70,7 +71,10 @@ class AdaptiveModel(nn.Module):
         normalisation = self.manifest["model"]["normalisation"]
         self._normalise = Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
         self._number = {level: number for number, level in enumerate(self.levels)}
-        self._network, self._selection = _assemble(release, self.levels, _device(device), untrained == "interpolate")
+        with torch.random.fork_rng(devices=[]):  # building a network draws numbers that nobody asked for
+            self._network, self._selection = _assemble(
+                release, self.levels, _device(device), untrained == "interpolate"
+            )
         self._run: Any = self._network
         self._choice = _Choice(self._selection)
         self.eval()
@@ -98,7 +102,7 @@ class AdaptiveModel(nn.Module):
         otherwise detected per image. Raises UserError for anything else.
         """
         _check_images(images)
-        if isinstance(levels, Tensor):
+        if isinstance(levels, Tensor) and torch.compiler.is_compiling():
             self._selection.set_index(levels)
             return self._logits(self._network, images)
         with self._choice.lock, torch.no_grad():
@@ -106,6 +110,8 @@ class AdaptiveModel(nn.Module):
             self._selection.reserve(len(images))
             if levels is not None or held is None:
                 self._selection.set_each(self._mixtures(images, levels))
+            elif self._selection.host.rows is None:  # the whole model was run compiled in between
+                self._selection.set_all(self._number[held])
             if self._run is not self._network:
                 self._selection.write()
             try:
@@ -147,10 +153,14 @@ class AdaptiveModel(nn.Module):
         twin = copy.copy(self)
         twin._modules = {}
         tensors = {id(tensor): tensor for tensor in _weights_of(self._network)}
-        twin._network = copy.deepcopy(self._network, tensors)
-        twin._selection = next(m for m in twin._network.modules() if isinstance(m, Selection))
+        twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
         twin._run, twin._choice = twin._network, _Choice(twin._selection)
         return twin
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveModel":
+        raise UserError(
+            "an AdaptiveModel stays as it was pulled, its weights being shared: pull it with device=… instead"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -181,22 +191,33 @@ class AdaptiveModel(nn.Module):
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
         return logits
 
-    def _mixtures(self, images: Tensor, levels: Sequence[str | Detected] | None) -> list[Mixture]:
+    def _mixtures(self, images: Tensor, levels: Any) -> list[Mixture]:
         if levels is None:
             levels = self.detect(images)
-        if isinstance(levels, str) or len(levels) != len(images):
-            found = f"one level {levels!r}" if isinstance(levels, str) else f"{len(levels)} levels"
+        if isinstance(levels, Tensor):
+            numbers = levels.tolist() if levels.dim() == 1 and not levels.is_floating_point() else []
+            if not all(0 <= number < len(self.levels) for number in numbers):
+                raise UserError(f"levels {numbers} were given as positions: expected 0 to {len(self.levels) - 1}")
+            levels = [self.levels[number] for number in numbers]
+        given = list(levels) if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]
+        if isinstance(levels, str) or len(given) != len(images):
+            found = f"one level {levels!r}" if isinstance(levels, str) else f"{len(given)} levels"
             raise UserError(f"{found} was given for {len(images)} images: give one for each, or call set_level")
-        return [self._mixture(level) for level in levels]
+        return [self._mixture(level) for level in given]
 
-    def _mixture(self, level: str | Detected) -> Mixture:
+    def _mixture(self, level: Any) -> Mixture:
         if isinstance(level, str):
             if (number := self._number.get(level)) is not None:
                 return Mixture(number)
             level = self.detector.match(level)
-        if level.neighbour is None:
-            return Mixture(self._number[level.level])
-        return Mixture(self._number[level.level], self._number[level.neighbour], level.weight)
+        if not isinstance(level, Detected):
+            raise UserError(f"{level!r} was given as a level: expected a name, or what a detector found")
+        names = (level.level, level.neighbour or level.level)
+        if unknown := next((name for name in names if name not in self._number), None):
+            raise UserError(f"{self.name} has no level {unknown!r}: it has {', '.join(self.levels)}")
+        if level.weight and not self._selection.mixes:
+            raise UserError("a mixture of two levels was given: pull the model with untrained='interpolate' for that")
+        return Mixture(self._number[names[0]], self._number[names[1]], level.weight)
 
     def _denormalised(self, x_BCHW: Tensor) -> Tensor:
         mean, std = (
@@ -259,11 +280,80 @@ def _assemble(
         except NeedsParentError as error:
             if not error.path:
                 raise UserError(f"{release.name} cannot be served: its network takes no batch of images") from error
-            alone.add(error.path.rpartition(".")[0])
-        else:
+            alone.add(_around(network, error.path))
+            continue
+        if "" in alone or _agrees(network, built, selection, tables, rows, size):
             break
+        alone.add("")
     _measure(built)
     return built, selection
+
+
+def _around(network: nn.Module, path: str) -> str:
+    """The path of the module around one, passing by lists of modules, which are never called."""
+    path = path.rpartition(".")[0]
+    while isinstance(network.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _agrees(
+    network: nn.Module,
+    built: nn.Module,
+    selection: Selection,
+    tables: Mapping[str, Table],
+    rows: Mapping[str, tuple[int, ...]],
+    size: tuple[int, int],
+) -> bool:
+    """Whether the adaptive network gives what the plain one gives with each level's tensors, mixed and alone.
+
+    A network may use its modules in ways that cannot be seen from outside; on three images, all can.
+    """
+    levels = [0, *range(1, len(selection.maps[0]))][:_DRY_BATCH]
+    levels += levels[-1:] * (_DRY_BATCH - len(levels))
+    device = selection.maps.device
+    for scale in _scales(size):
+        images = torch.randn(_DRY_BATCH, 3, size[0] // scale, size[1] // scale).to(device)
+        try:
+            with torch.no_grad():
+                want = []
+                for sample, level in enumerate(levels):
+                    picked = {table: table.values[rows[name][level]] for name, table in tables.items()}
+                    state = {name: picked[table] for name, table in tables.items()}
+                    want.append(_logits_with(network, state, images[[sample]]))
+                selection.set_each([Mixture(level) for level in levels])
+                found = [logits_of(built, images)]
+                selection.set_all(levels[-1])
+                found.append(torch.cat([*want[:-1], logits_of(built, images[-1:])]))
+        except Exception:
+            continue  # a network may take images of its own size only
+        finally:
+            selection.set_all(0)
+        right = torch.cat(want)
+        if not all(torch.allclose(f, right, rtol=1e-3, atol=1e-3 * float(right.abs().max())) for f in found):
+            return False
+    return True
+
+
+class _WithState(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network, images)
+
+
+def _logits_with(network: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """The logits of `network` with other tensors in place of its own."""
+    named = {f"network.{name}": tensor for name, tensor in state.items()}
+    logits: Tensor = functional_call(_WithState(network), named, (images,))
+    return logits
+
+
+def _scales(size: tuple[int, int]) -> tuple[int, ...]:
+    """By what to divide the training size to look at a network cheaply; itself, where only that is taken."""
+    return (4, 1) if min(size) >= _LEAST_SIDE else (1,)
 
 
 def _base_network(release: Release, device: torch.device) -> nn.Module:
@@ -316,12 +406,14 @@ def _with_tables(network: nn.Module, tables: Mapping[str, Table], alone: set[str
         around = [p for p in sorted(alone, key=len) if p == path or not p or path.startswith(f"{p}.")]
         path = around[0] if around else path
         owners.setdefault(path, {})[name.removeprefix(f"{path}.") if path else name] = table
+    if "" in alone:
+        return PerLevel(network, owners[""], "")  # itself, not a copy: a copy's hooks may still see the original
     built = copy.deepcopy(network, {id(tensor): tensor for tensor in _weights_of(network)})
     for path, its in owners.items():
         module = built.get_submodule(path)
+        if isinstance(module, Adaptive):
+            continue  # the same module under another name
         wrapped = (PerLevel if path in alone else kind_of(module))(module, its, path)
-        if not path:
-            return wrapped
         parent, _, leaf = path.rpartition(".")
         setattr(built.get_submodule(parent), leaf, wrapped)
     return built
@@ -351,9 +443,8 @@ def _dry_run(network: nn.Module, size: tuple[int, int]) -> None:
         selection.forget()
     for part in parts:
         part.check_batch = _DRY_BATCH
-    scales = (4, 1) if min(size) >= _LEAST_SIDE else (1,)  # a network may take images of its own size only
     try:
-        for scale in scales:
+        for scale in _scales(size):
             try:
                 with torch.no_grad():
                     logits_of(network, torch.zeros(_DRY_BATCH, 3, size[0] // scale, size[1] // scale, device=device))
@@ -371,8 +462,9 @@ def _dry_run(network: nn.Module, size: tuple[int, int]) -> None:
             part.check_batch = None
         for selection in selections:
             selection.set_all(0)
-    if not isinstance(network, PerLevel):  # whatever it is: as a whole it runs as it always did
-        raise NeedsParentError("network") from failure
+    if isinstance(network, PerLevel):
+        raise UserError(f"the network does not run on images of {size[1]}x{size[0]}: {failure}") from failure
+    raise NeedsParentError("network") from failure  # whatever it is: as a whole it runs as it always did
 
 
 def _parts(network: nn.Module) -> list[Adaptive]:

@@ -9,7 +9,6 @@ Legend: n samples of a batch, L levels, M maps (distinct ways in which the table
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +52,7 @@ class Selection(nn.Module):
     weights: Tensor
     maps: Tensor
 
+    @torch.inference_mode(False)  # what is made inside it cannot be written outside
     def __init__(self, maps: Sequence[tuple[int, ...]], mixes: bool, device: torch.device) -> None:
         """maps: per map, the row of every level. mixes: whether a sample may stand between two levels."""
         super().__init__()
@@ -62,24 +62,16 @@ class Selection(nn.Module):
         self.register_buffer("rows", torch.zeros_like(self.maps[:, :1]), persistent=False)
         self.host = _Host(self.rows)
         self._grow(_CAPACITY)
+        levels = range(self._maps_ML.shape[1])
+        self._columns = [(self.maps[:, [level]].contiguous(), self._maps_ML[:, [level]]) for level in levels]
 
+    @torch.inference_mode(False)
     def _grow(self, capacity: int) -> None:
         self.rows = self.rows[:, :1].repeat(1, capacity)
         if self.mixes:
             self.register_buffer("neighbours", torch.zeros_like(self.rows), persistent=False)
             self.register_buffer("weights", torch.zeros(capacity, device=self.rows.device), persistent=False)
-        self._look()
-
-    def _look(self) -> None:
-        """What plain attributes know of the buffers."""
         self.host.indices = self.rows
-        levels = range(self._maps_ML.shape[1])
-        self._columns = [(self.maps[:, [level]].contiguous(), self._maps_ML[:, [level]]) for level in levels]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Selection":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # `to` another device
-        self._look()
-        return self
 
     def reserve(self, n: int) -> None:
         """Make room for batches of n samples."""
@@ -104,6 +96,8 @@ class Selection(nn.Module):
     def set_each(self, mixtures: Sequence[Mixture]) -> None:
         """Sample i uses mixtures[i]."""
         n = len(mixtures)
+        if not self.mixes and any(mixture.weight for mixture in mixtures):
+            raise ValueError("this model does not mix levels: it was made without interpolation")
         self.reserve(n)
         rows_Mn = self._maps_ML[:, [mixture.level for mixture in mixtures]]
         self.rows[:, :n].copy_(torch.from_numpy(rows_Mn))
@@ -113,8 +107,6 @@ class Selection(nn.Module):
             rows_Mn = self._maps_ML[:, [mixture.neighbour for mixture in mixtures]]
             self.neighbours[:, :n].copy_(torch.from_numpy(rows_Mn))
             self.weights[:n].copy_(torch.tensor([mixture.weight for mixture in mixtures]))
-        elif self.host.mixed:
-            raise ValueError("this model does not mix levels: it was made without interpolation")
 
     def set_index(self, levels_n: Tensor) -> None:
         """Sample i uses level levels_n[i]; nothing is read on the host, so that this can stand in a compiled graph."""
@@ -127,6 +119,12 @@ class Selection(nn.Module):
         """Let the host know nothing of the levels: modules then run as they do in a compiled graph."""
         self.write()
         self.host.rows = None
+
+    def samples(self) -> int | None:
+        """How many samples the batch has, if the host knows and they may differ."""
+        if torch.compiler.is_compiling() or self.host.rows is None or self.host.rows.shape[1] == 1:
+            return None
+        return int(self.host.rows.shape[1])
 
     def on_host(self, map_index: int) -> list[int] | None:
         """Rows of the samples ([row] where all agree), or None where the graph must not depend on them."""

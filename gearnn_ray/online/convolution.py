@@ -26,7 +26,12 @@ _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 def is_supported(module: nn.Module) -> bool:
     """A convolution of torch's own whose forward pass is not overridden."""
-    return any(type(module).forward is kind.forward for kind in _FUNCTIONS)
+    own = type(module)
+    return any(
+        own.forward is kind.forward
+        and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None)  # weight standardisation
+        for kind in _FUNCTIONS
+    )
 
 
 def plain(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None, samples: int = 1) -> Tensor:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from gearnn_ray.errors import UserError
 from gearnn_ray.online import convolution
 from gearnn_ray.online.batch import Table
 
@@ -40,6 +41,7 @@ class Adaptive(nn.Module):
         self.module = module
         self.path = path
         self._leaves = tuple(tables)
+        self._selection = next(iter(tables.values())).selection
         for leaf, table in tables.items():
             self.add_module(f"table_{leaf.replace('.', '__')}", table)
         self.check_batch: int | None = None  # of the dry run: what the first dimension must be
@@ -60,18 +62,30 @@ class Adaptive(nn.Module):
         return table.gather(n), True
 
     def check(self, x: Any) -> None:
-        """In the dry run: the first dimension must be the batch."""
-        if self.check_batch is not None and (not isinstance(x, Tensor) or x.shape[:1] != (self.check_batch,)):
-            raise NeedsParentError(self.path)
+        """The first dimension must be the batch. In the dry run, NeedsParentError says that it is not; UserError after."""
+        if self.check_batch is not None:
+            if not isinstance(x, Tensor) or x.shape[:1] != (self.check_batch,):
+                raise NeedsParentError(self.path)
+            return
+        samples = self._selection.samples()
+        if samples is not None and x.shape[0] != samples:
+            raise UserError(
+                f"{self.path} of the network got {x.shape[0]} rows for {samples} images: it folds images of this size "
+                "into its batch, so give all images of a call one level, or the size of the training images"
+            )
 
     def __getattr__(self, name: str) -> Any:
-        """Settings of the module (`stride`, `in_features`, …); whoever reads its weights by itself cannot mean one level."""
+        """Settings of the module (`stride`, `in_features`, …); whoever reads its weights or calls its parts by itself cannot
+        mean one level."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in self.__dict__.get("_leaves", ()):
+            module = super().__getattr__("module")
+            value = getattr(module, name)
+            computes = isinstance(value, nn.Module) or getattr(value, "__self__", None) is module
+            if computes or name in self.__dict__.get("_leaves", ()):
                 raise NeedsParentError(self.path) from None
-            return getattr(super().__getattr__("module"), name)
+            return value
 
 
 def _over_pixels(values: Tensor, x: Tensor) -> Tensor:
@@ -199,45 +213,60 @@ class PerLevel(Adaptive):
     is the batch, or they are the same for all samples.
     """
 
+    _batched: tuple[int, ...] = ()  # which inputs the dry run saw to be per sample
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
         first = next((leaf for leaf in flat if isinstance(leaf, Tensor)), None)
         self.check(first)
         assert first is not None
         n = first.shape[0]
+        if self.check_batch is not None:
+            self._batched = tuple(
+                i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,)
+            )
         groups = self._groups(n)
         outputs = []
         for samples, state in groups:
-            part = [
-                leaf[samples] if isinstance(leaf, Tensor) and len(groups) > 1 and leaf.shape[:1] == (n,) else leaf
-                for leaf in flat
-            ]
+            one = len(groups) == 1
+            part = [leaf if one or i not in self._batched else leaf[samples] for i, leaf in enumerate(flat)]
             part_args, part_kwargs = pytree.tree_unflatten(part, spec)
             outputs.append(functional_call(self.module, state, part_args, part_kwargs))
         if len(groups) == 1:
             return outputs[0]
+        sizes = [len(samples) for samples, _ in groups]
         order = torch.tensor([sample for samples, _ in groups for sample in samples], device=first.device)
 
         def join(*parts: Any) -> Any:
-            return torch.cat(parts)[torch.argsort(order)] if isinstance(parts[0], Tensor) else parts[0]
+            if parts[0] is None or isinstance(parts[0], (bool, int, float, str)):
+                return parts[0]
+            if not all(
+                isinstance(p, Tensor) and p.shape[:1] in ((1,), (k,)) for p, k in zip(parts, sizes, strict=True)
+            ):
+                raise NeedsParentError(self.path)  # what it returns is not per sample
+            # a part of one row is the same for all samples of its level
+            return torch.cat([p.expand(k, *p.shape[1:]) for p, k in zip(parts, sizes, strict=True)])[
+                torch.argsort(order)
+            ]
 
         return pytree.tree_map(join, outputs[0], *outputs[1:])
 
     def _groups(self, n: int) -> list[tuple[list[int], dict[str, Tensor]]]:
-        """Samples that share all tensors, and these tensors."""
+        """Samples that share all tensors, and these tensors (leaves that are tied get one and the same)."""
         tables = {leaf: self._table_of(leaf) for leaf in self._leaves}
-        known = {leaf: table.rows() for leaf, table in tables.items()}
+        known = {table: table.rows() for table in tables.values()}
         if any(rows is None for rows in known.values()):
-            each = {leaf: table.gather(n) for leaf, table in tables.items()}
-            return [([i], {leaf: values[i] for leaf, values in each.items()}) for i in range(n)]
+            each = {table: table.gather(n).unbind() for table in known}
+            return [([i], {leaf: each[table][i] for leaf, table in tables.items()}) for i in range(n)]
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in range(n):
             rows = tuple(r[i] if len(r) > 1 else r[0] for r in known.values() if r is not None)
             groups.setdefault(rows, []).append(i)
-        return [
-            (samples, {leaf: table.values[row] for (leaf, table), row in zip(tables.items(), rows, strict=True)})
-            for rows, samples in groups.items()
-        ]
+        made = []
+        for rows, samples in groups.items():
+            picked = {table: table.values[row] for table, row in zip(known, rows, strict=True)}
+            made.append((samples, {leaf: picked[table] for leaf, table in tables.items()}))
+        return made
 
     def _table_of(self, leaf: str) -> Table:
         table = self._modules[f"table_{leaf.replace('.', '__')}"]
