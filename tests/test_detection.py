@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -259,6 +259,7 @@ evidences = st.builds(
 
 
 @given(levels_of_a_release, evidences, st.booleans(), st.booleans())
+@example(["jpeg-10", "h264-crf18"], frame(crf=5e-324), True, False)
 @settings(deadline=None)
 def test_whatever_is_read_gives_levels_of_the_release(
     levels: list[str], evidence: Evidence, interpolate: bool, known: bool

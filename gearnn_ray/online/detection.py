@@ -290,8 +290,8 @@ class Detector:
             gaps = [(levels[other, axis] - here, other) for other in self._beside[row][axis]]
             gaps = [(abs(gap), other) for gap, other in gaps if gap * deviations[axis] > 0]
             gap, other = min(gaps, default=(0.0, row))
-            if abs(deviations[axis]) < gap:
-                return self._names[other], float(abs(deviations[axis]) / gap)
+            if gap and 0 < (share := float(abs(deviations[axis]) / gap)) < 1:  # a deviation of 1e-300 is none
+                return self._names[other], share
         return None, 0.0
 
     def _found(self, evidence: "Evidence", read: Sequence[float | None]) -> str:
