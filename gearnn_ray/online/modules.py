@@ -49,15 +49,15 @@ class Adaptive(nn.Module):
     def table(self, leaf: str) -> Table | None:
         return self._modules.get(f"table_{leaf}")  # type: ignore[return-value]
 
-    def values(self, leaf: str, n: int, shared: bool) -> tuple[Tensor | None, bool]:
+    def values(self, leaf: str, n: int) -> tuple[Tensor | None, bool]:
         """The tensor `leaf` for n samples, and whether it is one per sample ([n, *shape]) or the same for all.
 
-        shared: give the one that all use, where the host knows that they do.
+        The same where no level changes it, or where the host knows that all samples use one row.
         """
         table = self.table(leaf)
         if table is None:
             return getattr(self.module, leaf, None), False
-        if shared and (rows := table.rows()) is not None and len(rows) == 1:
+        if (rows := table.rows()) is not None and len(rows) == 1:
             return table.values[rows[0]], False
         return table.gather(n), True
 
@@ -99,7 +99,7 @@ class AdaptiveBatchNorm(Adaptive):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         n = x.shape[0]
-        found = [self.values(leaf, n, True) for leaf in ("running_mean", "running_var", "weight", "bias")]
+        found = [self.values(leaf, n) for leaf in ("running_mean", "running_var", "weight", "bias")]
         eps: float = self.module.eps  # type: ignore[assignment]
         if not any(per_sample for _, per_sample in found):
             mean, var, weight, bias = (tensor for tensor, _ in found)
@@ -108,8 +108,9 @@ class AdaptiveBatchNorm(Adaptive):
         mean, var, weight, bias = rows
         assert mean is not None
         assert var is not None
-        if self.tables_on_host() and x.is_contiguous():
-            # every sample's channels side by side are channels of one image: torch's own kernel folds and applies them
+        if not torch.compiler.is_compiling() and x.is_contiguous():
+            # one kernel is better than a chain that only a compiler fuses: all samples' channels, side by side, are those of
+            # one image, and torch's own kernel folds and applies them
             mean, var, weight, bias = (None if t is None else t.reshape(-1) for t in rows)
             side_by_side = x.view(1, -1, *x.shape[2:])
             return F.batch_norm(side_by_side, mean, var, weight, bias, False, 0.0, eps).view(x.shape)
@@ -117,10 +118,6 @@ class AdaptiveBatchNorm(Adaptive):
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         return x * _over_pixels(scale, x) + _over_pixels(shift, x)
-
-    def tables_on_host(self) -> bool:
-        """Eager execution: one kernel is better than a chain that only a compiler fuses."""
-        return not torch.compiler.is_compiling()
 
 
 class AdaptiveConv(Adaptive):
@@ -135,7 +132,7 @@ class AdaptiveConv(Adaptive):
             self.seen = x.shape
         n = x.shape[0]
         conv: Any = self.module
-        bias, bias_each = self.values("bias", n, True)
+        bias, bias_each = self.values("bias", n)
         table = self.table("weight")
         rows = None if table is None else table.rows()
         if table is None or (rows is not None and len(rows) == 1):
@@ -156,8 +153,8 @@ class AdaptiveLinear(Adaptive):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         n = x.shape[0]
-        weight, weight_each = self.values("weight", n, True)
-        bias, bias_each = self.values("bias", n, True)
+        weight, weight_each = self.values("weight", n)
+        bias, bias_each = self.values("bias", n)
         assert weight is not None
         if not weight_each and not bias_each:
             return F.linear(x, weight, bias)
@@ -177,7 +174,7 @@ class AdaptiveLayerNorm(Adaptive):
         self.check(x)
         n = x.shape[0]
         shape, eps = self.module.normalized_shape, self.module.eps
-        (weight, weight_each), (bias, bias_each) = (self.values(leaf, n, True) for leaf in ("weight", "bias"))
+        (weight, weight_each), (bias, bias_each) = (self.values(leaf, n) for leaf in ("weight", "bias"))
         if not weight_each and not bias_each:
             return F.layer_norm(x, shape, weight, bias, eps)  # type: ignore[arg-type]
         if x.dim() == len(shape):  # type: ignore[arg-type]
@@ -198,7 +195,7 @@ class AdaptiveGroupNorm(Adaptive):
         self.check(x)
         n = x.shape[0]
         groups, eps = self.module.num_groups, self.module.eps
-        (weight, weight_each), (bias, bias_each) = (self.values(leaf, n, True) for leaf in ("weight", "bias"))
+        (weight, weight_each), (bias, bias_each) = (self.values(leaf, n) for leaf in ("weight", "bias"))
         if not weight_each and not bias_each:
             return F.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
         y = F.group_norm(x, groups, None, None, eps)  # type: ignore[arg-type]
