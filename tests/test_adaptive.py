@@ -124,7 +124,17 @@ def test_the_same_without_the_host_knowing_the_levels(release: Release, model: A
 
 @pytest.mark.parametrize(
     "network",
-    ["encoder", "asks_for_features", "standardised", "twice", "adds_constant", "hooked", "tied_names", "windows"],
+    [
+        "encoder",
+        "asks_for_features",
+        "standardised",
+        "twice",
+        "adds_constant",
+        "hooked",
+        "tied_names",
+        "windows",
+        "dispatches",
+    ],
 )
 def test_networks_that_use_their_modules_in_ways_of_their_own(network: str, images: Tensor) -> None:
     """Each has misled a version of this: what a dry run cannot see is compared with the plain network at load."""
