@@ -1,4 +1,4 @@
-"""Algorithm 1 on a Ray cluster: the only room that knows Ray.
+"""Algorithm 1 on a Ray cluster.
 
     check everything ─► base ─► one task per level: original, full fine-tune, selection, partial fine-tune ─► release
 
@@ -7,31 +7,34 @@ network and images at hand; other levels neither wait nor are waited for. Weight
 through the driver, which sees digests and small tables. What survives a killed task is what the stages put into the store.
 """
 
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
-# Under `uv run` Ray would upload the folder and build a second environment for its workers; the one at hand will do.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-
 import ray
-from ray._private.state import state as cluster_state
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 
 from gearnn_ray.adaptors import ComplementChangedError
+from gearnn_ray.cluster import (
+    POLL_SECONDS,
+    Board,
+    Relay,
+    beside_driver,
+    cluster,
+    cluster_resources,
+    mute,
+    reason_of,
+    result_of,
+    saying,
+)
 from gearnn_ray.config import (
     ModelConfig,
     ResourcesConfig,
     SplitConfig,
     budget_floats,
     normalisation_values,
-    read_yaml,
 )
 from gearnn_ray.data import Dataset, open_dataset
 from gearnn_ray.errors import TrainingFailedError, UserError
@@ -41,13 +44,10 @@ from gearnn_ray.offline.events import Event, Say
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
-from gearnn_ray.offline.resources import autoscaler_ceiling, check_resources, groups_that_fit
+from gearnn_ray.offline.resources import check_resources, groups_that_fit
 from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Network, NetworkFacts, Work
 from gearnn_ray.store import Blob, Store
 from gearnn_ray.tasks.segmentation import Normalisation
-
-_POLL_SECONDS = 0.5
-_BOOTSTRAP = Path.home() / "ray_bootstrap_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def split(config: SplitConfig, say: Say) -> Outcome:
     store = Store(config.store)
     store.check_writable()
     asked, config = config, _with_absolute_paths(config)
-    with _cluster():
-        check_resources(config.resources, *_cluster_resources())
-        board = cast(Any, _Board).options(scheduling_strategy=_beside_driver()).remote()
-        relay = _Relay(board, say)
+    with cluster():
+        check_resources(config.resources, *cluster_resources())
+        board = cast(Any, Board).options(scheduling_strategy=beside_driver()).remote()
+        relay = Relay(board, say)
         work, facts, images = _checked_work(config, relay)
         try:
             base = _base(config, work, board, relay)
         except (TrainingFailedError, RayError) as error:
-            reason = f"the base could not be trained: {_reason(error)}"
+            reason = f"the base could not be trained: {reason_of(error)}"
             return Outcome(None, (), dict.fromkeys(config.levels, reason))
         work = replace(work, base=base.digest)
         results, failed = _levels(config, work, board, relay)
@@ -99,107 +99,6 @@ def _with_absolute_paths(config: SplitConfig) -> SplitConfig:
             "model": model.model_copy(update={"weights": model.weights and os.path.abspath(model.weights)}),
         }
     )
-
-
-# ── Ray ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """The cluster this process is in, or one of its own for as long as the job takes."""
-    if ray.is_initialized():
-        yield
-        return
-    # bare: inside a submitted job the address and the runtime environment are injected
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _cluster_resources() -> tuple[list[Mapping[str, float]], Mapping[str, float] | None]:
-    """Resources of each node there is, and the most an autoscaler may bring in all (None: there is none)."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    ceiling: Mapping[str, float] | None = cluster_state.get_max_resources_from_cluster_config()
-    if ceiling is None and _BOOTSTRAP.is_file():
-        # the cluster launcher's autoscaler does not tell the cluster its node types; its file on the head does
-        ceiling = autoscaler_ceiling(read_yaml(_BOOTSTRAP))
-    return nodes, ceiling
-
-
-def _beside_driver() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-
-
-@ray.remote(num_cpus=0)
-class _Board:
-    """Where workers pin what they have to say, and the driver collects it."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._failures: dict[str, str] = {}
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def give_up(self, level: str, reason: str) -> None:
-        self._failures.setdefault(level, reason)
-
-    def given_up(self, level: str) -> str | None:
-        return self._failures.get(level)
-
-
-class _Relay:
-    """Hands the board's events on to the driver's reporter."""
-
-    def __init__(self, board: Any, say: Say) -> None:
-        self._board, self.say = board, say
-
-    def flush(self) -> None:
-        try:
-            events = ray.get(self._board.take.remote(), timeout=10)
-        except RayError:
-            return  # the board died with its node: the work goes on unseen
-        for event in events:
-            self.say(event)
-
-    def wait(self, ref: Any) -> Any:
-        """The result of one task, relaying events until it is there."""
-        while not ray.wait([ref], timeout=_POLL_SECONDS)[0]:
-            self.flush()
-        self.flush()
-        return _result(ref)
-
-
-def _result(ref: Any) -> Any:
-    """`ray.get`, with a task's own exception instead of Ray's wrapper around it."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None
-        raise
-
-
-@contextmanager
-def _saying(board: Any) -> Iterator[Say]:
-    """A worker's line to the board; left only when everything said has arrived, for the driver stops listening then."""
-    last: list[Any] = [None]
-
-    def say(event: Event) -> None:
-        last[0] = board.put.remote(event)
-
-    try:
-        yield say
-    finally:
-        if last[0] is not None:
-            with suppress(RayError):
-                ray.get(last[0], timeout=10)
 
 
 # ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
@@ -231,7 +130,7 @@ def _measure_undistorted(work: Work) -> ImageStatistics:
     return stages.measure_images(work, "clean")
 
 
-def _checked_work(config: SplitConfig, relay: _Relay) -> tuple[Work, NetworkFacts, dict[str, ImageStatistics]]:
+def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts, dict[str, ImageStatistics]]:
     """Data, labels, weights, budget: all of it looked at, every level's images made and measured. Raises UserError."""
     relay.say(Event("started", "images", "all"))
     data: Dataset = relay.wait(_open_data.remote(config))
@@ -286,16 +185,16 @@ def _publish_base(work: Work, weights: str) -> Blob:
 @ray.remote
 def _train_base(work: Work, recipe: Recipe, threads: int, board: Any) -> Blob:
     prepare_process(threads)
-    with _saying(board) as say:
+    with saying(board) as say:
         return stages.train_base(work, recipe, say)
 
 
-def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
+def _base(config: SplitConfig, work: Work, board: Any, relay: Relay) -> Blob:
     """The base: the user's weights, or a network trained on the undistorted images."""
     if config.model.weights is not None:
         return cast(Blob, relay.wait(_publish_base.remote(work, config.model.weights)))
     # nothing else runs meanwhile: it may have all CPUs of the largest node
-    cpus = max(int(config.resources.cpus), *(int(node.get("CPU", 0)) for node in _cluster_resources()[0]))
+    cpus = max(int(config.resources.cpus), *(int(node.get("CPU", 0)) for node in cluster_resources()[0]))
     task = _train_base.options(num_cpus=cpus, num_gpus=config.resources.gpus, max_retries=config.resources.retries)
     return cast(Blob, relay.wait(task.remote(work, config.base_recipe, cpus, board)))
 
@@ -306,7 +205,7 @@ def _base(config: SplitConfig, work: Work, board: Any, relay: _Relay) -> Blob:
 @ray.remote
 def _run_level(work: Work, level: str, threads: int, board: Any) -> LevelResult:
     prepare_process(threads)
-    with _saying(board) as say:
+    with saying(board) as say:
         return stages.run_level(work, level, say)
 
 
@@ -316,7 +215,7 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
 
-    with _saying(board) as say:
+    with saying(board) as say:
         if (known := stages.known_level(work, level, say)) is not None:
             return known
     threads = max(1, int(resources.cpus))
@@ -330,9 +229,9 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
         prepare_process(threads)
         if ray.get(board.given_up.remote(level)) is not None:
             return  # Ray Train tries again after any failure; what is wrong with a level does not get better
-        with _saying(board) as say:
+        with saying(board) as say:
             try:
-                stages.run_level(work, level, say if dist.get_rank() == 0 else _mute)
+                stages.run_level(work, level, say if dist.get_rank() == 0 else mute)
             except (TrainingFailedError, UserError, ComplementChangedError) as error:
                 ray.get(board.give_up.remote(level, str(error)))
                 raise  # the other workers wait for this one: Ray Train ends them
@@ -357,26 +256,20 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
             reason = ray.get(board.given_up.remote(level))
             if reason is not None:
                 raise TrainingFailedError(reason) from None
-    result = stages.known_level(work, level, _mute)
+    result = stages.known_level(work, level, mute)
     assert result is not None, "Ray Train ended without an error but left a stage undone"
     return result
 
 
-def _mute(event: Event) -> None:
-    del event
-
-
-def _levels(
-    config: SplitConfig, work: Work, board: Any, relay: _Relay
-) -> tuple[dict[str, LevelResult], dict[str, str]]:
+def _levels(config: SplitConfig, work: Work, board: Any, relay: Relay) -> tuple[dict[str, LevelResult], dict[str, str]]:
     """Every level's result, or the reason why it has none."""
     resources, shared = config.resources, ray.put(work)
     threads = max(1, int(resources.cpus))
     start: Callable[[str], Any]
     if spreads_over_workers(resources):
-        at_once = groups_that_fit(resources, *_cluster_resources())
+        at_once = groups_that_fit(resources, *cluster_resources())
         start = lambda level: _run_level_on_workers.options(  # noqa: E731
-            max_retries=resources.retries, scheduling_strategy=_beside_driver()
+            max_retries=resources.retries, scheduling_strategy=beside_driver()
         ).remote(shared, level, resources, board)
     else:
         # all of them wait in Ray's own queue, where an autoscaler sees them
@@ -390,30 +283,17 @@ def _levels(
         while waiting and len(running) < at_once:
             level = waiting.pop(0)
             running[start(level)] = level
-        done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+        done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
         relay.flush()
         for ref in done:
             level = running.pop(ref)
             try:
-                results[level] = _result(ref)
+                results[level] = result_of(ref)
             except Exception as error:
-                failed[level] = _reason(error)
+                failed[level] = reason_of(error)
     return results, failed
 
 
 def spreads_over_workers(resources: ResourcesConfig) -> bool:
     """Whether Ray Train is worth its 11 to 28 s per run: only where one fine-tune has several workers."""
     return resources.workers_per_level > 1
-
-
-def _reason(error: Exception) -> str:
-    """Why a level failed, in one line; Ray Train wraps a worker's exception in several of its own."""
-    inner: BaseException = error
-    while True:
-        failures = getattr(inner, "worker_failures", None)
-        following = next(iter(failures.values())) if failures else inner.__cause__ or getattr(inner, "cause", None)
-        if isinstance(inner, UserError | TrainingFailedError) or not isinstance(following, BaseException):
-            break
-        inner = following
-    text = " ".join(str(inner).split()) or type(inner).__name__
-    return text if isinstance(inner, UserError | TrainingFailedError) else f"{type(inner).__name__}: {text[:500]}"
