@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,32 @@ class Checkpoint(Protocol):
 
     def load(self) -> bytes | None: ...
     def save(self, data: bytes) -> None: ...
+
+
+class BatchSource(Protocol):
+    """One epoch of training batches, x_BCHW uint8 and y_BHW; `segmentation.training_batches` is one."""
+
+    def __call__(
+        self,
+        images: Any,
+        labels: Sequence[Image],
+        batch_size: int,
+        crop: tuple[int, int],
+        seed: Sequence[int],
+        rank: int,
+        world_size: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+Forward = Callable[[Tensor], Tensor]
+"""x_BCHW of pixel values, 0 to 255, to float32 logits: normalisation and precision are taken care of."""
+Objective = Callable[[Forward, Tensor, Tensor, Sequence[int]], Tensor]
+"""forward, x_BCHW uint8, y_BHW and a seed of this step's own to the loss."""
+
+
+def cross_entropy(forward: Forward, x_BCHW: Tensor, y_BHW: Tensor, seed: Sequence[int]) -> Tensor:
+    """The loss of a plain fine-tune."""
+    return segmentation.loss_of(forward(x_BCHW), y_BHW)
 
 
 @dataclass(frozen=True)
@@ -90,10 +116,14 @@ def fine_tune(
     seed: int,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    batches: BatchSource = segmentation.training_batches,
+    objective: Objective = cross_entropy,
+    rates: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Fine-tune `model` in place on the device it is on: all layers (`chosen` None) or only the named ones.
 
-    images: uint8 [H, W, 3]; labels: uint8 [H', W'], resized to the image where the level changed its size.
+    images: uint8 [H, W, 3], or what else `batches` takes; labels: uint8 [H', W'], resized to the image where the level
+    changed its size. rates: factors on the learning rate by parameter name, 1 for all others.
     Raises TrainingFailedError when loss or weights stop being finite.
     """
     started = time.perf_counter()
@@ -102,20 +132,27 @@ def fine_tune(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)
     trainable = set_trainable(model, chosen)
-    parameters = [p for _, p in trainable]
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        by_rate.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
     optimizer = (
         torch.optim.SGD(
-            parameters,
+            [{"params": group, "rate": rate} for rate, group in by_rate.items()],
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        if parameters
+        if trainable
         else None  # only running statistics are chosen: a forward pass is all the training there is
     )
     first_epoch = _restore(checkpoint, model, trainable, optimizer)
-    network = DistributedDataParallel(model) if world_size > 1 and parameters else model
+    network = DistributedDataParallel(model) if world_size > 1 and trainable else model
+
+    def forward(x: Tensor) -> Tensor:
+        x = normalisation(x).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(optimizer is not None), autocast(precision, device):
+            return segmentation.logits_of(network, x)
 
     crop = segmentation.crop_size(images, recipe.crop)
     steps_per_epoch = segmentation.steps_per_epoch(len(images), recipe.batch_size)
@@ -123,16 +160,11 @@ def fine_tune(
     for epoch in range(first_epoch, recipe.epochs):
         set_training_mode(model, chosen)
         loss_sum, losses, reported = torch.zeros((), device=device), 0, time.perf_counter()
-        batches = segmentation.training_batches(
-            images, labels, recipe.batch_size, crop, (seed, epoch), rank, world_size
-        )
-        for index, (x, y) in enumerate(batches):
+        drawn = batches(images, labels, recipe.batch_size, crop, (seed, epoch), rank, world_size)
+        for index, (x, y) in enumerate(drawn):
             step = epoch * steps_per_epoch + index
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            x = normalisation(x).contiguous(memory_format=torch.channels_last)
-            with torch.set_grad_enabled(optimizer is not None), autocast(precision, device):
-                logits = segmentation.logits_of(network, x)
-            loss = segmentation.loss_of(logits, y)
+            loss = objective(forward, x, y, (seed, epoch, index, rank))
             if optimizer is not None:
                 _set_learning_rate(optimizer, recipe, step, steps)
                 optimizer.zero_grad(set_to_none=True)
@@ -176,7 +208,7 @@ def evaluate(
 def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> None:
     scale = 1 - step / steps if recipe.schedule == "linear" else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * scale
+        group["lr"] = recipe.learning_rate * scale * group["rate"]
 
 
 def _finite(loss: float, recipe: Recipe, epoch: int) -> float:

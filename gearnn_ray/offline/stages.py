@@ -194,14 +194,14 @@ def run_level(work: Work, level: str, say: Say) -> LevelResult:
 
     Raises UserError, TrainingFailedError, ComplementChangedError.
     """
-    return _run_level(_LevelRun(work, level, say))
+    return _run_level(LevelRun(work, level, say))
 
 
 def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
     """What `run_level` would return where the store holds all of it already, else None; computes nothing."""
     said: list[Event] = []
     try:
-        result = _run_level(_LevelRun(work, level, said.append, only_look=True))
+        result = _run_level(LevelRun(work, level, said.append, only_look=True))
     except _NotYetError:
         return None
     for event in said:
@@ -213,13 +213,15 @@ class _NotYetError(Exception):
     """A stage is not in the store, and only looking was asked for."""
 
 
-def _run_level(run: "_LevelRun") -> LevelResult:
+def _run_level(run: "LevelRun") -> LevelResult:
     work, level = run.work, run.level
     original = run.stage("original", run.key("original"), run.judge_original)
     if parse_level(level).is_clean:
         return LevelResult(level, original["score"])
     full = run.stage("full", run.key("full"), run.fine_tune_all, run.is_complete)
-    selection = run.stage("selection", run.key("selection", budget=work.budget), lambda _: run.choose(full))
+    selection = run.stage(
+        "selection", run.key("selection", budget=work.budget), lambda _: run.choose(full, work.budget)
+    )
     chosen = tuple(selection["layers"])
     partial = run.stage(
         "partial",
@@ -245,7 +247,7 @@ def _run_level(run: "_LevelRun") -> LevelResult:
     )
 
 
-class _LevelRun:
+class LevelRun:
     """The stages of one level over one network in memory."""
 
     def __init__(self, work: Work, level: str, say: Say, only_look: bool = False) -> None:
@@ -349,9 +351,9 @@ class _LevelRun:
         """A full fine-tune's weights are there if this job wants them kept."""
         return not self.work.keep_full or self.store.has_blob(record["digest"])
 
-    def choose(self, full: dict[str, Any]) -> dict[str, Any]:
+    def choose(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
         rows = [Sensitivity(**row) for row in full["sensitivity"]]
-        result = select([r.mean_abs_change for r in rows], [r.numel for r in rows], self.work.budget)
+        result = select([r.mean_abs_change for r in rows], [r.numel for r in rows], budget)
         return {
             "layers": [rows[i].layer for i in result.chosen],
             "objective": result.objective,

@@ -5,14 +5,15 @@ Recipe of DRN (Yu et al. 2017): random crop, horizontal flip, label 255 ignored.
 Shapes: x_BCHW uint8 or float images, y_BHW int64 class ids, hist_KK [label, prediction] pixel counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORED = 255
 METRIC = "mIoU"
@@ -91,7 +92,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
-def logits_of(model: nn.Module, x_BCHW: Tensor) -> Tensor:
+def logits_of(model: Callable[[Tensor], Any], x_BCHW: Tensor) -> Tensor:
     """float32 logits_BKhw; torchvision's segmentation networks return theirs in a dict under "out"."""
     output = model(x_BCHW)
     if isinstance(output, dict):
