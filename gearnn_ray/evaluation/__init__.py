@@ -1,0 +1,1 @@
+"""Does it work? Every method at every level, on the same images."""
