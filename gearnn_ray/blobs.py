@@ -208,6 +208,12 @@ class BlobStore:
             raise ValueError(f"a picture's path is figures/….png, not {path!r}")
         self._files.write(path, png)
 
+    def put_report(self, path: str, page: str) -> None:
+        """Write a page at `reports/….html`; one of equal bytes is left untouched."""
+        if not re.fullmatch(rf"reports(/{PART})+", path) or not path.endswith(".html"):
+            raise ValueError(f"a report's path is reports/….html, not {path!r}")
+        self._files.write(path, page.encode())
+
     def get_table(self, path: str) -> pa.Table:
         """The table at `tables/….parquet`. Raises UserError if absent, CorruptStoreError if no Parquet."""
         data = self._files.read(table_path(path))

@@ -2,30 +2,36 @@
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
-from gearnn_ray.config import ServeConfig, SplitConfig, parse_command_line
+from gearnn_ray.config import EvaluateConfig, ServeConfig, SplitConfig, parse_command_line
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
-from gearnn_ray.progress import reporter
+from gearnn_ray.progress import reporter, split_plan
 from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 from gearnn_ray.store import Store
 
 if TYPE_CHECKING:
+    from gearnn_ray.evaluation.findings import Outcome as Evaluated
     from gearnn_ray.offline.pipeline import Outcome
     from gearnn_ray.online.service import Serving
 
 _DESCRIPTION = (
     "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
 )
-
-
+_EVALUATE_DESCRIPTION = (
+    "Judge every method at every level of a release on the same images: how much accuracy for how many bytes."
+)
 _SERVE_DESCRIPTION = "Serve releases over HTTP: one base, every level, each frame with the network of its own level."
 
 
@@ -38,7 +44,7 @@ def run_split(arguments: Sequence[str]) -> int:
             pipeline,
         )  # Ray takes seconds to import; --help and typing errors need not wait
 
-        with reporter(config.levels, options.json_lines) as say:
+        with reporter(split_plan(config.levels), options.json_lines) as say:
             outcome = pipeline.split(config, say)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,6 +53,25 @@ def run_split(arguments: Sequence[str]) -> int:
         print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
         return 130
     _show(config, outcome, options.json_lines)
+    return 1 if outcome.failed else 0
+
+
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """`jobs/evaluate.py`: 0 everything is judged, 1 something failed, 2 what it was told is wrong."""
+    try:
+        config, options = parse_command_line(EvaluateConfig, arguments, _EVALUATE_DESCRIPTION)
+        config = config.model_copy(update={"store": resolve_store(config.store)})
+        from gearnn_ray.evaluation import pipeline
+
+        with reporter({}, options.json_lines) as say:
+            outcome = pipeline.evaluate(config, say, shlex.join(["jobs/evaluate.py", *arguments]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    _show_evaluation(config, outcome, options.json_lines)
     return 1 if outcome.failed else 0
 
 
@@ -149,3 +174,79 @@ def _pictures(config: SplitConfig, outcome: "Outcome") -> dict[str, bytes]:
     accuracy = accuracy_figure(outcome.summary, f"{config.name}: accuracy over distortion")
     folder = f"figures/{config.name}"
     return {f"{folder}/accuracy.png": accuracy, f"{folder}/weight_change.png": change}
+
+
+def _show_evaluation(config: EvaluateConfig, outcome: "Evaluated", json_lines: bool) -> None:
+    store = Store(config.store).uri
+    if json_lines:
+        result = {"event": "result", "release": config.release, "store": store, **asdict(outcome)}
+        print(json.dumps(result), flush=True)
+        return
+    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    if outcome.accuracy:
+        metric = outcome.accuracy[0]["metric"]
+        console.print(f"\n{metric} in percent on the validation images, mean over seeds", style="bold", highlight=False)
+        for number, part in enumerate(_accuracy_tables(outcome.accuracy, console.width)):
+            if number:
+                console.print()
+            console.print(part, highlight=False)
+    if outcome.averages:
+        console.print("\nGearNN's adaptors on the average of each axis", style="bold", highlight=False)
+        console.print(_verdict_table(outcome.averages), highlight=False)
+    for unit, reason in outcome.failed.items():
+        console.print(f"\n{unit} failed: {reason}", style="bold red", highlight=False, markup=False)
+    places = [("report", outcome.report), *(("table", path) for path in outcome.tables)]
+    places += [("figure", path) for path in outcome.figures]
+    console.print()
+    for what, path in places:
+        console.print(f"{what + ':':<8}{store}/{path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _accuracy_tables(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]:
+    """Level × method, side by side as far as `width` characters go, then below. rows: of tables.ACCURACY."""
+    from gearnn_ray.evaluation.methods import TITLES
+
+    values = defaultdict[tuple[str, str], list[float]](list)
+    for row in rows:
+        values[row["level"], row["method"]].append(row["value"])
+    levels = dict.fromkeys(row["level"] for row in rows)
+    methods = [method for method in TITLES if any(row["method"] == method for row in rows)]
+    while methods:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("level", no_wrap=True)
+        room = width - max(map(len, levels))
+        shown: list[str] = []
+        while methods and (not shown or room >= _column_width(methods[0])):
+            room -= _column_width(methods[0])
+            shown.append(methods.pop(0))
+            table.add_column(shown[-1].replace("-", "\n"), justify="right", vertical="bottom", no_wrap=True)
+        for level in levels:
+            cells = (values.get((level, method)) for method in shown)
+            table.add_row(level, *("-" if cell is None else f"{fmean(cell):.1f}" for cell in cells))
+        yield table
+
+
+def _column_width(method: str) -> int:
+    """Characters: a word per line in the head, two between columns."""
+    return 2 + max(len("100.0"), *map(len, method.split("-")))
+
+
+def _verdict_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per axis and rival. rows: of tables.AVERAGES."""
+    from gearnn_ray.evaluation.statistics import verdict
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("axis", "levels", "GearNN", "against", "by points", "95% interval"):
+        table.add_column(head, justify="right" if head in ("levels", "by points") else "left", no_wrap=True)
+    for row in rows:
+        if row["method"] == "gearnn":
+            continue
+        table.add_row(
+            row["axis"],
+            str(row["levels"]),
+            verdict(row["low"], row["high"]),
+            row["method"],
+            f"{row['difference']:+.2f}",
+            f"{row['low']:+.2f} to {row['high']:+.2f}",
+        )
+    return table

@@ -9,11 +9,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
@@ -22,6 +22,7 @@ from gearnn_ray.offline.recipe import Recipe
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # the ImageNet statistics: what torchvision's and DRN's classification networks were trained with
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ValueT = TypeVar("ValueT", str, float)
 
 
 class _Section(BaseModel):
@@ -78,15 +79,13 @@ class ModelConfig(_Section):
         return self
 
 
-class ResourcesConfig(_Section):
-    """What one fine-tune gets, and how it is spread."""
+class TaskResources(_Section):
+    """What one fine-tune gets."""
 
     cpus: float = Field(1, gt=0)
     """CPUs a fine-tune reserves; torch gets as many threads"""
     gpus: float = Field(0, ge=0)
     """GPUs a fine-tune reserves; 0.25 lets four share one"""
-    workers_per_level: int = Field(1, ge=1)
-    """above 1 each fine-tune is spread over so many workers with Ray Train, each with these resources"""
     retries: int = Field(3, ge=0)
     """how often a task whose worker died is started again; it goes on from its checkpoint"""
 
@@ -94,6 +93,13 @@ class ResourcesConfig(_Section):
     @classmethod
     def _fraction_or_whole(cls, gpus: float) -> float:
         return fraction_or_whole(gpus)
+
+
+class ResourcesConfig(TaskResources):
+    """What one fine-tune gets, and how it is spread."""
+
+    workers_per_level: int = Field(1, ge=1)
+    """above 1 each fine-tune is spread over so many workers with Ray Train, each with these resources"""
 
 
 class SplitConfig(_Section):
@@ -135,17 +141,12 @@ class SplitConfig(_Section):
     def _known_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
         if not levels:
             raise ValueError("no level is given: expected at least one, such as jpeg-10")
-        for name in levels:
-            parse_level(name)
-        twice = next((name for name in levels if levels.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"the level {twice} is given twice: give each level once")
-        return levels
+        return known_levels(levels)
 
     @field_validator("budget", mode="before")
     @classmethod
     def _budget_text(cls, budget: object) -> object:
-        return str(budget) if isinstance(budget, int) and not isinstance(budget, bool) else budget
+        return _budget_text(budget)
 
     @field_validator("budget")
     @classmethod
@@ -205,11 +206,7 @@ class ServeConfig(_Section):
     def _references(cls, bundles: tuple[str, ...]) -> tuple[str, ...]:
         if not bundles:
             raise ValueError("no bundle is given: expected at least one, such as drn22-scenes-jpeg:latest")
-        full = tuple(full_reference(bundle) for bundle in bundles)
-        twice = next((bundle for bundle in full if full.count(bundle) > 1), None)
-        if twice:
-            raise ValueError(f"the bundle {twice} is given twice: give each bundle once")
-        return full
+        return _each_once("bundle", tuple(full_reference(bundle) for bundle in bundles))
 
     @field_validator("num_gpus")
     @classmethod
@@ -223,6 +220,141 @@ class ServeConfig(_Section):
             if not 0 < luma <= 255:
                 raise ValueError(f"the mean luma of camera {camera} is {luma:g}: expected above 0 and at most 255")
         return cameras
+
+
+Rival = Literal["mixed", "stability", "clean-tuned", "bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"]
+"""What GearNN's adaptors are compared with, beside the original and switching."""
+
+
+class StabilityConfig(_Section):
+    """The grid of stability training (Zheng et al. 2016)."""
+
+    alphas: tuple[float, ...] = (1.0,)
+    """weights of the stability loss"""
+    sigmas: tuple[float, ...] = (0.04, 0.1)
+    """standard deviations of the Gaussian perturbation, of pixels in [0, 1]"""
+
+    @field_validator("alphas", "sigmas")
+    @classmethod
+    def _a_grid(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        return _grid("alpha" if info.field_name == "alphas" else "sigma", values)
+
+
+class EvaluationDataConfig(_Section):
+    """Where images and labels lie; which they are, the release says."""
+
+    path: str | None = None
+    """the data set, as every worker sees it, where the release does not generate it; default: where it was split"""
+    cache: str = "~/.cache/gearnn_ray"
+    """where each node keeps the distorted images it made"""
+
+
+class EvaluateConfig(_Section):
+    """Every method at every level of a release, on the same images."""
+
+    release: str = "drn22-scenes-jpeg:latest"
+    """the release as name, name:tag or name@sha256:…"""
+    store: str = "artifacts"
+    """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+    levels: tuple[str, ...] = ()
+    """levels where original, switching and GearNN are judged; default: the release's"""
+    rival_levels: tuple[str, ...] = ()
+    """levels where the other methods are judged; default: the one of each axis where the original is worst"""
+    untrained: tuple[str, ...] = ()
+    """levels that are also answered by their neighbours' adaptors, as if they had none of their own"""
+    seeds: int = Field(1, ge=1, le=20)
+    """fine-tunes of switching and GearNN at each rival level, each with another order and other crops"""
+    methods: tuple[Rival, ...] = get_args(Rival)
+    """what GearNN is compared with beside the original and switching"""
+    learning_rates: tuple[float, ...] = ()
+    """the grid each method's learning rate is chosen from, once; default: the release's for all"""
+    tuning_level: str | None = None
+    """the level where learning rates are chosen; default: the one where the original is worst"""
+    stability: StabilityConfig = StabilityConfig()
+    draws: int = Field(2, ge=1, le=100)
+    """random choices of layers (method random)"""
+    budgets: tuple[str, ...] = ("0.05%", "1%")
+    """further budgets of GearNN, as shares of the model size or numbers of floats; none: only the release's own"""
+    budget_levels: tuple[str, ...] = ()
+    """levels where the further budgets are judged; default: the tuning level"""
+    frequency_levels: tuple[str, ...] = ()
+    """levels whose frequency response is measured; default: the tuning level"""
+    data: EvaluationDataConfig = EvaluationDataConfig()
+    resources: TaskResources = TaskResources()
+
+    @field_validator("release")
+    @classmethod
+    def _one_spelling(cls, release: str) -> str:
+        return full_reference(release)
+
+    @field_validator("levels", "rival_levels", "untrained", "budget_levels", "frequency_levels")
+    @classmethod
+    def _known_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        return known_levels(levels)
+
+    @field_validator("tuning_level")
+    @classmethod
+    def _known_level(cls, level: str | None) -> str | None:
+        return level and parse_level(level).name
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_once(cls, methods: tuple[Rival, ...]) -> tuple[Rival, ...]:
+        _each_once("method", methods)
+        return methods
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _a_grid(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        return _grid("learning rate", rates) if rates else rates
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _budget_texts(cls, budgets: object) -> object:
+        return tuple(map(_budget_text, budgets)) if isinstance(budgets, list | tuple) else budgets
+
+    @field_validator("budgets")
+    @classmethod
+    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        for budget in budgets:
+            budget_floats(budget, 1)
+        return _each_once("budget", budgets)
+
+    @model_validator(mode="after")
+    def _rivals_where_gearnn_is(self) -> "EvaluateConfig":
+        alone = next((name for name in self.rival_levels if self.levels and name not in self.levels), None)
+        if alone:
+            raise ValueError(f"rival_levels has {alone}, which levels has not: add it there or take it out here")
+        return self
+
+
+def known_levels(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names themselves. UserError or ValueError where one is no level or given twice."""
+    for name in names:
+        parse_level(name)
+    return _each_once("level", names)
+
+
+def _grid(what: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    """The values themselves. ValueError where there are none, one is not above 0, or one is given twice."""
+    if not values:
+        raise ValueError(f"no {what} is given: expected at least one, above 0")
+    if min(values) <= 0:
+        raise ValueError(f"the {what} {min(values):g} is given: expected above 0")
+    return _each_once(what, values)
+
+
+def _each_once(what: str, values: tuple[ValueT, ...]) -> tuple[ValueT, ...]:
+    """The values themselves. ValueError where one is given twice."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the {what} {twice} is given twice: give each {what} once")
+    return values
+
+
+def _budget_text(budget: object) -> object:
+    """A number of floats may stand in a file without quotes."""
+    return str(budget) if isinstance(budget, int) and not isinstance(budget, bool) else budget
 
 
 def full_reference(bundle: str) -> str:
@@ -383,13 +515,14 @@ def _plain(box: str) -> str:
     words = re.sub(r"\s+", " ", " ".join(lines[1:])).strip()
     words = re.split(r" ?(?:Argument helptext|For full helptext|Perhaps you meant)", words)[0].strip()
     invalid = re.match(
-        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=(\w+), input_value=(.*?), input_type=",
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=(\w+), input_value=(.*?), input_type=",
         words,
     )
     if invalid is None:
         return words.rstrip(".") + " (--help lists the options)"
-    section, option, message, kind, value = invalid.groups()
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")
+    section, found, kind, value = invalid.groups()
+    if kind == "value_error":  # of an option, or of several that do not go together
+        return found.partition("Value error, ")[2]
+    option, _, message = found.partition(" ")
     where = option if section[0].isupper() else f"{section}.{option}"
     return f"{where} is {value}: {message[0].lower()}{message[1:]}"

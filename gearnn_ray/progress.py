@@ -6,7 +6,7 @@ Knows events, not Ray. `Estimate` is plain arithmetic; the reporters only draw.
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -16,9 +16,12 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.events import Event, StageName
+from gearnn_ray.offline.events import Event
 
-TITLES: dict[StageName, str] = {
+Plan = Mapping[tuple[str, str], float]
+"""What a job will do: (level, stage) to its part of the time, in any one unit; each level has something above 0."""
+
+TITLES: dict[str, str] = {
     "images": "images",
     "base": "base training",
     "original": "judging the original",
@@ -27,29 +30,42 @@ TITLES: dict[StageName, str] = {
     "partial": "partial fine-tune",
 }
 # parts of one level's time, from runs on CamVid; they only steer the remaining time
-_SHARES: dict[StageName, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
+_SHARES: dict[str, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
 
 
-def _shares(level: str) -> dict[StageName, float]:
-    """The stages of a level; the undistorted one is only judged."""
-    return {"original": _SHARES["original"]} if parse_level(level).is_clean else _SHARES
+def split_plan(levels: Sequence[str]) -> Plan:
+    """What the split job does; the undistorted level is only judged."""
+    return {
+        (level, stage): part
+        for level in levels
+        for stage, part in _SHARES.items()
+        if stage == "original" or not parse_level(level).is_clean
+    }
 
 
 @dataclass
 class Estimate:
     """How far a job is and how long it still takes, from its events. Times in seconds on any steady clock."""
 
-    levels: Sequence[str]
-    _done: dict[tuple[str, StageName], float] = field(default_factory=dict)
-    _reused: set[tuple[str, StageName]] = field(default_factory=set)
+    plan: Plan
+    _done: dict[tuple[str, str], float] = field(default_factory=dict)
+    _reused: set[tuple[str, str]] = field(default_factory=set)
     _begun: float | None = None
-    _stage_began: dict[StageName, float] = field(default_factory=dict)
+    _stage_began: dict[str, float] = field(default_factory=dict)
+
+    def expect(self, plan: Plan) -> None:
+        """More to do than was known before."""
+        self.plan = {**self.plan, **plan}
+
+    def plans(self, event: Event) -> bool:
+        """Whether an event is of the planned work, not of what comes before it."""
+        return (event.level, event.stage) in self.plan
 
     def see(self, event: Event, now: float) -> None:
         """Take note of an event."""
         place = (event.level, event.stage)
         self._stage_began.setdefault(event.stage, now)
-        if event.stage in _SHARES and event.kind != "reused" and self._begun is None:
+        if self.plans(event) and event.kind != "reused" and self._begun is None:
             self._begun = now
         if event.kind == "reused":
             self._reused.add(place)
@@ -61,23 +77,19 @@ class Estimate:
 
     def share(self, level: str) -> float:
         """How much of a level is done, 0 to 1."""
-        shares = _shares(level)
-        return sum(part * self._done.get((level, stage), 0.0) for stage, part in shares.items()) / sum(shares.values())
+        parts = {place: part for place, part in self.plan.items() if place[0] == level}
+        return sum(part * self._done.get(place, 0.0) for place, part in parts.items()) / sum(parts.values())
 
     def remaining(self, event: Event, now: float) -> float | None:
-        """Seconds to the end: of the stage before the levels begin, of the whole job after; None while unknown."""
-        if event.stage not in _SHARES:
+        """Seconds to the end: of the stage before the planned work begins, of all of it after; None while unknown."""
+        if not self.plans(event):
             done = self._done.get((event.level, event.stage), 0.0)
             return (now - self._stage_began[event.stage]) * (1 - done) / done if done > 0 else None
         if self._begun is None:
             return None
-        work = done = 0.0
-        for level in self.levels:
-            for stage, part in _shares(level).items():
-                if (level, stage) not in self._reused:
-                    work += part
-                    done += part * self._done.get((level, stage), 0.0)
-        return (now - self._begun) * (work - done) / done if done > 0 else None
+        new = {place: part for place, part in self.plan.items() if place not in self._reused}
+        done = sum(part * self._done.get(place, 0.0) for place, part in new.items())
+        return (now - self._begun) * (sum(new.values()) - done) / done if done > 0 else None
 
 
 class Reporter(Protocol):
@@ -89,18 +101,24 @@ class Reporter(Protocol):
     ) -> None: ...
     def __call__(self, event: Event) -> None: ...
 
+    def expect(self, plan: Plan) -> None:
+        """More to do than was known before."""
+
 
 class _Plain:
     """One line per event: enough to follow a job in its log, without a line per step."""
 
-    def __init__(self, levels: Sequence[str], out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._estimate, self._out, self._clock = Estimate(levels), out, clock
+    def __init__(self, plan: Plan, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._estimate, self._out, self._clock = Estimate(plan), out, clock
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._out.flush()
+
+    def expect(self, plan: Plan) -> None:
+        self._estimate.expect(plan)
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
@@ -112,7 +130,7 @@ class _Plain:
     def write(self, event: Event, remaining: float | None) -> None:
         line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {_place(event)}: {describe(event)}"
         if remaining is not None and remaining >= 1:
-            line += f"; {'' if event.stage in _SHARES else 'this stage '}about {duration(remaining)} left"
+            line += f"; {'' if self._estimate.plans(event) else 'this stage '}about {duration(remaining)} left"
         print(line, file=self._out, flush=True)
 
 
@@ -126,10 +144,10 @@ class _JsonLines(_Plain):
 
 
 class _LiveBars:
-    """One bar per level with the stage it is in, and one for what comes before the levels."""
+    """One bar per level of the plan with the stage it is in, and one for what comes before."""
 
-    def __init__(self, levels: Sequence[str], console: Console) -> None:
-        self._estimate = Estimate(levels)
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._estimate = Estimate({})
         self._bars = Bars(
             TextColumn("{task.fields[name]}", justify="right"),
             BarColumn(),
@@ -138,10 +156,9 @@ class _LiveBars:
             console=console,
         )
         self._first = self._bars.add_task("", name="images", total=1.0)
-        self._tasks: dict[str, TaskID] = {
-            level: self._bars.add_task("waiting", name=level, total=1.0, start=False) for level in levels
-        }
+        self._tasks: dict[str, TaskID] = {}
         self._all = self._bars.add_task("", name="all", total=1.0)
+        self.expect(plan)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -150,17 +167,23 @@ class _LiveBars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
+    def expect(self, plan: Plan) -> None:
+        self._estimate.expect(plan)
+        self._bars.remove_task(self._all)
+        for level in dict.fromkeys(level for level, _ in plan if level not in self._tasks):
+            name = "all levels" if level == "all" else level
+            self._tasks[level] = self._bars.add_task("waiting", name=name, total=1.0, start=False)
+        self._all = self._bars.add_task("", name="all", total=1.0)  # the last line again
+
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
         self._estimate.see(event, now)
         remaining = self._estimate.remaining(event, now)
         left = f"about {duration(remaining)} left" if remaining is not None and remaining >= 1 else ""
-        if event.stage in _SHARES and event.level in self._tasks:
+        if self._estimate.plans(event):
             share = self._estimate.share(event.level)
-            last = "original" if parse_level(event.level).is_clean else "partial"
-            finished = event.stage == last and event.kind in ("finished", "reused")
-            text = f"done, mIoU {event.score:.1f}" if finished and event.score is not None else (
-                f"{TITLES[event.stage]}, {describe(event)}"
+            text = f"done, mIoU {event.score:.1f}" if share == 1 and event.score is not None else (
+                f"{_title(event)}, {describe(event)}"
             )  # fmt: skip
             self._bars.update(self._tasks[event.level], completed=share, description=text)
             overall = sum(self._estimate.share(level) for level in self._tasks) / len(self._tasks)
@@ -170,14 +193,14 @@ class _LiveBars:
             self._bars.update(self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}")
 
 
-def reporter(levels: Sequence[str], json_lines: bool) -> Reporter:
+def reporter(plan: Plan, json_lines: bool) -> Reporter:
     """The reporter that fits where standard output goes."""
     out = sys.stdout
     if json_lines:
-        return _JsonLines(levels, out)
+        return _JsonLines(plan, out)
     if out.isatty():
-        return _LiveBars(levels, Console(file=out))
-    return _Plain(levels, out)
+        return _LiveBars(plan, Console(file=out))
+    return _Plain(plan, out)
 
 
 def describe(event: Event) -> str:
@@ -203,9 +226,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _title(event: Event) -> str:
+    return TITLES.get(event.stage, event.stage)
+
+
 def _place(event: Event) -> str:
-    title = TITLES[event.stage]
-    return title if event.stage in ("images", "base") else f"{event.level} {title}"
+    return _title(event) if event.level == "all" or event.stage == "base" else f"{event.level} {_title(event)}"
 
 
 def _worth_a_line(event: Event) -> bool:

@@ -5,6 +5,7 @@
     refs/<name>/<tag>              the digest of a manifest; `latest` is always written
     tables/<name>/….parquet        what was measured on the way
     figures/<name>/….png           pictures of it
+    reports/<name>/….html          what an evaluation found, as a page
     stages/<key>.json              what a finished stage returned (how an interrupted job goes on)
     checkpoints/<key>.safetensors  where an unfinished stage stands
 
@@ -131,6 +132,12 @@ class Store(BlobStore):
         for level, entry in manifest.levels.items():
             _check_adaptor(f"{entry.digest}, the adaptor of {level},", adaptors[level], base, entry.floats)
         return Release(content, digest, base, adaptors)
+
+    def manifest(self, ref: str) -> tuple[str, dict[str, Any]]:
+        """Digest and content of a release's manifest, without its blobs. `ref` and errors as in `pull`."""
+        with self._files.plain_errors("read"):
+            name, digest = self._resolve(ref)
+            return digest, self._manifest(name, digest)[0]
 
     def tag(self, name: str, tag: str, digest: str) -> None:
         """Point a tag at a manifest that is here; moving `latest` back is a rollback. Raises UserError."""

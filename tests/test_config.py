@@ -9,8 +9,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearnn_ray.config import ModelConfig, SplitConfig, budget_floats, normalisation_values, parse_command_line
+from gearnn_ray.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SplitConfig,
+    budget_floats,
+    normalisation_values,
+    parse_command_line,
+)
 from gearnn_ray.errors import UserError
+from gearnn_ray.evaluation.methods import TITLES
 from tests.conftest import ROOT
 
 
@@ -78,6 +86,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
         (["--budget", "lots"], "the budget 'lots' is not understood"),
         (["--data.kind", "coco"], "'coco'"),
         (["--name", "../x"], "'../x' is no safe name"),
+        (["--model.std", "1", "1", "1"], r"line: only one of model\.mean and model\.std is given"),
         (["--config"], "--config stands alone"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["stray"], "stray"),
@@ -86,6 +95,54 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
 def test_what_is_wrong_with_a_command_line_is_one_sentence(arguments: list[str], found: str) -> None:
     with pytest.raises(UserError, match=found) as caught:
         parse(*arguments)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def evaluation(*arguments: str) -> EvaluateConfig:
+    return parse_command_line(EvaluateConfig, arguments, "A job.")[0]
+
+
+def test_an_evaluation_compares_everything_and_reads_back(tmp_path: Path) -> None:
+    assert {"original", "switching", "gearnn", *evaluation().methods} < set(TITLES)
+    config = evaluation(
+        "--release", "tiny", "--methods", "--budgets", "0.1%", "31814", "--levels", "clean", "jpeg-10", "jpeg-20",
+        "--rival-levels", "jpeg-10", "--tuning-level", "jpeg-10", "--stability.alphas", "1", "--resources.gpus", "0.25",
+    )  # fmt: skip
+    assert (config.release, config.methods, config.stability.alphas) == ("tiny:latest", (), (1.0,))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert evaluation("--config", str(tmp_path / "c.yaml")) == config
+    (tmp_path / "c.yaml").write_text("{rival_levels: [jpeg-10], budgets: [31814, 1%]}")  # the release has the levels
+    assert evaluation("--config", str(tmp_path / "c.yaml")).budgets == ("31814", "1%")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--release", "../x"], "'../x' is no bundle"),
+        (["--levels", "jpeg-0"], "jpeg-0"),
+        (["--rival-levels", "jpeg-0"], "jpeg-0"),
+        (["--tuning-level", "jpeg-010"], "write 'jpeg-10'"),
+        (["--untrained", "jpeg-10", "jpeg-10"], "the level jpeg-10 is given twice: give each level once"),
+        (["--levels", "jpeg-10", "--rival-levels", "jpeg-20"], "line: rival_levels has jpeg-20, which levels has not"),
+        (["--methods", "magic"], "'magic'"),
+        (["--methods", "mixed", "mixed"], "the method mixed is given twice"),
+        (["--stability.alphas"], "no alpha is given"),
+        (["--learning-rates", "0.1", "0"], "the learning rate 0 is given: expected above 0"),
+        (["--learning-rates", "0.1", "0.10"], r"the learning rate 0\.1 is given twice"),
+        (["--stability.alphas", "-1"], "the alpha -1 is given: expected above 0"),
+        (["--stability.sigmas", "0"], "the sigma 0 is given: expected above 0"),
+        (["--budgets", "0.2%", "lots"], "the budget 'lots' is not understood"),
+        (["--budgets", "1%", "1%"], "the budget 1% is given twice"),
+        (["--seeds", "21"], "seeds is 21"),
+        (["--draws", "0"], "draws is 0"),
+        (["--resources.gpus", "1.5"], r"1\.5 GPUs cannot be reserved"),
+        (["--resources.workers-per-level", "2"], "--resources.workers-per-level"),
+    ],
+)
+def test_what_is_wrong_with_an_evaluation_is_one_sentence(arguments: list[str], found: str) -> None:
+    with pytest.raises(UserError, match=found) as caught:
+        evaluation(*arguments)
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
 

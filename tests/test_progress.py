@@ -2,17 +2,18 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
 from gearnn_ray.offline.events import Event
-from gearnn_ray.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration
+from gearnn_ray.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration, split_plan
 from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 
 
 def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
-    estimate = Estimate(("jpeg-10", "jpeg-20"))
+    estimate = Estimate(split_plan(("jpeg-10", "jpeg-20")))
     estimate.see(Event("started", "original", "jpeg-10"), 100.0)
     assert estimate.remaining(Event("started", "original", "jpeg-10"), 100.0) is None
     half = Event("progress", "full", "jpeg-10", 2, 4, 1, 2)
@@ -24,7 +25,7 @@ def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
 
 
 def test_what_is_reused_is_no_pace() -> None:
-    estimate = Estimate(("jpeg-10", "jpeg-20"))
+    estimate = Estimate(split_plan(("jpeg-10", "jpeg-20")))
     for stage in ("original", "full", "selection", "partial"):
         estimate.see(Event("reused", stage, "jpeg-10"), 0.0)
     assert estimate.share("jpeg-10") == pytest.approx(1)
@@ -37,15 +38,29 @@ def test_what_is_reused_is_no_pace() -> None:
 
 
 def test_the_undistorted_level_is_only_judged() -> None:
-    estimate = Estimate(("clean",))
+    estimate = Estimate(split_plan(("clean",)))
     estimate.see(Event("finished", "original", "clean"), 1.0)
     assert estimate.share("clean") == pytest.approx(1)
+
+
+def test_the_remaining_time_grows_with_what_is_expected_later() -> None:
+    estimate = Estimate({})
+    first, second = Event("finished", "mixed", "all"), Event("finished", "bn-tuned", "jpeg-10")
+    estimate.see(first, 0.0)
+    assert estimate.remaining(first, 0.0) == pytest.approx(0)  # of its own stage: nothing is planned yet
+    estimate.expect({("all", "mixed"): 3.0})
+    estimate.expect({("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 2.0})
+    estimate.see(Event("started", "bn-tuned", "jpeg-10"), 10.0)
+    estimate.see(second, 14.0)
+    assert estimate.share("all") == 1
+    assert estimate.share("jpeg-10") == pytest.approx(1 / 3)
+    assert estimate.remaining(second, 14.0) == pytest.approx(4 * 2 / 4)
 
 
 def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
     out = io.StringIO()
     times = iter([0.0, 10.0, 20.0, 30.0, 40.0])
-    with _Plain(("jpeg-10",), out, lambda: next(times)) as say:
+    with _Plain(split_plan(("jpeg-10",)), out, lambda: next(times)) as say:
         say(Event("started", "full", "jpeg-10"))
         say(Event("progress", "full", "jpeg-10", 1, 8, 1, 4, 0.5))  # within an epoch: no line
         say(Event("progress", "full", "jpeg-10", 2, 8, 1, 4, 0.5))
@@ -59,7 +74,7 @@ def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
 
 def test_json_lines_hold_every_field() -> None:
     out = io.StringIO()
-    with _JsonLines(("jpeg-10",), out) as say:
+    with _JsonLines(split_plan(("jpeg-10",)), out) as say:
         say(Event("progress", "partial", "jpeg-10", 4, 8, 2, 4, 0.25))
     (row,) = map(json.loads, out.getvalue().splitlines())
     assert row["event"] == "progress"
@@ -69,7 +84,7 @@ def test_json_lines_hold_every_field() -> None:
 
 def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with _LiveBars(("jpeg-10", "clean"), console) as say:
+    with _LiveBars(split_plan(("jpeg-10", "clean")), console) as say:
         say(Event("progress", "images", "all", 1, 4))
         say(Event("progress", "full", "jpeg-10", 4, 8, 2, 4, 0.25))
         say(Event("finished", "original", "clean", score=56.3))
@@ -77,6 +92,35 @@ def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
     assert "full fine-tune, epoch 2 of 4, loss 0.250" in text
     assert "done, mIoU 56.3" in text
     assert "jpeg-10" in text
+
+
+def test_bars_are_added_with_the_plan_and_the_whole_stays_last() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with _LiveBars({}, console) as say:
+        say(Event("progress", "images", "all", 1, 4))
+        say.expect({("all", "mixed"): 1.0, ("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 1.0})
+        say(Event("finished", "mixed", "all", seconds=7))
+        say(Event("finished", "bn-tuned", "jpeg-10", score=43.2))
+    rows = {line.split()[0] + line.partition("%")[2].strip() for line in _last_frame(console)}
+    assert rows == {"images1 of 4", "allmixed, done after 7 s", "jpeg-10bn-tuned, done, mIoU 43.20", "all"}
+    assert [line.split()[0] for line in _last_frame(console)] == ["images", "all", "jpeg-10", "all"]
+    assert "75%" in _last_frame(console)[-1]
+
+
+def _last_frame(console: Console) -> list[str]:
+    """The bars as they were left, without colours."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    lines = [line.split("\r")[-1].strip() for line in text.splitlines()]
+    return [line for line in lines if line][-4:]
+
+
+def test_a_stage_of_no_single_level_stands_alone_in_a_log() -> None:
+    out = io.StringIO()
+    with _Plain({("all", "stability, alpha 1"): 1.0}, out) as say:
+        say(Event("started", "stability, alpha 1", "all"))
+        say(Event("started", "bn-tuned", "jpeg-10"))
+    places = [line.split("  ")[1] for line in out.getvalue().splitlines()]
+    assert places == ["stability, alpha 1: started", "jpeg-10 bn-tuned: started"]
 
 
 def test_words() -> None:

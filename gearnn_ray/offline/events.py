@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 StageName = Literal["images", "base", "original", "full", "selection", "partial"]
+"""The split job's stages; an evaluation names its own."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,9 @@ class Event:
     """Something a stage has to say: `step` of `steps` while it works, then `finished` or `reused`."""
 
     kind: Literal["started", "progress", "finished", "reused"]
-    stage: StageName
+    stage: str
     level: str
+    """a level's name, or "all" for what belongs to no single one"""
     step: int = 0
     steps: int = 0
     epoch: int = 0

@@ -1,0 +1,516 @@
+"""What an evaluation makes and measures, each result a pure function of its inputs that the store keeps under a key of them.
+
+    tuning ─► weights of every method ─► one pass over a level's images judges them all ─► counts per image
+
+As in `gearnn_ray.offline.stages`, whose records are used and extended: an evaluation finds what the split job made, and a
+killed one what it made itself. Knows nothing of Ray.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gearnn_ray.adaptors import take_adaptor
+from gearnn_ray.errors import TrainingFailedError
+from gearnn_ray.evaluation import methods
+from gearnn_ray.evaluation.frequency import frequency_response
+from gearnn_ray.evaluation.methods import Mixture, Subset
+from gearnn_ray.layers import network_state
+from gearnn_ray.levels import LEVELS_VERSION, codec_versions, parse_level
+from gearnn_ray.models import build_model
+from gearnn_ray.offline.events import Event, Say
+from gearnn_ray.offline.finetune import (
+    BatchSource,
+    Objective,
+    Progress,
+    autocast,
+    cross_entropy,
+    evaluate,
+    fine_tune,
+    resolve_precision,
+)
+from gearnn_ray.offline.stages import (
+    LevelRun,
+    StoredCheckpoint,
+    Work,
+    device,
+    stage_key,
+    training_data,
+    validation_data,
+)
+from gearnn_ray.store import Store
+from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.segmentation import Image
+
+EVALUATION_VERSION = 1
+"""Part of every key here: bumped whenever a method would make something else from the same inputs."""
+
+FREQUENCY_IMAGES = 24
+"""Validation images, evenly spaced, that a frequency response is averaged over."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """One set of weights to be made: a method, at a level (a constant one: "all"), with what it depends on.
+
+    `draw`: which choice of random layers. `layers`: GearNN's choice, while its learning rate is tuned.
+    """
+
+    method: str
+    level: str
+    seed: int = 0
+    learning_rate: float = 0.0
+    budget: int = 0
+    alpha: float | None = None
+    sigma: float | None = None
+    levels: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    draw: int = 0
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its level."""
+        words = [self.method]
+        if self.alpha is not None:
+            words.append(f"α {self.alpha:g} σ {self.sigma:g}")
+        if self.method == "random":
+            words.append(f"draw {self.draw + 1}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a method stores for a level on top of the base: the blob's digest (None: nothing, it is the base) and its floats."""
+
+    digest: str | None = None
+    floats: int = 0
+
+
+@dataclass(frozen=True)
+class Main:
+    """The main methods at one level and seed: the full fine-tune, and GearNN's adaptor under each budget."""
+
+    switching: Weights
+    gearnn: dict[int, Weights]
+    layers: tuple[str, ...]
+    """chosen under the release's budget"""
+    sensitivity: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One set of weights on one level's validation images. `counts`: digest of int32 [N, K, K], image × label × prediction."""
+
+    score: float
+    counts: str
+
+
+# ── the weights ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say: Say, seed_label: str = "") -> Main:
+    """Algorithm 1 at one level, step 1 with the recipe of `full` (which keeps its weights), step 4 with that of `adaptor`.
+
+    budgets: M in floats, the release's own first. Every stage's key is the split job's own.
+    """
+    names = {"full": "switching", "partial": "gearnn", "selection": "selection"}
+    relabelled = _relabelled(say, lambda event: names[event.stage] + seed_label)
+    step_1, step_4 = LevelRun(full, level, relabelled), LevelRun(adaptor, level, relabelled)
+    whole = step_1.stage("full", step_1.key("full"), step_1.fine_tune_all, step_1.is_complete)
+    made: dict[int, Weights] = {}
+    first: tuple[str, ...] | None = None
+    for budget in budgets:
+        chosen = _chosen(step_1, whole, budget)
+        first = chosen if first is None else first
+        record = _partial(step_4, chosen)
+        made[budget] = Weights(record["digest"], record["floats"])
+    floats = sum(row["numel"] for row in whole["sensitivity"])
+    return Main(Weights(whole["digest"], floats), made, first or (), tuple(whole["sensitivity"]))
+
+
+def _chosen(run: LevelRun, full: dict[str, Any], budget: int) -> tuple[str, ...]:
+    key = run.key("selection", budget=budget)
+    return tuple(run.stage("selection", key, lambda _: run.choose(full, budget))["layers"])
+
+
+def _partial(run: LevelRun, chosen: tuple[str, ...]) -> dict[str, Any]:
+    return run.stage(
+        "partial",
+        run.key("partial", chosen=chosen),
+        lambda key: run.fine_tune_chosen(key, chosen),
+        lambda record: run.store.has_blob(record["digest"]),
+    )
+
+
+def choose_layers(work: Work, level: str, say: Say) -> tuple[str, ...]:
+    """Steps 1 to 3 of Algorithm 1: the layers that GearNN adapts at this level."""
+    # the weights are kept, for this may be the learning rate that full fine-tunes are given
+    run = LevelRun(replace(work, keep_full=True), level, _relabelled(say, lambda event: f"tuning: {event.stage}"))
+    full = run.stage("full", run.key("full"), run.fine_tune_all, run.is_complete)
+    return _chosen(run, full, work.budget)
+
+
+def make_weights(work: Work, making: Making, say: Say) -> Weights:
+    """A rival's weights, from the store or made now. Raises TrainingFailedError."""
+    store, key = Store(work.store), _key(work, "weights", making)
+    label = making.label
+    record = store.get_record(key)
+    if record is not None and (record["digest"] is None or store.has_blob(record["digest"])):
+        say(Event("reused", label, making.level))
+        return Weights(**{name: record[name] for name in ("digest", "floats")})
+    say(Event("started", label, making.level))
+    started = time.perf_counter()
+    base = store.get_state(work.base)
+    model = _network(work, base)
+    chosen = _train(work, making, model, len(work.data.train), StoredCheckpoint(store, key), _relay(say, label, making))
+    state = network_state(model) if chosen is None else take_adaptor(model, base, chosen)
+    floats = sum(tensor.numel() for tensor in state.values())
+    digest = store.put_state(state).digest if state else None
+    store.put_record(key, {"digest": digest, "floats": floats, "layers": None if chosen is None else list(chosen)})
+    store.drop_checkpoint(key)
+    say(Event("finished", label, making.level, seconds=time.perf_counter() - started))
+    return Weights(digest, floats)
+
+
+def tune(work: Work, making: Making, level: str, say: Say) -> float:
+    """mIoU in percent at `level` of what a method makes without the last fifth of the training images, on that fifth.
+
+    -inf where the training diverges: such a learning rate is not chosen.
+    """
+    store, key = Store(work.store), _key(work, "tuning", making, judged_at=level, judged_pixels=_pixels(level))
+    label = f"tuning: {making.label} at {making.learning_rate:g}"
+    if (record := store.get_record(key)) is not None:
+        say(Event("reused", label, making.level, score=record["score"]))
+        return float("-inf") if record["score"] is None else float(record["score"])
+    say(Event("started", label, making.level))
+    started = time.perf_counter()
+    model = _network(work, store.get_state(work.base))
+    count = len(work.data.train)
+    kept = count - methods.held_back(count)
+    score: float | None
+    try:
+        _train(work, making, model, kept, StoredCheckpoint(store, key), _relay(say, label, making))
+        images, labels = (Subset(part, range(kept, count)) for part in training_data(work, level))
+        score = evaluate(model, images, labels, work.network.normalisation, work.recipe.precision)
+    except TrainingFailedError:
+        score = None
+    store.put_record(key, {"score": score})
+    store.drop_checkpoint(key)
+    say(Event("finished", label, making.level, score=score, seconds=time.perf_counter() - started))
+    return float("-inf") if score is None else score
+
+
+def mix_adaptors(work: Work, lower: Weights, upper: Weights, share: float) -> Weights:
+    """Two levels' adaptors mixed linearly, `share` of the upper."""
+    store = Store(work.store)
+    base = store.get_state(work.base)
+    state = methods.interpolated(base, _adaptor(store, lower), _adaptor(store, upper), share)
+    return Weights(store.put_state(state).digest, sum(tensor.numel() for tensor in state.values()))
+
+
+def _adaptor(store: Store, weights: Weights) -> dict[str, Tensor]:
+    return {} if weights.digest is None else store.get_state(weights.digest)
+
+
+def _key(work: Work, stage: str, making: Making, **more: Any) -> str:
+    return stage_key(
+        f"evaluation-{stage}",
+        evaluation=EVALUATION_VERSION,
+        base=work.base,
+        network=asdict(work.network),
+        train=work.data.train.digest,
+        recipe=_recipe(work, making).model_dump(),
+        making=asdict(making),
+        pixels=_pixels(*(making.levels or [_trained_at(making)])),
+        **more,
+    )
+
+
+def _trained_at(making: Making) -> str:
+    """The level of the images that a method sees (`levels` where they are several)."""
+    return "clean" if making.method in ("clean-tuned", "stability") else making.level
+
+
+def _pixels(*levels: str) -> dict[str, Any]:
+    """What decides the pixels of levels, beside the data."""
+    codecs = {name: version for level in levels for name, version in codec_versions(parse_level(level)).items()}
+    return {"levels": LEVELS_VERSION, "codecs": codecs}
+
+
+def _kept(store: Store, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record under a key: the one in the store, else a new one."""
+    record = store.get_record(key)
+    if record is None:
+        record = compute()
+        store.put_record(key, record)
+    return record
+
+
+def _recipe(work: Work, making: Making) -> Any:
+    return work.recipe.model_copy(update={"learning_rate": making.learning_rate or work.recipe.learning_rate})
+
+
+def _network(work: Work, base: Mapping[str, Tensor]) -> nn.Module:
+    model = build_model(work.network.name, work.network.num_classes).to(device())
+    model.load_state_dict(base)
+    return model
+
+
+def _train(
+    work: Work,
+    making: Making,
+    model: nn.Module,
+    count: int,
+    checkpoint: StoredCheckpoint,
+    progress: Callable[[Progress], None],
+) -> tuple[str, ...] | None:
+    """Do to `model`, which is the base, what the method does, on the first `count` training images.
+
+    Returns the layers it may have changed, None for all.
+    """
+    method, recipe, normalisation = making.method, _recipe(work, making), work.network.normalisation
+    chosen: tuple[str, ...] | None = None
+    objective: Objective = cross_entropy
+    batches: BatchSource = segmentation.training_batches
+    rates: dict[str, float] | None = None
+    images: Sequence[Image]
+    if method == "mixed":
+        parts = [training_data(work, name) for name in making.levels]
+        labels: Sequence[Image] = Subset(parts[0][1], range(count))
+        images = Mixture([Subset(part, range(count)) for part, _ in parts], recipe.crop)
+        batches = methods.mixed_batches
+    else:
+        images, labels = (Subset(part, range(count)) for part in training_data(work, _trained_at(making)))
+    if method == "bn-statistics":
+        methods.reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision)
+        return methods.statistics_layers(model)
+    if method == "stability":
+        assert making.alpha is not None
+        assert making.sigma is not None
+        objective = methods.stability_objective(making.alpha, making.sigma)
+    elif method == "bn-tuned":
+        chosen = methods.norm_layers(model)
+    elif method == "first-block":
+        chosen = methods.first_layers(model, making.budget)
+    elif method == "random":
+        chosen = methods.random_layers(model, making.budget, making.draw)
+    elif method == "auto-rgn":
+
+        def choose() -> dict[str, Any]:
+            crop, precision = recipe.crop, recipe.precision
+            rgn = methods.relative_gradients(
+                model, images, labels, normalisation, recipe.batch_size, crop, making.seed, precision
+            )
+            layers, factors = methods.auto_rgn(model, making.budget, rgn)
+            return {"layers": list(layers), "rates": factors}
+
+        # kept, because a gradient's last bit may choose otherwise where the fine-tune is resumed
+        choice = _kept(
+            Store(work.store), _key(work, "layers", replace(making, learning_rate=0.0), images=count), choose
+        )
+        chosen, rates = tuple(choice["layers"]), choice["rates"]
+    elif method == "gearnn":
+        chosen = making.layers
+    if chosen != ():
+        fine_tune(
+            model, images, labels, recipe, normalisation, chosen=chosen, seed=making.seed, checkpoint=checkpoint,
+            progress=progress, batches=batches, objective=objective, rates=rates,
+        )  # fmt: skip
+    return chosen
+
+
+# ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(work: Work, level: str, digests: Sequence[str | None], say: Say) -> dict[str | None, Judged]:
+    """All these weights (None: the base itself) on a level's validation images, in one pass over them.
+
+    What the store has judged before is not judged again.
+    """
+    store = Store(work.store)
+    keys = {digest: _judged_key(work, level, digest) for digest in digests}
+    found = {digest: record for digest, key in keys.items() if (record := store.get_record(key)) is not None}
+    missing = [digest for digest in keys if digest not in found or not store.has_blob(found[digest]["counts"])]
+    if not missing:
+        say(Event("reused", "judging", level))
+    else:
+        say(Event("started", "judging", level))
+        started = time.perf_counter()
+        base = store.get_state(work.base)
+        changes = [{} if digest is None else store.get_state(digest) for digest in missing]
+        model = _network(work, base)
+        images, labels = validation_data(work, level)
+
+        def report(done: int) -> None:
+            say(Event("progress", "judging", level, done, len(images)))
+
+        counts = confusions(model, changes, images, labels, work, report)
+        for digest, each in zip(missing, counts, strict=True):
+            blob = store.put_state({"counts": each})
+            found[digest] = {"score": segmentation.mean_iou(each.sum(0)), "counts": blob.digest}
+            store.put_record(keys[digest], found[digest])
+        say(Event("finished", "judging", level, seconds=time.perf_counter() - started))
+    return {digest: Judged(found[digest]["score"], found[digest]["counts"]) for digest in keys}
+
+
+def _judged_key(work: Work, level: str, digest: str | None) -> str:
+    return stage_key(
+        "evaluation-judged",
+        base=work.base,
+        network=asdict(work.network),
+        level=level,
+        val=work.data.val.digest,
+        pixels=_pixels(level),
+        # whatever machine judges: bfloat16 and float32 are not mixed within a comparison unnoticed
+        precision=resolve_precision(work.recipe.precision, device()),
+        weights=digest,
+    )
+
+
+def confusions(
+    model: nn.Module,
+    changes: Sequence[Mapping[str, Tensor]],
+    images: Sequence[Image],
+    labels: Sequence[Image],
+    work: Work,
+    report: Callable[[int], None] = lambda _: None,
+) -> list[Tensor]:
+    """Counts int32 [N, K, K] of `model` with each of these changes to its weights ({}: as it is).
+
+    Each image is read and normalised once; the arithmetic is that of `gearnn_ray.offline.finetune.evaluate`, image by image.
+    """
+    where = next(model.parameters()).device
+    precision = resolve_precision(work.recipe.precision, where)
+    model.to(memory_format=torch.channels_last)
+    model.eval()
+    networks = [_with(model, {name: _channels_last(t.to(where)) for name, t in change.items()}) for change in changes]
+    counts: list[list[Tensor]] = [[] for _ in changes]
+    reported = time.perf_counter()
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x = torch.from_numpy(image[None].copy()).to(where).permute(0, 3, 1, 2)
+        x = work.network.normalisation(x).contiguous(memory_format=torch.channels_last)
+        for network, own in zip(networks, counts, strict=True):
+            with torch.inference_mode(), autocast(precision, where):
+                logits = segmentation.logits_of(network, x)
+            own.append(segmentation.confusion(logits, label).to("cpu", torch.int32))
+        if time.perf_counter() - reported > 1:
+            report(index + 1)
+            reported = time.perf_counter()
+    return [torch.stack(own) for own in counts]
+
+
+def _with(model: nn.Module, change: Mapping[str, Tensor]) -> Callable[[Tensor], Any]:
+    """`model` with some weights in place of its own; nothing else is held twice."""
+    return lambda x: functional_call(model, dict(change), (x,), tie_weights=False)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def counts_of(work: Work, judged: Judged) -> NDArray[np.int64]:
+    """[N, K, K] = image × label × prediction."""
+    return Store(work.store).get_state(judged.counts)["counts"].numpy().astype(np.int64)
+
+
+# ── a closer look ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def frequency(work: Work, level: str, weights: Weights, network: str, say: Say) -> list[list[float]]:
+    """The frequency response (§3.1.2) of a network at a level, [8][8], over at most 24 validation images."""
+    store, label = Store(work.store), f"frequency response: {network}"
+    key = stage_key(
+        "evaluation-frequency",
+        evaluation=EVALUATION_VERSION,
+        base=work.base,
+        network=asdict(work.network),
+        level=level,
+        val=work.data.val.digest,
+        pixels=_pixels(level),
+        weights=weights.digest,
+        images=FREQUENCY_IMAGES,
+    )
+    record = store.get_record(key)
+    if record is not None:
+        say(Event("reused", label, level))
+    else:
+        say(Event("started", label, level))
+        started = time.perf_counter()
+        model = _network(work, {**store.get_state(work.base), **_adaptor(store, weights)})
+        images, labels = validation_data(work, level)
+        taken = range(min(len(images), FREQUENCY_IMAGES))
+        positions = [index * len(images) // len(taken) for index in taken]
+        response = frequency_response(
+            model, Subset(images, positions), Subset(labels, positions), work.network.normalisation
+        )
+        record = {"response": np.asarray(response).tolist()}
+        store.put_record(key, record)
+        say(Event("finished", label, level, seconds=time.perf_counter() - started))
+    response_: list[list[float]] = record["response"]
+    return response_
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image at one level, as both networks see it.
+
+    image: uint8 [H, W, 3]; label, original, adaptor: uint8 [h, w] class ids, 255 = not labelled; scores: percent mIoU of this
+    image (original, adaptor).
+    """
+
+    level: str
+    sample: str
+    image: Image
+    label: Image
+    original: Image
+    adaptor: Image
+    class_names: tuple[str, ...]
+    scores: tuple[float, float]
+
+
+def see(work: Work, level: str, weights: Weights, original: Judged, adaptor: Judged) -> Picture:
+    """The image whose gain from the adaptor is the median one of all: neither the best nor the worst example."""
+    before, after = (
+        [segmentation.mean_iou(torch.from_numpy(c)) for c in counts_of(work, j)] for j in (original, adaptor)
+    )
+    gains = np.subtract(after, before)
+    index = int(np.argsort(gains, kind="stable")[len(gains) // 2])
+    store = Store(work.store)
+    base = store.get_state(work.base)
+    images, labels = validation_data(work, level)
+    image, label = images[index], labels[index]
+    model = _network(work, base)
+    where = next(model.parameters()).device
+    precision = resolve_precision(work.recipe.precision, where)
+    model.eval()
+    predictions: list[NDArray[np.uint8]] = []
+    for state in (base, {**base, **_adaptor(store, weights)}):
+        x = torch.from_numpy(image[None].copy()).to(where).permute(0, 3, 1, 2)
+        x = work.network.normalisation(x).contiguous(memory_format=torch.channels_last)
+        model.load_state_dict(state)
+        with torch.inference_mode(), autocast(precision, where):
+            logits = segmentation.logits_of(model, x)
+        predictions.append(logits[0].argmax(0).to("cpu", torch.uint8).numpy())
+    sample = work.data.val.ids[index]
+    first, second = predictions
+    scores = (before[index], after[index])
+    names = work.data.class_names
+    return Picture(level, sample, np.array(image), np.array(label), first, second, names, scores)
+
+
+def _relay(say: Say, label: str, making: Making) -> Callable[[Progress], None]:
+    def report(p: Progress) -> None:
+        say(Event("progress", label, making.level, p.step, p.steps, p.epoch + 1, p.epochs, p.loss))
+
+    return report
+
+
+def _relabelled(say: Say, name: Callable[[Event], str]) -> Say:
+    return lambda event: say(replace(event, stage=name(event)))
