@@ -127,10 +127,14 @@ def _checked(config: EvaluateConfig, release: str, manifest: Mapping[str, Any], 
                if name not in levels]  # fmt: skip
     if config.tuning_level is not None and config.tuning_level not in levels:
         foreign.append(config.tuning_level)
-    if config.tuning_level is not None and parse_level(config.tuning_level).is_clean:
-        raise UserError(
-            "learning rates cannot be chosen at clean, where nothing is adapted: name a distorted tuning_level"
-        )
+    adapted = {
+        "tuning_level": (config.tuning_level,),
+        "budget_levels": config.budget_levels,
+        "frequency_levels": config.frequency_levels,
+    }
+    undistorted = next((option for option, names in adapted.items() if "clean" in names), None)
+    if undistorted is not None:
+        raise UserError(f"{undistorted} has clean, where nothing is adapted: name a distorted level")
     if foreign:
         raise UserError(
             f"the level {foreign[0]} is not among the levels evaluated ({', '.join(levels)}): add it to levels"
