@@ -16,7 +16,7 @@ from ortools.algorithms.python import knapsack_solver
 from gearnn_ray.layers import layers_of, model_size
 from gearnn_ray.models import build_model
 from gearnn_ray.offline import selection
-from gearnn_ray.offline.selection import Selection, select
+from gearnn_ray.offline.selection import Selection, integers, knapsack, select
 
 BUDGETS = {"drn_d_22": 31_814, "drn_d_38": 52_045}  # floor(0.2 %) of the model's floats
 
@@ -77,7 +77,7 @@ layers = st.lists(st.tuples(layer_values, st.integers(0, 12)), max_size=9)
 def test_agrees_with_brute_force(layers: list[tuple[float, int]], budget: int, first_core: int) -> None:
     values, sizes = [v for v, _ in layers], [s for _, s in layers]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_FIRST_CORE", first_core)  # a small one grows in several rounds
+        patch.setattr(knapsack, "_FIRST_CORE", first_core)  # a small one grows in several rounds
         found = select(values, sizes, budget)
     check_optimal(found, values, sizes, budget, brute_force(values, sizes, budget))
     assert found.bound >= brute_force(values, sizes, budget)  # fsum on both sides: not one bit below
@@ -88,7 +88,7 @@ def test_agrees_with_brute_force(layers: list[tuple[float, int]], budget: int, f
 def test_out_of_time_is_said_and_bounded(layers: list[tuple[float, int]], budget: int) -> None:
     values, sizes = [v for v, _ in layers], [s for _, s in layers]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_WALL_SECONDS", 0.0)
+        patch.setattr(integers, "WALL_SECONDS", 0.0)
         found = select(values, sizes, budget)
     check(found, values, sizes, budget)
     optimum = brute_force(values, sizes, budget)
@@ -99,7 +99,7 @@ def test_out_of_time_is_said_and_bounded(layers: list[tuple[float, int]], budget
 def test_out_of_time_is_feasible_not_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
     values, sizes = [6.0, 5.0, 5.0], [6, 5, 5]  # greedy takes the 6 and leaves 4 floats unused
     assert (select(values, sizes, 10).status, select(values, sizes, 10).objective) == ("OPTIMAL", 10.0)
-    monkeypatch.setattr(selection, "_WALL_SECONDS", 0.0)
+    monkeypatch.setattr(integers, "WALL_SECONDS", 0.0)
     found = select(values, sizes, 10)
     assert (found.status, found.objective, found.bound) == ("FEASIBLE", 6.0, 10.0)
 
@@ -176,8 +176,8 @@ def test_sizes_and_values_at_the_edge_of_their_types() -> None:
 
 
 def test_weights_of_very_many_layers_stay_within_the_solvers_integers() -> None:
-    weights, _, _ = selection._integer_weights(np.full(2**21, math.nextafter(1.0, 0.0)))
-    assert sum(weights) < 2**62
+    weights, _, _ = integers.integer_weights(np.full(2**21, math.nextafter(1.0, 0.0)))
+    assert sum(weights.tolist()) < 2**62
 
 
 @pytest.mark.parametrize(
