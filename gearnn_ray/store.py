@@ -1,8 +1,8 @@
 """Where releases live: a content-addressed store that jobs publish to and anyone pulls from, verified.
 
-    blobs/sha256/<hex>             safetensors: the base, the adaptors
+    blobs/sha256/<hex>             safetensors: the base, the adaptors (`codes.py` says how)
     manifests/<hex>.json           one release: canonical JSON, named by its own digest
-    refs/<name>/<tag>              the digest of a manifest; `latest` is always written
+    refs/<name>/<tag>              the digest of a manifest; every split writes `latest`
     tables/<name>/….parquet        what was measured on the way
     figures/<name>/….png           pictures of it
     reports/<name>/….html          what an evaluation found, as a page
@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 from torch import Tensor
 
 from gearnn_ray.blobs import (
@@ -38,11 +38,13 @@ from gearnn_ray.blobs import (
     hex_of,
     table_path,
 )
+from gearnn_ray.codes import check_code, codes_of, decode
 from gearnn_ray.errors import CorruptStoreError, UserError
 
 __all__ = ["SCHEMA", "Blob", "Release", "Store", "decode_state", "digest_of", "encode_state"]
 
 SCHEMA = 1  # of the manifest; raise it when an older reader would misread a newer one
+_CODED_SCHEMA = 2  # of one with a level whose adaptor is stored under codes
 
 _CLEAN = "clean"  # the undistorted level: the base itself, without an adaptor
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -83,15 +85,21 @@ class Release:
 class Store(BlobStore):
     """A store of releases; opening and addresses as in `BlobStore`."""
 
-    def publish(self, manifest: dict[str, Any], tables: Mapping[str, pa.Table], tags: Sequence[str] = ()) -> str:
+    def publish(
+        self, manifest: dict[str, Any], tables: Mapping[str, pa.Table], tags: Sequence[str] = (), *, latest: bool = True
+    ) -> str:
         """Publish a release whose blobs lie here already; returns the digest of its manifest.
 
         `manifest` comes without `created`, which is added: when this content was first published here, so
-        that publishing it again adds nothing and returns the same digest. `tables` go by path as in
-        `put_table`. `tags` and `latest` then point to the manifest. Raises UserError, with every ref as it
-        was, for a manifest that is none (`_Manifest`), a blob that is not here, an unsafe name or tag.
+        that publishing it again adds nothing and returns the same digest. A level whose blob `codes.encode` made
+        says so in `codes`: those other than float32, by the tensors' names in the base. With any the manifest is
+        written in the schema that older readers refuse, though it came in `SCHEMA`. `tables` go by path as in
+        `put_table`. `tags` and, unless told otherwise, `latest` then point to the manifest. Raises UserError, with every
+        ref as it was, for a manifest that is none (`_Manifest`), a blob that is not here, an unsafe name or tag.
         """
         content = {key: value for key, value in manifest.items() if key != "created"}
+        if content.get("schema") == SCHEMA:
+            content["schema"] = _schema_of(content)
         key = hashlib.sha256(canonical_json(content)).hexdigest()
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         created = (self.get_record(key) or {}).get("created", now)
@@ -114,7 +122,7 @@ class Store(BlobStore):
         # Before the manifest: who is interrupted here finds the same time again, hence the same digest.
         self.put_record(key, {"manifest": digest, "created": created})
         self._files.write(f"manifests/{hex_of(digest)}.json", data)
-        for tag in dict.fromkeys((*tags, "latest")):
+        for tag in dict.fromkeys((*tags, *(["latest"] if latest else []))):
             self._files.write(f"refs/{release.name}/{tag}", digest.encode())
         return digest
 
@@ -128,9 +136,8 @@ class Store(BlobStore):
             name, digest = self._resolve(ref)
             content, manifest = self._manifest(name, digest)
             base = self._state(manifest.base)
-            adaptors = {level: self._state(entry) for level, entry in manifest.levels.items()}
-        for level, entry in manifest.levels.items():
-            _check_adaptor(f"{entry.digest}, the adaptor of {level},", adaptors[level], base, entry.floats)
+            stored = {level: self._state(entry) for level, entry in manifest.levels.items()}
+        adaptors = {level: _adaptor(level, entry, stored[level], base) for level, entry in manifest.levels.items()}
         return Release(content, digest, base, adaptors)
 
     def manifest(self, ref: str) -> tuple[str, dict[str, Any]]:
@@ -224,6 +231,7 @@ class _LevelEntry(_BlobEntry):
     floats: NonNegativeInt
     layers: list[str]
     scores: dict[str, Any]
+    codes: dict[str, Annotated[str, AfterValidator(check_code)]] = {}
 
 
 class _Model(_Entry):
@@ -245,12 +253,23 @@ class _Manifest(_Entry):
     versions: dict[str, Any]
 
 
+def _schema_of(content: Mapping[str, Any]) -> int:
+    """The schema that a manifest, checked or not, is written with."""
+    levels = content.get("levels")
+    entries = levels.values() if isinstance(levels, Mapping) else ()
+    coded = any(isinstance(entry, Mapping) and entry.get("codes") for entry in entries)
+    return _CODED_SCHEMA if coded else SCHEMA
+
+
 def _parse_manifest(content: Any, digest: str) -> _Manifest:
     """Raises CorruptStoreError naming manifest and entry, UserError for another schema version."""
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, _CODED_SCHEMA):
         wrote = f"the manifest {digest} was written with schema version {schema!r}"
-        raise UserError(f"{wrote}, this gearnn_ray reads {SCHEMA}: use one that fits")
+        raise UserError(f"{wrote}, this gearnn_ray reads {SCHEMA} and {_CODED_SCHEMA}: use one that fits")
+    if schema != _schema_of(content):
+        wrote = f"the manifest {digest} was written with schema version {schema}"
+        raise CorruptStoreError(f"{wrote}, and its levels' codes ask for {_schema_of(content)}")
     try:
         manifest = _Manifest.model_validate(content)
     except ValidationError as error:
@@ -259,15 +278,23 @@ def _parse_manifest(content: Any, digest: str) -> _Manifest:
         fault = f"the manifest {digest} is not valid at {place}: {first['msg']}"
         raise CorruptStoreError(f"{fault} (found {found})") from error
     for level, entry in manifest.levels.items():
-        empty = not (entry.digest or entry.bytes or entry.floats or entry.layers)
+        empty = not (entry.digest or entry.bytes or entry.floats or entry.layers or entry.codes)
         if not empty if level == _CLEAN else entry.digest is None:
             rule = f"{_CLEAN} has no digest and holds nothing, every other level has an adaptor"
             raise CorruptStoreError(f"the manifest {digest} is not valid at levels.{level}: {rule}")
     return manifest
 
 
-def _check_adaptor(what: str, adaptor: Mapping[str, Tensor], base: Mapping[str, Tensor], floats: int) -> None:
-    """Raises CorruptStoreError unless every tensor fits one of the base, and together they count `floats`."""
+def _adaptor(
+    level: str, entry: _LevelEntry, stored: dict[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The restored tensors of a level's blob.
+
+    Raises CorruptStoreError unless it is coded as the manifest says, every tensor fits one of the base, and together
+    they count `floats`.
+    """
+    what = f"{entry.digest}, the adaptor of {level},"
+    adaptor = _decoded(what, entry.codes, stored, base) if entry.codes else stored
     for name, tensor in adaptor.items():
         if name not in base:
             raise CorruptStoreError(f"{what} holds {name!r}, which the base has not")
@@ -275,8 +302,23 @@ def _check_adaptor(what: str, adaptor: Mapping[str, Tensor], base: Mapping[str, 
             ours, its = (f"{list(each.shape)} of {each.dtype}" for each in (tensor, base[name]))
             raise CorruptStoreError(f"{what} holds {name!r} as {ours}, the base as {its}")
     count = sum(tensor.numel() for tensor in adaptor.values())
-    if count != floats:
-        raise CorruptStoreError(f"{what} holds {count:,} numbers, the manifest says {floats:,}")
+    if count != entry.floats:
+        raise CorruptStoreError(f"{what} holds {count:,} numbers, the manifest says {entry.floats:,}")
+    return adaptor
+
+
+def _decoded(
+    what: str, codes: Mapping[str, str], stored: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    try:
+        found = {name: code for name, code in codes_of(stored).items() if code != "float32"}
+        for name in sorted(found.keys() | codes):
+            if found.get(name) != codes.get(name):
+                ours, its = (each.get(name, "float32 or not at all") for each in (found, codes))
+                raise ValueError(f"{name!r} is stored as {ours}, the manifest says {its}")
+        return decode(base, stored)
+    except ValueError as error:
+        raise CorruptStoreError(f"{what} cannot be decoded: {error}") from error
 
 
 def _check_name(what: str, text: str) -> None:

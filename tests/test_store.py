@@ -26,6 +26,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gearnn_ray import codes
 from gearnn_ray.blobs import FileTree, canonical_json
 from gearnn_ray.errors import CorruptStoreError, UserError
 from gearnn_ray.store import Store, decode_state, digest_of, encode_state
@@ -125,6 +126,22 @@ def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> dict[
         "versions": {"torch": "2"},
         "config": {"own": "kept"},
     }
+
+
+def coded_manifest_of(store: Store) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`manifest_of` with a second level, of which conv.weight is stored as int8; and what that level changes."""
+    manifest, base = manifest_of(store), base_state()
+    changed = {"conv.weight": base["conv.weight"] * 1.01, **adaptor_state(2.0)}
+    blob = store.put_state(codes.encode(base, changed, {"conv.weight": "int8"}))
+    manifest["levels"]["jpeg-10"] = {
+        "digest": blob.digest,
+        "bytes": blob.bytes,
+        "floats": 112,
+        "layers": ["conv.weight", "bn.running"],
+        "scores": {},
+        "codes": {"conv.weight": "int8"},
+    }
+    return manifest, codes.restored(base, changed, {"conv.weight": "int8"})
 
 
 def forge(place: Place, manifest: Any) -> str:
@@ -344,6 +361,19 @@ class StoreBattery:
             release.adaptor_state("jpeg-99")
         assert store.get_table(TABLE).equals(table())
 
+    def test_a_coded_release_comes_back_restored(self, store: Store, place: Place) -> None:
+        manifest, back = coded_manifest_of(store)
+        digest = store.publish(manifest, {})
+        release = store.pull("street")
+        assert equal(release.adaptor_state("jpeg-10"), back)
+        assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(1.0))
+        assert equal(release.base_state(), base_state())
+        # a reader of schema 1 alone refuses it
+        assert json.loads(place.read(f"manifests/{digest[7:]}.json"))["schema"] == 2
+        assert manifest["schema"] == 1
+        for again in (manifest, release.manifest):
+            assert store.publish(again, {}) == digest
+
     def test_the_dicts_of_a_release_are_the_callers_own(self, store: Store) -> None:
         store.publish(manifest_of(store), {})
         release = store.pull("street")
@@ -479,8 +509,12 @@ class StoreBattery:
             ("levels.clean.digest", ABSENT, "levels.clean"),
             ("levels.clean.floats", 1, "levels.clean"),
             ("levels.clean.layers", ["bn"], "levels.clean"),
+            ("levels.jpeg-10.codes", {"conv.weight": "int8"}, "schema version 1, and its levels' codes ask for 2"),
+            ("levels.jpeg-10.codes", None, "jpeg-10.codes"),
+            ("levels.jpeg-10.codes", [], "jpeg-10.codes"),
             ("levels.\\.\\./x", {}, "levels"),
-            ("schema", 2, "schema version 2"),
+            ("schema", 2, "schema version 2, and its levels' codes ask for 1"),
+            ("schema", 3, "schema version 3, this gearnn_ray reads 1 and 2"),
             ("schema", "1", "schema version '1'"),
             ("schema", None, "schema version None"),
         ],
@@ -547,6 +581,10 @@ class StoreBattery:
             {**good, "name": "../street"},
             {**good, "name": None},
             {**good, "schema": 2},
+            {**level_with(codes={"bn.running_mean": "int8"}), "schema": 3},
+            level_with(codes={"bn.running_mean": "int4"}),
+            level_with(codes={"bn.running_mean": 8}),
+            {**good, "levels": {"clean": {**good["levels"]["clean"], "codes": {"bn.running_mean": "int8"}}}},
             {**good, "levels": {"../x": level}},
         ):
             with pytest.raises(UserError):
@@ -655,6 +693,69 @@ class TestLocalStore(StoreBattery):
     def test_check_writable_creates_no_folder(self, store: Store, tmp_path: Path) -> None:
         store.check_writable()
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "said", "reason"),
+        [
+            ({}, {"conv.weight": "bfloat16"}, "'conv.weight' is stored as int8, the manifest says bfloat16"),
+            ({}, {"bn.running_mean": "int8"}, "'bn.running_mean' is stored as float32 or not at all"),
+            ({}, {"conv.weight": "float32"}, "'conv.weight' is stored as int8, the manifest says float32"),
+            ({}, {"conv.weight": "int8", "gone": "int8"}, "'gone' is stored as float32 or not at all"),
+            ({}, {"conv.weight": "int4"}, "'int4' is not a code"),
+            ({"conv.weight..int4": torch.zeros(1)}, None, "expected the parts of one code"),
+            ({"conv.weight..scale": torch.zeros(3)}, None, r"\[3\] of torch.float32: expected \[4\]"),
+            ({"conv.weight..scale": torch.full((4,), float("inf"))}, None, "holds NaN or infinity"),
+            ({"conv.weight..int8": torch.zeros(4, 3, 3, 3)}, None, "float32: expected .* torch.int8"),
+            ({"bn.running_mean": torch.zeros(5)}, None, r"\[5\] of torch.float32: expected \[4\]"),
+            ({"bn.weight": torch.zeros(4)}, None, "'bn.weight' is changed but not in the base"),
+            ({"bn.num_batches_tracked": torch.tensor(8)}, None, "113 numbers, the manifest says 112"),
+        ],
+    )
+    def test_a_coded_adaptor_that_lies_is_refused(
+        self, store: Store, place: Folder, changes: dict[str, Tensor], said: dict[str, str] | None, reason: str
+    ) -> None:
+        manifest, _ = coded_manifest_of(store)
+        entry = manifest["levels"]["jpeg-10"]
+        blob = store.put_state(store.get_state(entry["digest"]) | changes)
+        entry |= {"digest": blob.digest, "bytes": blob.bytes, "codes": said or entry["codes"]}
+        digest = forge(place, {**manifest, "schema": 2, "created": "2026-01-01T00:00:00Z"})
+        with pytest.raises(CorruptStoreError, match=reason) as caught:
+            store.pull("street")
+        assert (digest if said == {"conv.weight": "int4"} else blob.digest) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_a_coded_adaptor_without_codes_in_its_manifest_is_refused(self, store: Store) -> None:
+        manifest, _ = coded_manifest_of(store)
+        del manifest["levels"]["jpeg-10"]["codes"]
+        store.publish(manifest, {})
+        with pytest.raises(CorruptStoreError, match=r"'conv\.weight\.\.int8', which the base has not"):
+            store.pull("street")
+
+    def test_a_release_without_codes_is_written_as_it_always_was(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Fixed(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime(2026, 1, 1, tzinfo=UTC)
+
+        monkeypatch.setattr("gearnn_ray.store.datetime", Fixed)
+        base = {
+            "conv.weight": torch.arange(108.0).reshape(4, 3, 3, 3),
+            "bn.running_mean": torch.arange(4.0),
+            "bn.num_batches_tracked": torch.tensor(7),
+        }
+        changed = {"conv.weight": base["conv.weight"] / 7, "bn.running_mean": base["bn.running_mean"] - 0.1}
+        ours, its = store.put_state(base), store.put_state(codes.encode(base, changed, {"conv.weight": "float32"}))
+        manifest = manifest_of(store)
+        manifest["base"] = {"digest": ours.digest, "bytes": ours.bytes}
+        level = manifest["levels"]["brightness-0.4+jpeg-30"]
+        level |= {"digest": its.digest, "bytes": its.bytes, "floats": 112}
+        # digests of before there were codes
+        assert its.digest == "sha256:eac4f2d96a58866e5c60a3b1090101731b1ae09f3f58beb603cb521c1302dd3b"
+        digest = store.publish(manifest, {})
+        assert digest == "sha256:f24df5f1e6eeea219e1ededfaaaaddd788c623992388264e68ab6dd8a5908f56"
+        assert equal(store.pull("street").adaptor_state("brightness-0.4+jpeg-30"), changed)
 
     def test_a_path_below_a_file_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
