@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.offline.recipe import Criterion, Recipe, Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # the ImageNet statistics: what torchvision's and DRN's classification networks were trained with
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-ValueT = TypeVar("ValueT", str, float)
+ItemT = TypeVar("ItemT", str, float)
 
 
 class _Section(BaseModel):
@@ -102,6 +102,13 @@ class ResourcesConfig(TaskResources):
     """above 1 each fine-tune is spread over so many workers with Ray Train, each with these resources"""
 
 
+class SensitivityConfig(_Section):
+    """How layers' sensitivities are found."""
+
+    epochs: float | None = Field(None, gt=0)
+    """of the full fine-tune, a fraction too, after which layers are chosen; default: all of it"""
+
+
 class SplitConfig(_Section):
     """GearNN's Algorithm 1 over a set of distortion levels."""
 
@@ -112,7 +119,7 @@ class SplitConfig(_Section):
     levels: tuple[str, ...] = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
     """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
     budget: str = "0.2%"
-    """M of Eq. (2): a share of the model size such as 0.2%, or a number of floats"""
+    """M of Eq. (2): a share of the model size such as 0.2%, a number of floats, or of bytes such as 127256B"""
     seed: int = Field(0, ge=0, lt=2**32)
     """decides order and crops of every fine-tune"""
     tags: tuple[str, ...] = ()
@@ -122,6 +129,8 @@ class SplitConfig(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     recipe: Recipe = Recipe()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    selection: Criterion = Criterion()
     base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
     """how the base is trained where no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
@@ -153,6 +162,19 @@ class SplitConfig(_Section):
     def _readable_budget(cls, budget: str) -> str:
         budget_floats(budget, 1)
         return budget
+
+    @model_validator(mode="after")
+    def _no_longer_than_the_recipe(self) -> "SplitConfig":
+        short = self.sensitivity.epochs
+        if short is not None and short > self.recipe.epochs:
+            raise ValueError(
+                f"sensitivity.epochs is {short:g} and recipe.epochs {self.recipe.epochs}: expected at most as many"
+            )
+        if short is not None and self.keep_full:
+            raise ValueError(
+                "keep_full and sensitivity.epochs are both given: only whole fine-tunes can be kept, leave out one"
+            )
+        return self
 
     def resolved_data_options(self) -> dict[str, Any]:
         """Own options of the data set's kind, for `open_dataset`."""
@@ -240,7 +262,7 @@ class StabilityConfig(_Section):
         return _grid("alpha" if info.field_name == "alphas" else "sigma", values)
 
 
-class EvaluationDataConfig(_Section):
+class ReleaseDataConfig(_Section):
     """Where images and labels lie; which they are, the release says."""
 
     path: str | None = None
@@ -279,7 +301,7 @@ class EvaluateConfig(_Section):
     """levels where the further budgets are judged; default: the tuning level"""
     frequency_levels: tuple[str, ...] = ()
     """levels whose frequency response is measured; default: the tuning level"""
-    data: EvaluationDataConfig = EvaluationDataConfig()
+    data: ReleaseDataConfig = ReleaseDataConfig()
     resources: TaskResources = TaskResources()
 
     @field_validator("release")
@@ -316,9 +338,7 @@ class EvaluateConfig(_Section):
     @field_validator("budgets")
     @classmethod
     def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        for budget in budgets:
-            budget_floats(budget, 1)
-        return _each_once("budget", budgets)
+        return _readable(budgets)
 
     @model_validator(mode="after")
     def _rivals_where_gearnn_is(self) -> "EvaluateConfig":
@@ -326,6 +346,62 @@ class EvaluateConfig(_Section):
         if alone:
             raise ValueError(f"rival_levels has {alone}, which levels has not: add it there or take it out here")
         return self
+
+
+class SweepConfig(_Section):
+    """A release's levels under several budgets M: which is worth its bytes."""
+
+    release: str = "drn22-scenes-jpeg:latest"
+    """the release as name, name:tag or name@sha256:…"""
+    store: str = "artifacts"
+    """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+    budgets: tuple[str, ...] = ()
+    """as shares of the model size (0.2%), floats (31814) or bytes (127256B); default: seven from 0.05% to 1%, on scenes three"""
+    levels: tuple[str, ...] = ()
+    """levels that budgets are judged by; default: the release's, on scenes the two where the original is worst"""
+    values: tuple[Value, ...] = ()
+    """what a layer is worth, each swept over all budgets; default: as in the release"""
+    within: float = Field(0.5, ge=0)
+    """the recommended budget is the smallest whose mean score is at most so many points below the best"""
+    asha: bool = False
+    """stop a budget early when, after as many levels, it is in the worse half (ASHA)"""
+    data: ReleaseDataConfig = ReleaseDataConfig()
+    resources: TaskResources = TaskResources()
+
+    @field_validator("release")
+    @classmethod
+    def _one_spelling(cls, release: str) -> str:
+        return full_reference(release)
+
+    @field_validator("levels")
+    @classmethod
+    def _adapted_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        if "clean" in known_levels(levels):
+            raise ValueError("levels has clean, where nothing is adapted: name distorted levels")
+        return levels
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _budget_texts(cls, budgets: object) -> object:
+        return tuple(map(_budget_text, budgets)) if isinstance(budgets, list | tuple) else budgets
+
+    @field_validator("budgets")
+    @classmethod
+    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        return _readable(budgets)
+
+    @field_validator("values")
+    @classmethod
+    def _values_once(cls, values: tuple[Value, ...]) -> tuple[Value, ...]:
+        _each_once("value", values)
+        return values
+
+
+def _readable(budgets: tuple[str, ...]) -> tuple[str, ...]:
+    """The budgets themselves. ValueError where one is none or given twice."""
+    for budget in budgets:
+        budget_floats(budget, 1)
+    return _each_once("budget", budgets)
 
 
 def known_levels(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -344,7 +420,7 @@ def _grid(what: str, values: tuple[float, ...]) -> tuple[float, ...]:
     return _each_once(what, values)
 
 
-def _each_once(what: str, values: tuple[ValueT, ...]) -> tuple[ValueT, ...]:
+def _each_once(what: str, values: tuple[ItemT, ...]) -> tuple[ItemT, ...]:
     """The values themselves. ValueError where one is given twice."""
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
@@ -381,7 +457,7 @@ def fraction_or_whole(gpus: float) -> float:
 
 
 def budget_floats(budget: str, model_floats: int) -> int:
-    """M in floats: floor(fraction × model size), or the number itself (§3.2). ValueError when it is neither."""
+    """M in floats of four bytes: floor(fraction × model size), or the number itself (§3.2). ValueError when it is neither."""
     text = budget.strip()
     if match := re.fullmatch(r"(\d+)(?:\.(\d+))?\s*%", text):
         whole, decimals = match[1], match[2] or ""
@@ -390,10 +466,11 @@ def budget_floats(budget: str, model_floats: int) -> int:
         if share > scale:
             raise ValueError(f"the budget {budget!r} is more than the whole network: expected at most 100%")
         return model_floats * share // scale
-    if re.fullmatch(r"\d+", text):
-        return int(text)
+    if match := re.fullmatch(r"(\d+)(\s*B)?", text):
+        return int(match[1]) // (4 if match[2] else 1)
     raise ValueError(
-        f"the budget {budget!r} is not understood: expected a share such as 0.2% or a number of floats such as 31814"
+        f"the budget {budget!r} is not understood: expected a share such as 0.2%, a number of floats such as 31814 or of "
+        "bytes such as 127256B"
     )
 
 

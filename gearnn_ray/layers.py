@@ -7,12 +7,19 @@ updates both. Knows nothing of levels, data or training.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 _COUNTER = "num_batches_tracked"
+
+Granularity = Literal["tensor", "module"]
+"""What is chosen or left as a whole: a layer, or a module with all its layers."""
+
+Alternatives = tuple[tuple[tuple[str, ...], ...], ...]
+"""Groups of alternatives, each alternative the names of its layers: at most one of a group is chosen."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,19 @@ def _kind(module: nn.Module, leaf: str, is_parameter: bool) -> str:
     return "parameter"
 
 
+def statistics_of(path: str) -> str:
+    """The layer that a batch normalisation's running statistics are."""
+    return f"{path}.running_stats" if path else "running_stats"
+
+
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
     """All layers of `model` in state-dict order; tied tensors are one layer under the first of their names.
 
     Integer tensors (`num_batches_tracked`, index tables) are no layers: fine-tuning does not move them.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    groups: dict[tuple[str, int], tuple[str, str, list[str]]] = {}
+    groups: dict[tuple[str, int], tuple[str, str, list[str]]] = {}  # by what is one: a module's statistics, or a tensor
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -69,14 +81,55 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
         module = modules.get(path, model)
         kind = _kind(module, leaf, name in parameters)
         if kind == "norm_statistics":
-            unit = f"{path}.running_stats" if path else "running_stats"
-            groups.setdefault((unit, 0), (unit, kind, []))[2].append(name)
+            unit = statistics_of(path)
+            groups.setdefault(("statistics", id(module)), (unit, kind, []))[2].append(name)
         else:
-            groups.setdefault(("", id(tensor)), (name, kind, []))[2].append(name)
+            groups.setdefault(("tensor", id(tensor)), (name, kind, []))[2].append(name)
     return tuple(
         Layer(name, kind, index, tuple(tensors), sum(state[t].numel() for t in tensors))
         for index, (name, kind, tensors) in enumerate(groups.values())
     )
+
+
+def alternatives_of(model: nn.Module, granularity: Granularity) -> Alternatives:
+    """Which layers of `model` are chosen together, in state-dict order; every layer is in some alternative.
+
+    `tensor`: every layer by itself. `module`: a module's layers together; a convolution and the batch normalisation behind it
+    are one group: the normalisation alone, or both. Behind means next in order of registration, with as many features as the
+    convolution has output channels: what `forward` does cannot be seen. Raises ValueError for another granularity.
+    """
+    layers = layers_of(model)
+    if granularity == "tensor":
+        return tuple(((layer.name,),) for layer in layers)
+    if granularity != "module":
+        raise ValueError(f"the granularity is {granularity!r}, expected 'tensor' or 'module': give one of these")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # a module whose tensors are all another's has no layers, but stands between its neighbours
+    state = model.state_dict()
+    owned: dict[str, tuple[str, ...]] = {
+        name.rpartition(".")[0]: () for name in state if state[name].is_floating_point()
+    }
+    for layer in layers:
+        owned[layer.name.rpartition(".")[0]] += (layer.name,)
+    groups: list[tuple[tuple[str, ...], ...]] = []
+    paths = list(owned)
+    while paths:
+        path = paths.pop(0)
+        norm = owned[paths[0]] if paths else ()
+        if owned[path] and norm and _normalised_by(modules.get(path, model), modules.get(paths[0], model)):
+            groups.append((norm, owned[path] + norm))
+            paths.pop(0)
+        elif owned[path]:
+            groups.append((owned[path],))
+    return tuple(groups)
+
+
+def _normalised_by(module: nn.Module, other: nn.Module) -> bool:
+    """Whether `other` may be the batch normalisation of the convolution `module`."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    is_batch_norm = isinstance(other, _BatchNorm) or "BatchNorm" in type(other).__name__
+    return is_batch_norm and all(t.shape == (module.out_channels,) for t in other.state_dict().values() if t.ndim)
 
 
 def model_size(model: nn.Module) -> int:
@@ -130,10 +183,8 @@ def set_training_mode(model: nn.Module, chosen: Collection[str] | None) -> None:
     if chosen is None:
         return
     for path, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            unit = f"{path}.running_stats" if path else "running_stats"
-            if unit not in chosen:
-                module.eval()
+        if isinstance(module, _NormBase) and module.track_running_stats and statistics_of(path) not in chosen:
+            module.eval()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -26,6 +26,7 @@ TITLES: dict[str, str] = {
     "base": "base training",
     "original": "judging the original",
     "full": "full fine-tune",
+    "measure": "measuring the change",
     "selection": "selection",
     "partial": "partial fine-tune",
 }

@@ -30,7 +30,22 @@ _CHANGE = [
     ("share_above_2e_4", pa.float64(), "share of the layer's floats with |p - f_q(p)| > 2e-4, 0 to 1"),
 ]
 
-SENSITIVITY = _schema("per-layer weight change of a full fine-tune, Eq. (1)", _CHANGE)
+_VALUES = [
+    ("sum_abs_change", pa.float64(), "sum |p - f_q(p)|, in units of the weight"),
+    ("relative_change", pa.float64(), "l2_change / l2_weight; 0 where the base's weights are all zero"),
+    (
+        "first_order_change",
+        pa.float64(),
+        "sum g·(f_q(p) - p), g the loss's mean gradient at the base: its predicted change; null where g was not taken",
+    ),
+    (
+        "fisher_change",
+        pa.float64(),
+        "sum F·(f_q(p) - p)², F the mean squared gradient of an image's loss at the base; null where F was not taken",
+    ),
+]
+
+SENSITIVITY = _schema("per-layer weight change of a full fine-tune, Eq. (1)", [*_CHANGE, *_VALUES])
 
 SELECTION = _schema(
     "layers chosen under the budget, Eq. (2)",
@@ -38,12 +53,17 @@ SELECTION = _schema(
         ("level", pa.string(), "distortion level q"),
         ("layer", pa.string(), "state-dict name"),
         ("numel", pa.int64(), "N_i, floats in the layer"),
-        ("value", pa.float64(), "v_i^q of Eq. (1)"),
+        ("value", pa.float64(), "v_i^q: Eq. (1), or the value function that the release was made with"),
         ("selected", pa.bool_(), "whether the layer is in S^q"),
         ("budget", pa.int64(), "M in floats"),
-        ("objective", pa.float64(), "sum of v_i^q over S^q, recomputed in float64"),
+        ("objective", pa.float64(), "sum of v_i^q over S^q, less what codes lose, in float64"),
         ("bound", pa.float64(), "proven upper bound on the objective"),
         ("status", pa.string(), "OPTIMAL, or FEASIBLE with the gap between objective and bound"),
+        (
+            "code",
+            pa.string(),
+            "how the layer is stored: float32, bfloat16, int8 or rank-R; null where it is not selected",
+        ),
     ],
 )
 
@@ -60,6 +80,29 @@ SUMMARY = _schema(
         ("model_floats", pa.int64(), "floats in the network, running statistics included"),
         ("seconds_full", pa.float64(), "seconds of the full fine-tune, judging not counted"),
         ("seconds_partial", pa.float64(), "seconds of the partial fine-tune, judging not counted"),
+    ],
+)
+
+SWEEP = _schema(
+    "accuracy over the budget M, a row per budget, value function and level",
+    [
+        ("budget", pa.string(), "M as asked for"),
+        ("budget_floats", pa.int64(), "M in floats"),
+        ("model_floats", pa.int64(), "floats in the network, running statistics included"),
+        ("value", pa.string(), "what a layer is worth: name of the value function"),
+        ("level", pa.string(), "distortion level q"),
+        ("metric", pa.string(), "what the scores are, in percent on the validation images"),
+        ("original", pa.float64(), "score of the base, percent"),
+        ("full", pa.float64(), "score of the fully fine-tuned network, percent"),
+        ("adaptor", pa.float64(), "score of base + adaptor, percent"),
+        ("floats", pa.int64(), "floats in the adaptor"),
+        ("bytes", pa.int64(), "bytes of the adaptor in the store"),
+        ("layers", pa.int64(), "layers in the adaptor"),
+        ("seconds_partial", pa.float64(), "seconds of the partial fine-tune, judging not counted"),
+        ("complete", pa.bool_(), "whether every level was judged under this budget and value"),
+        ("mean", pa.float64(), "mean of `adaptor` over this budget's and value's levels"),
+        ("pareto", pa.bool_(), "whether no other budget or value has less memory or a better mean"),
+        ("recommended", pa.bool_(), "the smallest memory within the tolerance of the best mean"),
     ],
 )
 

@@ -20,7 +20,7 @@ from gearnn_ray.evaluation import methods
 from gearnn_ray.evaluation.methods import Mixture, Subset
 from gearnn_ray.layers import layers_of, network_state, same_bits
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import Forward, cross_entropy, fine_tune
+from gearnn_ray.offline.finetune import Forward, cross_entropy, fine_tune, reestimate_statistics
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Image
@@ -209,12 +209,13 @@ def test_workers_share_a_batch() -> None:
             assert torch.equal(own_y, y[rank::2])
 
 
-def test_a_mixture_is_its_first_level_to_who_only_looks() -> None:
+def test_a_mixture_takes_the_levels_in_turn_for_who_only_looks() -> None:
     levels, _ = coded(3, [BIG, SMALL])
     mixture = Mixture(levels, crop=10)
     assert len(mixture) == 3
-    assert mixture.shapes == [(16, 24, 3)] * 3
-    assert np.array_equal(mixture[1], levels[0][1])
+    assert mixture.shapes == [image.shape for image in mixture] == [(16, 24, 3), levels[1][1].shape, (16, 24, 3)]
+    assert np.array_equal(mixture[1], levels[1][1])
+    assert np.array_equal(mixture[2], levels[0][2])
 
 
 # ── which loss ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -485,7 +486,7 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
             sums.append((y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))
     expected = [torch.stack(each).mean(0) for each in zip(*sums, strict=True)]
 
-    methods.reestimate_statistics(model, images, NORMALISATION, 2, "float32")
+    reestimate_statistics(model, images, NORMALISATION, 2, "float32")
     found = [norm_1.running_mean, norm_1.running_var, norm_2.running_mean, norm_2.running_var]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     after = network_state(model)
@@ -495,9 +496,9 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
 
 
 def test_what_the_statistics_were_before_does_not_matter(model: nn.Module, pictures: Pictures) -> None:
-    methods.reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
+    reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
     once = network_state(model)
-    methods.reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
+    reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
     assert all(same_bits(once[name], tensor) for name, tensor in network_state(model).items())
 
 

@@ -20,7 +20,7 @@ from gearnn_ray.evaluation.stages import Judged, Making, Weights
 from gearnn_ray.layers import layers_of, network_state, same_bits, tensors_of
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.events import Event
-from gearnn_ray.offline.finetune import evaluate, fine_tune
+from gearnn_ray.offline.finetune import evaluate, fine_tune, reestimate_statistics
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.stages import (
     Network,
@@ -360,7 +360,7 @@ def test_statistics_are_those_of_the_levels_training_images(
     work: Work, made: dict[str, Made], base: dict[str, Tensor]
 ) -> None:
     model = network(base)
-    methods.reestimate_statistics(model, training_data(work, LEVEL)[0], NORMALISATION, 4, "float32")
+    reestimate_statistics(model, training_data(work, LEVEL)[0], NORMALISATION, 4, "float32")
     by_hand = network_state(model)
     assert all(same_bits(by_hand[name], tensor) for name, tensor in made["bn-statistics"].network.items())
 

@@ -11,7 +11,7 @@ from gearnn_ray.adaptors import take_adaptor
 from gearnn_ray.errors import TrainingFailedError
 from gearnn_ray.layers import network_state, same_bits
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune, resolve_precision
+from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune, reestimate_statistics, resolve_precision
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks.segmentation import Image
 from tests.conftest import NORMALISATION
@@ -73,23 +73,157 @@ def test_statistics_alone_are_re_estimated_without_a_gradient(
 
 
 @pytest.mark.parametrize("chosen", [None, ("conv1.weight", "bn2.running_stats", "head.bias")])
-@pytest.mark.parametrize("epochs_before", [1, 2])
+@pytest.mark.parametrize(("epochs_before", "averaged"), [(1, 0), (2, 0), (1, 1), (2, 0.5)])
 def test_resumed_ends_with_the_same_bits(
-    model: nn.Module, pictures: tuple[list[Image], list[Image]], chosen: tuple[str, ...] | None, epochs_before: int
+    model: nn.Module,
+    pictures: tuple[list[Image], list[Image]],
+    chosen: tuple[str, ...] | None,
+    epochs_before: int,
+    averaged: float,
 ) -> None:
+    recipe = RECIPE.model_copy(update={"averaged": averaged})
     start = network_state(model)
-    undisturbed = tune(model, pictures, chosen=chosen)
+    undisturbed = tune(model, pictures, recipe=recipe, chosen=chosen)
     model.load_state_dict(start)
     dying = Memory(die_after=epochs_before)
     with pytest.raises(KeyboardInterrupt):
-        tune(model, pictures, chosen=chosen, checkpoint=dying)
+        tune(model, pictures, recipe=recipe, chosen=chosen, checkpoint=dying)
     other = build_model("tests.nets:small", num_classes=3)
     other.load_state_dict(start)
     outcome = fine_tune(
-        other, *pictures, RECIPE, NORMALISATION, chosen=chosen, seed=7, checkpoint=Memory(dying.data)
+        other, *pictures, recipe, NORMALISATION, chosen=chosen, seed=7, checkpoint=Memory(dying.data)
     )  # fmt: skip
     assert outcome.epochs_run == RECIPE.epochs - epochs_before
     assert all(same_bits(undisturbed[name], tensor) for name, tensor in network_state(other).items())
+
+
+@pytest.mark.parametrize(("averaged", "steps"), [(1.0, 9), (0.5, 4), (0.1, 1)])
+def test_the_last_steps_weights_are_averaged(
+    model: nn.Module,
+    pictures: tuple[list[Image], list[Image]],
+    averaged: float,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    real = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *arguments: object) -> object:
+        result = real(self, *arguments)  # type: ignore[arg-type]
+        seen.append(model.get_parameter("conv1.weight").detach().double().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    tuned = tune(model, pictures, recipe=RECIPE.model_copy(update={"averaged": averaged}), chosen=("conv1.weight",))
+    torch.testing.assert_close(tuned["conv1.weight"].double(), torch.stack(seen[-steps:]).mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", [None, ("conv1.weight", "bn1.running_stats")])
+def test_statistics_are_estimated_anew_for_the_final_weights(
+    model: nn.Module, pictures: tuple[list[Image], list[Image]], chosen: tuple[str, ...] | None
+) -> None:
+    base = network_state(model)
+    recipe = RECIPE.model_copy(update={"averaged": 0.5})
+    running = tune(model, pictures, recipe=recipe, chosen=chosen)
+    reestimate_statistics(model, pictures[0], NORMALISATION, RECIPE.batch_size, "float32", chosen)
+    expected = network_state(model)
+    assert not same_bits(expected["bn1.running_mean"], running["bn1.running_mean"])
+
+    model.load_state_dict(base)
+    found = tune(model, pictures, recipe=recipe.model_copy(update={"statistics": "re-estimated"}), chosen=chosen)
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
+    if chosen is not None:
+        take_adaptor(model, base, chosen)  # nothing else moved
+
+
+def low_rank(model: nn.Module, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of conv2's change that begin at no change."""
+    generator = torch.Generator().manual_seed(rank)
+    return {"conv2.weight": (torch.zeros(8, rank), torch.randn(rank, 72, generator=generator))}
+
+
+@pytest.mark.parametrize("averaged", [0, 0.5])
+def test_factors_are_trained_in_a_weights_place(
+    model: nn.Module, pictures: tuple[list[Image], list[Image]], averaged: float
+) -> None:
+    """The oracle writes the weight as base + left · right and leaves every gradient to autograd."""
+    base, recipe = network_state(model), RECIPE.model_copy(update={"averaged": averaged})
+    factors = low_rank(model, 2)
+
+    class Sum(nn.Module):
+        def __init__(self, start: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("start", start.clone())
+            self.left, self.right = (nn.Parameter(factor.clone()) for factor in factors["conv2.weight"])
+
+        def forward(self, _: Tensor) -> Tensor:
+            return self.get_buffer("start") + (self.left @ self.right).view(8, 8, 3, 3)
+
+    other = build_model("tests.nets:small", num_classes=3)
+    other.load_state_dict(base)
+    nn.utils.parametrize.register_parametrization(other.get_submodule("conv2"), "weight", Sum(base["conv2.weight"]))
+    parts = tuple(f"conv2.parametrizations.weight.0.{side}" for side in ("left", "right"))
+    fine_tune(other, *pictures, recipe, NORMALISATION, chosen=("conv1.weight", *parts), seed=7)
+    expected = network_state(other)
+
+    tuned = tune(model, pictures, recipe=recipe, chosen=("conv1.weight", "conv2.weight"), factors=factors)
+    take_adaptor(model, base, ("conv1.weight", "conv2.weight"))  # nothing else moved
+    for factor, name in zip(factors["conv2.weight"], parts, strict=True):
+        torch.testing.assert_close(factor, expected[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tuned["conv1.weight"], expected["conv1.weight"], rtol=1e-4, atol=1e-5)
+    left, right = factors["conv2.weight"]
+    change = (tuned["conv2.weight"] - base["conv2.weight"]).reshape(8, 72)
+    assert change.norm() > 0.01
+    torch.testing.assert_close(change, left @ right, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_resumed_end_with_the_same_bits(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
+    start, chosen = network_state(model), ("conv2.weight", "bn1.running_stats")
+    recipe, factors = RECIPE.model_copy(update={"averaged": 0.9}), low_rank(model, 2)
+    undisturbed = tune(model, pictures, recipe=recipe, chosen=chosen, factors=factors)
+    model.load_state_dict(start)
+    dying = Memory(die_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, pictures, recipe=recipe, chosen=chosen, factors=low_rank(model, 2), checkpoint=dying)
+    model.load_state_dict(start)
+    again = low_rank(model, 2)
+    resumed = tune(model, pictures, recipe=recipe, chosen=chosen, factors=again, checkpoint=Memory(dying.data))
+    assert all(same_bits(undisturbed[name], tensor) for name, tensor in resumed.items())
+    assert all(map(same_bits, factors["conv2.weight"], again["conv2.weight"]))
+
+
+@pytest.mark.parametrize("epochs", [0.1, 1.0, 1.67, 3.0, 9.0])
+def test_stopped_early_it_is_the_same_fine_tune_so_far(
+    model: nn.Module, pictures: tuple[list[Image], list[Image]], epochs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, seen = network_state(model), list[Tensor]()
+    real = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *arguments: object) -> object:
+        result = real(self, *arguments)  # type: ignore[arg-type]
+        seen.append(model.get_parameter("conv1.weight").detach().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    tune(model, pictures)
+    whole = list(seen)
+    model.load_state_dict(start)
+    seen.clear()
+    reports: list[Progress] = []
+    tuned = tune(model, pictures, stop_after=epochs, progress=reports.append)
+    steps = min(9, max(1, round(3 * epochs)))
+    assert len(seen) == steps == reports[-1].step == reports[-1].steps
+    assert same_bits(tuned["conv1.weight"], whole[steps - 1])
+
+
+def test_what_a_recipe_gained_later_changes_no_key_until_it_is_used() -> None:
+    before = {
+        "epochs": 4, "learning_rate": 0.01, "schedule": "linear", "batch_size": 8, "crop": 208, "momentum": 0.9,
+        "weight_decay": 1e-4, "precision": "auto",
+    }  # fmt: skip
+    assert Recipe().inputs() == before
+    assert Recipe(averaged=0.5).inputs() == before | {"averaged": 0.5}
+    assert Recipe(statistics="re-estimated").inputs() == before | {"statistics": "re-estimated"}
 
 
 def test_a_torn_checkpoint_begins_again(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.adaptors import ComplementChangedError, put_adaptor, take_adaptor
 from gearnn_ray.layers import (
+    alternatives_of,
     layers_of,
     model_size,
     network_state,
@@ -52,9 +54,84 @@ def test_tied_tensors_are_one_layer_and_integers_none() -> None:
     assert layers["norm.weight"].kind == "norm_weight"
 
 
+def test_a_normalisation_under_two_names_has_its_statistics_once() -> None:
+    model = nn.Module()
+    model.a = nn.BatchNorm2d(4)
+    model.b = model.a
+    assert [(layer.name, layer.kind) for layer in layers_of(model)] == [
+        ("a.weight", "norm_weight"), ("a.bias", "norm_bias"), ("a.running_stats", "norm_statistics"),
+    ]  # fmt: skip
+    assert layers_of(model)[2].tensors == ("a.running_mean", "a.running_var", "b.running_mean", "b.running_var")
+
+
 def test_frozen_batch_norm_of_torchvision() -> None:
     layers = {layer.name: layer.kind for layer in layers_of(FrozenBatchNorm2d(4))}
     assert layers == {"weight": "norm_weight", "bias": "norm_bias", "running_stats": "norm_statistics"}
+
+
+def test_alternatives_of_tensors_are_the_layers() -> None:
+    model = build_model("tests.nets:small", num_classes=3)
+    assert alternatives_of(model, "tensor") == tuple(((layer.name,),) for layer in layers_of(model))
+    with pytest.raises(ValueError, match="the granularity is 'block', expected 'tensor' or 'module'"):
+        alternatives_of(model, "block")  # type: ignore[arg-type]
+
+
+def test_alternatives_of_modules() -> None:
+    model = build_model("tests.nets:small", num_classes=3)
+    norms = [tuple(f"bn{i}.{leaf}" for leaf in ("weight", "bias", "running_stats")) for i in (1, 2)]
+    assert alternatives_of(model, "module") == (
+        (norms[0], ("conv1.weight", *norms[0])),
+        (norms[1], ("conv2.weight", *norms[1])),
+        (("head.weight", "head.bias"),),
+        (("up.weight",),),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["drn_d_22", "resnet18", "mobilenet_v2", "mobilenet_v3_small", "tests.zoo:zoo", "tests.zoo:tied_names"]
+)
+def test_every_layer_is_in_one_group_of_modules_and_in_order(name: str) -> None:
+    vision = getattr(torchvision.models, name, None)
+    model = vision(weights=None) if vision else build_model(name, num_classes=19)
+    groups = alternatives_of(model, "module")
+    # the last alternative of a group holds all the others
+    assert sorted(n for group in groups for n in group[-1]) == sorted(layer.name for layer in layers_of(model))
+    index = {layer.name: layer.index for layer in layers_of(model)}
+    assert [index[n] for group in groups for n in group[-1]] == list(range(len(index)))
+    kinds = {layer.name: layer.kind for layer in layers_of(model)}
+    pairs = [group for group in groups if len(group) == 2]
+    for norm, both in pairs:
+        assert {kinds[n] for n in norm} == {"norm_weight", "norm_bias", "norm_statistics"}
+        assert both[len(both) - len(norm) :] == norm
+        assert {kinds[n] for n in both[: len(both) - len(norm)]} <= {"conv_weight", "bias"}
+    if not name.startswith("tests."):  # there every batch normalisation stands behind its convolution
+        assert len(pairs) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_what_stands_behind_a_convolution_is_not_always_its_normalisation() -> None:
+    tied = nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(3),  # of something else: as many features as nobody's
+        nn.Conv2d(4, 4, 1, bias=False), nn.GroupNorm(2, 4),
+        nn.Linear(4, 4), nn.BatchNorm2d(4, affine=False),
+        tied, nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, track_running_stats=False),
+        nn.ConvTranspose2d(4, 2, 1), FrozenBatchNorm2d(2),
+    )  # fmt: skip
+    model[7].weight = tied.weight
+    assert alternatives_of(model, "module") == (
+        (("0.weight", "0.bias"),),
+        (("1.weight", "1.bias", "1.running_stats"),),
+        (("2.weight",),),
+        (("3.weight", "3.bias"),),
+        (("4.weight", "4.bias"),),
+        (("5.running_stats",),),
+        (("6.weight",),),  # the tied convolution, whose second name stands before the normalisation
+        (("8.weight", "8.bias"),),
+        (
+            ("10.weight", "10.bias", "10.running_stats"),
+            ("9.weight", "9.bias", "10.weight", "10.bias", "10.running_stats"),
+        ),
+    )
 
 
 def test_frozen_means_frozen() -> None:

@@ -104,13 +104,13 @@ def test_from_weights_to_a_release(
     sensitivity = pq.read_table(tmp_path / "store/tables/tiny/sensitivity/jpeg-10.parquet")
     assert sensitivity.column_names == [
         "level", "layer", "kind", "index", "numel", "mean_abs_change", "max_abs_change", "l2_change", "l2_weight",
-        "share_above_2e_4",
+        "share_above_2e_4", "sum_abs_change", "relative_change", "first_order_change", "fisher_change",
     ]  # fmt: skip
     assert sensitivity["layer"].to_pylist() == [layer.name for layer in layers_of(model)]
     assert set(sensitivity["level"].to_pylist()) == {"jpeg-10"}
     selection = pq.read_table(tmp_path / "store/tables/tiny/selection/brightness-0.4+jpeg-30.parquet")
     assert selection.column_names == [
-        "level", "layer", "numel", "value", "selected", "budget", "objective", "bound", "status",
+        "level", "layer", "numel", "value", "selected", "budget", "objective", "bound", "status", "code",
     ]  # fmt: skip
     rows = selection.to_pylist()
     assert {row["status"] for row in rows} == {"OPTIMAL"}

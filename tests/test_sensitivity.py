@@ -1,12 +1,34 @@
-"""Eq. (1) against plain float64 arithmetic."""
+"""Eq. (1), and sums over layers and under codes, against plain float64 arithmetic."""
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
-from gearnn_ray.layers import layers_of, network_state
+from gearnn_ray import tables
+from gearnn_ray.codes import applies, restored, stored_bytes
+from gearnn_ray.layers import Layer, layers_of, network_state
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.sensitivity import sensitivity, share_of_weights_changed
+from gearnn_ray.offline.gradients import Gradients
+from gearnn_ray.offline.sensitivity import (
+    Change,
+    Sensitivity,
+    coded_of,
+    measure,
+    sensitivity,
+    share_of_weights_changed,
+    table_row,
+)
 
 
 def test_rows_equal_the_definition() -> None:
@@ -59,3 +81,132 @@ def test_shapes_that_differ_are_refused() -> None:
     after = network_state(model) | {"head.bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=r"head.bias changed its shape from \[3\] to \[4\]"):
         sensitivity(layers_of(model), network_state(model), after)
+
+
+# ── sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def moved(seed: int, size: float = 1e-2) -> tuple[tuple[Layer, ...], dict[str, Tensor], dict[str, Tensor], Gradients]:
+    """Layers, a base, what it became, and gradients of some loss."""
+    torch.manual_seed(seed)
+    model = build_model("tests.nets:small", num_classes=3)
+    before = network_state(model)
+    drawn = [{name: torch.randn(t.shape) for name, t in before.items()} for _ in range(3)]
+    after = {name: t + size * drawn[0][name] for name, t in before.items()}
+    after["bn1.running_var"] = before["bn1.running_var"] * 1.01
+    return layers_of(model), before, after, Gradients(drawn[1], {name: t.square() for name, t in drawn[2].items()})
+
+
+def flat(layers: Sequence[Layer], *states: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
+    names = [name for layer in layers for name in layer.tensors]
+    return [np.concatenate([state[n].numpy().astype(np.float64).ravel() for n in names]) for state in states]
+
+
+def close(found: Change, p: Any, delta: Any, g: Any, f: Any) -> None:
+    assert found.numel == p.size
+    assert found.sum_abs == pytest.approx(np.abs(delta).sum(), rel=1e-12)
+    assert found.sum_sq == pytest.approx(delta @ delta, rel=1e-12)
+    assert found.weight_sq == pytest.approx(p @ p, rel=1e-12)
+    assert found.first_order == pytest.approx(g @ delta, rel=1e-9, abs=1e-12)
+    assert found.fisher == pytest.approx(f @ delta**2, rel=1e-12)
+
+
+@given(st.integers(0, 10), st.sets(st.integers(0, 10)))
+@settings(max_examples=30, deadline=None)
+def test_the_change_of_several_layers_is_the_sum_of_theirs(seed: int, members: set[int]) -> None:
+    layers, before, after, given_ = moved(seed)
+    rows, _ = measure(layers, before, after, given_, ())
+    some = sorted(members | {seed})
+    p, q, g, f = flat([layers[i] for i in some], before, after, given_.mean, given_.square)
+    close(reduce(operator.add, (rows[i].change for i in some)), p, q - p, g, f)
+
+
+def test_without_gradients_there_is_no_sum_of_them() -> None:
+    layers, before, after, given_ = moved(0)
+    with_, without = (measure(layers, before, after, taken, ())[0] for taken in (given_, None))
+    assert without == sensitivity(layers, before, after)
+    assert [replace(row, first_order_change=None, fisher_change=None) for row in with_] == without
+    both = with_[0].change + without[1].change
+    assert both.first_order is both.fisher is None
+    assert both.sum_abs == with_[0].change.sum_abs + with_[1].change.sum_abs
+
+
+@given(st.just(0.0) | st.floats(1e-200, 1e30), st.integers(1, 10**7))
+def test_the_mean_of_the_sum_is_the_mean_to_the_bit(total: float, numel: int) -> None:
+    row = Sensitivity("a", "bias", 0, numel, total / numel, 0.0, 0.0, 0.0, 0.0)
+    assert row.change.sum_abs / numel == row.mean_abs_change
+    assert row.change.sum_abs == pytest.approx(total, rel=1e-15)
+
+
+def test_a_layer_of_no_floats_did_not_move() -> None:
+    model = torch.nn.ParameterDict({"a": torch.zeros(0, 2), "b": torch.ones(2)})
+    (row, _), coded = measure(layers_of(model), network_state(model), network_state(model), None, ("bfloat16",))
+    assert row.change == Change(0, 0.0, 0.0, 0.0, None, None)
+    assert [one.layer for one in coded] == ["b"]
+
+
+# ── records and tables ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_records_come_back_and_older_ones_too() -> None:
+    layers, before, after, given_ = moved(0)
+    rows, coded = measure(layers, before, after, given_, ("int8",))
+    assert [Sensitivity(**json.loads(json.dumps(asdict(row)))) for row in rows] == rows
+    assert [coded_of(json.loads(json.dumps(asdict(one)))) for one in coded] == coded
+    old = {k: v for k, v in asdict(rows[0]).items() if k not in ("first_order_change", "fisher_change")}
+    assert Sensitivity(**old).change.fisher is None
+
+
+def test_rows_of_the_table() -> None:
+    layers, before, after, given_ = moved(0)
+    before["bn1.bias"].zero_()
+    rows, _ = measure(layers, before, after, given_, ())
+    made = tables.table(tables.SENSITIVITY, [table_row("jpeg-10", row) for row in rows]).to_pylist()
+    for layer, row in zip(layers, made, strict=True):
+        p, q, g, f = flat([layer], before, after, given_.mean, given_.square)
+        assert (row["level"], row["layer"]) == ("jpeg-10", layer.name)
+        assert row["sum_abs_change"] == pytest.approx(np.abs(q - p).sum())
+        expected = np.linalg.norm(q - p) / np.linalg.norm(p) if p.any() else 0.0
+        assert row["relative_change"] == pytest.approx(expected)
+        assert row["first_order_change"] == pytest.approx(g @ (q - p), rel=1e-9, abs=1e-12)
+        assert row["fisher_change"] == pytest.approx(f @ (q - p) ** 2)
+    old = {k: v for k, v in asdict(rows[0]).items() if k not in ("first_order_change", "fisher_change")}
+    (row,) = tables.table(tables.SENSITIVITY, [table_row("jpeg-10", Sensitivity(**old))]).to_pylist()
+    assert row["first_order_change"] is row["fisher_change"] is None
+    assert row["relative_change"] == made[0]["relative_change"]
+
+
+# ── codes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_each_code_loses() -> None:
+    layers, before, after, given_ = moved(0)
+    codes = ("float32", "bfloat16", "int8", "rank-2")
+    _, coded = measure(layers, before, after, given_, codes)
+    shapes = {layer.name: [before[n].shape for n in layer.tensors] for layer in layers}
+    assert [(one.layer, one.code) for one in coded] == [
+        (layer.name, code)
+        for layer in layers
+        for code in codes[1:]
+        if all(applies(code, s) for s in shapes[layer.name]) and (layer.kind, code) != ("norm_statistics", "int8")
+    ]
+    by_name = {layer.name: layer for layer in layers}
+    assert {one.layer for one in coded if one.code == "rank-2"} == {"conv1.weight", "conv2.weight", "head.weight"}
+    for one in coded:
+        layer = by_name[one.layer]
+        p, q, g, f = flat([layer], before, after, given_.mean, given_.square)
+        back = restored(before, {n: after[n] for n in layer.tensors}, dict.fromkeys(layer.tensors, one.code))
+        (held,) = flat([layer], back)
+        close(one.error, p, q - held, g, f)
+        assert one.bytes == stored_bytes(one.code, shapes[one.layer]) < 4 * layer.numel
+        assert 0 < one.error.sum_abs < np.abs(q - p).sum()
+
+
+def test_the_error_of_a_rank_is_what_its_singular_values_leave() -> None:
+    layers, before, after, _ = moved(0)
+    _, coded = measure(layers, before, after, None, ("rank-2",))
+    for one in coded:
+        difference = (after[one.layer].double() - before[one.layer].double()).flatten(1)
+        left = np.linalg.svd(difference.numpy(), compute_uv=False)[2:]
+        assert one.error.sum_sq == pytest.approx(left @ left, rel=1e-4)
+        assert one.error.first_order is None

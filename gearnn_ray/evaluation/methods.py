@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from gearnn_ray.layers import Layer, layers_of
+from gearnn_ray.layers import Layer, layers_of, statistics_of
 from gearnn_ray.levels import Brightness, H264Size, parse_level
 from gearnn_ray.offline.finetune import Forward, Objective, autocast, resolve_precision
 from gearnn_ray.offline.selection import select
@@ -98,20 +98,21 @@ def held_back(count: int) -> int:
 
 
 class Mixture(Sequence[Image]):
-    """The same images at several levels, for `mixed_batches`; as a sequence, those of the first level.
+    """The same images at several levels, for `mixed_batches`; as a sequence, they take the levels in turn.
 
     crop: side of the training crop in pixels, taken of each level's own images.
     """
 
     def __init__(self, levels: Sequence[Sequence[Image]], crop: int) -> None:
         self.levels, self.crop = tuple(levels), crop
-        self.shapes = _shapes(self.levels[0])
+        shapes = [_shapes(level) for level in self.levels]
+        self.shapes = [shapes[index % len(shapes)][index] for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.levels[0])
 
     def __getitem__(self, index: Any) -> Any:
-        return self.levels[0][index]
+        return self.levels[index % len(self.levels)][index]
 
 
 class _Drawn(Sequence[Image]):
@@ -280,9 +281,7 @@ def auto_rgn(model: nn.Module, budget: int, rgn: Mapping[str, float]) -> tuple[t
     """
     layers = {layer.name: layer for layer in movable_layers(model)}
     companions = {
-        name: f"{name.rpartition('.')[0]}.running_stats".lstrip(".")
-        for name, layer in layers.items()
-        if layer.kind == "norm_weight"
+        name: statistics_of(name.rpartition(".")[0]) for name, layer in layers.items() if layer.kind == "norm_weight"
     }
     candidates = [layers[name] for name in rgn]
     extra = {name: layers[other].numel for name, other in companions.items() if other in layers}
@@ -294,37 +293,7 @@ def auto_rgn(model: nn.Module, budget: int, rgn: Mapping[str, float]) -> tuple[t
     return tuple(name for name in layers if name in chosen), rates
 
 
-# ── without training ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def reestimate_statistics(
-    model: nn.Module, images: Sequence[Image], normalisation: Normalisation, batch_size: int, precision: str
-) -> None:
-    """AdaBN: every batch normalisation's running statistics become the mean over these images' batches, whole and unlabelled.
-
-    images: uint8 [H, W, 3]; consecutive ones of equal size share a batch. Weights stay as they are.
-    """
-    device = next(model.parameters()).device
-    precision = resolve_precision(precision, device)
-    model.to(memory_format=torch.channels_last)
-    model.eval()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    for _, group in itertools.groupby(range(len(images)), key=_shapes(images).__getitem__):
-        members = list(group)
-        # a few left over join the others: a batch of one would have no variance in some networks
-        for part in np.array_split(members, max(1, len(members) // batch_size)):
-            batch = np.stack([images[int(index)] for index in part])
-            x = normalisation(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
-            with torch.no_grad(), autocast(precision, device):
-                segmentation.logits_of(model, x.contiguous(memory_format=torch.channels_last))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+# ── between levels ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)

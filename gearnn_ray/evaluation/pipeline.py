@@ -7,7 +7,6 @@ survives a killed task or driver is what the stages put into the store.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import ray
 
-from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.cluster import (
     POLL_SECONDS,
     Board,
@@ -27,23 +25,20 @@ from gearnn_ray.cluster import (
     result_of,
     saying,
 )
-from gearnn_ray.config import EvaluateConfig, ResourcesConfig, SplitConfig, budget_floats, from_mapping
-from gearnn_ray.data import Dataset, open_dataset
+from gearnn_ray.config import EvaluateConfig, ResourcesConfig, budget_floats
 from gearnn_ray.errors import UserError
 from gearnn_ray.evaluation import methods, stages, statistics
 from gearnn_ray.evaluation.findings import Cell, Found, Outcome, Plan, publish
 from gearnn_ray.evaluation.methods import CONSTANT, TITLES
 from gearnn_ray.evaluation.stages import Judged, Main, Making, Picture, Weights
 from gearnn_ray.levels import parse_level
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.events import Event
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.offline.reopen import make_images, reopen
 from gearnn_ray.offline.resources import check_resources
-from gearnn_ray.offline.stages import Network, NetworkFacts, Work, check_network, prepare_images
+from gearnn_ray.offline.stages import Work
 from gearnn_ray.progress import Reporter
 from gearnn_ray.store import Store
-from gearnn_ray.tasks.segmentation import Normalisation
 
 _MAIN = ("switching", "gearnn")
 _PICTURED = 3  # levels, the worst ones
@@ -57,13 +52,13 @@ _COST = {"main": 1.65, "stability": 2.0, "bn-statistics": 0.2, "judged": 0.11}
 def evaluate(config: EvaluateConfig, say: Reporter, command: str) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when what it was told is wrong."""
     store = Store(config.store)
-    release, manifest = store.manifest(config.release)
+    store.manifest(config.release)  # there is one, or nothing is started
     store.check_writable()
     with cluster():
         check_resources(ResourcesConfig(**config.resources.model_dump()), *cluster_resources())
         board = cast(Any, Board).options(scheduling_strategy=beside_driver()).remote()
         relay = Relay(board, say)
-        plan = _checked(config, release, manifest, relay, say)
+        plan = _checked(config, store, relay)
         found = _Run(config, plan, board, relay, say).all()
         relay.flush()
     return publish(store, config, plan, found, command)
@@ -72,57 +67,11 @@ def evaluate(config: EvaluateConfig, say: Reporter, command: str) -> Outcome:
 # ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
 
 
-@ray.remote
-def _open_data(split: SplitConfig) -> Dataset:
-    data = open_dataset(split.data.kind, split.data.path, **split.resolved_data_options())
-    _ = data.train.digest, data.val.digest
-    return data
-
-
-@ray.remote
-def _check_network(network: Network, store: str, base: str) -> NetworkFacts:
-    facts = check_network(network, None)
-    state = Store(store).get_state(base)
-    try:
-        put_adaptor(build_model(network.name, network.num_classes), state, {})
-    except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"the base {base[:19]}… does not fit the network {network.name}: {error}".splitlines()[0]
-        ) from error
-    return facts
-
-
-@ray.remote
-def _prepare_images(work: Work, level: str, split_name: Any) -> None:
-    prepare_images(work, level, split_name)
-
-
-def _checked(config: EvaluateConfig, release: str, manifest: Mapping[str, Any], relay: Relay, say: Reporter) -> Plan:
+def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
     """Release, data, network, levels: looked at, and every level's images made. Raises UserError."""
-    split = _split_config(config, manifest)
-    data: Dataset = relay.wait(_open_data.remote(split))
-    for part in ("train", "val"):
-        if getattr(data, part).digest != manifest["data"][part]:
-            raise UserError(
-                f"the {part} images in {split.data.path or 'the generated scenes'} are not those that "
-                f"{config.release} was made from: give their folder with --data.path"
-            )
-    about = manifest["model"]
-    normalisation = Normalisation(tuple(about["normalisation"]["mean"]), tuple(about["normalisation"]["std"]))
-    network = Network(about["name"], about["num_classes"], normalisation)
-    store = Store(config.store).uri
-    facts: NetworkFacts = relay.wait(_check_network.remote(network, store, manifest["base"]["digest"]))
-    work = Work(
-        store=store,
-        cache=config.data.cache,
-        network=network,
-        data=data,
-        recipe=Recipe(**manifest["recipe"]),
-        budget=manifest["budget"]["floats"],
-        seed=manifest["seed"],
-        base=manifest["base"]["digest"],
-    )
-    levels = config.levels or tuple(manifest["levels"])
+    release = reopen(store, config.release, config.data, relay)
+    manifest, facts, work = release.manifest, release.facts, release.work
+    levels = config.levels or release.levels
     foreign = [name for name in (*config.rival_levels, *config.untrained, *config.budget_levels, *config.frequency_levels)
                if name not in levels]  # fmt: skip
     if config.tuning_level is not None and config.tuning_level not in levels:
@@ -152,22 +101,15 @@ def _checked(config: EvaluateConfig, release: str, manifest: Mapping[str, Any], 
     small = next((m for m in budgets if m < facts.smallest_layer), None)
     if small is not None:
         raise UserError(
-            f"a budget of {small} floats fits no layer: the smallest of {network.name} has {facts.smallest_layer}, so give "
+            f"a budget of {small} floats fits no layer: the smallest of {work.network.name} has {facts.smallest_layer}, so give "
             "larger budgets"
         )
-    if len(config.learning_rates) > 1 and len(data.train) < 2:
+    if len(config.learning_rates) > 1 and len(work.data.train) < 2:
         raise UserError("learning rates are chosen on held-back training images, and there is only one: give no grid")
-    say(Event("started", "images", _ALL))
-    wanted = [(name, part) for name in dict.fromkeys((*levels, "clean")) for part in ("train", "val")]
-    shared = ray.put(work)
-    images = [_prepare_images.remote(shared, *each) for each in wanted]
-    for done, ref in enumerate(images, 1):
-        relay.wait(ref)
-        say(Event("progress", "images", _ALL, done, len(images)))
-    say(Event("finished", "images", _ALL))
+    make_images(work, levels, relay)
     return Plan(
-        name=manifest["name"],
-        release=release,
+        name=release.name,
+        release=release.digest,
         manifest=manifest,
         work=work,
         model_floats=facts.floats,
@@ -176,16 +118,6 @@ def _checked(config: EvaluateConfig, release: str, manifest: Mapping[str, Any], 
         untrained={name: sides for name, sides in between.items() if sides is not None},
         budgets=tuple(m for m in budgets if m != work.budget),
     )
-
-
-def _split_config(config: EvaluateConfig, manifest: Mapping[str, Any]) -> SplitConfig:
-    """What the release was made with, its data where this job finds them."""
-    told = manifest.get("config")
-    if not isinstance(told, dict):
-        raise UserError(f"{config.release} does not say how it was made: evaluate a release of jobs/split.py")
-    split = from_mapping(SplitConfig, told, f"the configuration in {config.release}")
-    path = config.data.path or split.data.path
-    return split.model_copy(update={"data": split.data.model_copy(update={"path": path and os.path.abspath(path)})})
 
 
 def _worst_of_each_axis(levels: Sequence[str], worst: Sequence[str]) -> tuple[str, ...]:

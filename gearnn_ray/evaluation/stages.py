@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gearnn_ray.adaptors import take_adaptor
+from gearnn_ray.codes import decode
 from gearnn_ray.errors import TrainingFailedError
 from gearnn_ray.evaluation import methods
 from gearnn_ray.evaluation.frequency import frequency_response
@@ -34,6 +35,7 @@ from gearnn_ray.offline.finetune import (
     cross_entropy,
     evaluate,
     fine_tune,
+    reestimate_statistics,
     resolve_precision,
 )
 from gearnn_ray.offline.stages import (
@@ -120,41 +122,28 @@ def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say
 
     budgets: M in floats, the release's own first. Every stage's key is the split job's own.
     """
-    names = {"full": "switching", "partial": "gearnn", "selection": "selection"}
-    relabelled = _relabelled(say, lambda event: names[event.stage] + seed_label)
+    names = {"full": "switching", "partial": "gearnn"}
+    relabelled = _relabelled(say, lambda event: names.get(event.stage, event.stage) + seed_label)
     step_1, step_4 = LevelRun(full, level, relabelled), LevelRun(adaptor, level, relabelled)
-    whole = step_1.stage("full", step_1.key("full"), step_1.fine_tune_all, step_1.is_complete)
-    made: dict[int, Weights] = {}
-    first: tuple[str, ...] | None = None
-    for budget in budgets:
-        chosen = _chosen(step_1, whole, budget)
-        first = chosen if first is None else first
-        record = _partial(step_4, chosen)
-        made[budget] = Weights(record["digest"], record["floats"])
-    floats = sum(row["numel"] for row in whole["sensitivity"])
-    return Main(Weights(whole["digest"], floats), made, first or (), tuple(whole["sensitivity"]))
-
-
-def _chosen(run: LevelRun, full: dict[str, Any], budget: int) -> tuple[str, ...]:
-    key = run.key("selection", budget=budget)
-    return tuple(run.stage("selection", key, lambda _: run.choose(full, budget))["layers"])
-
-
-def _partial(run: LevelRun, chosen: tuple[str, ...]) -> dict[str, Any]:
-    return run.stage(
-        "partial",
-        run.key("partial", chosen=chosen),
-        lambda key: run.fine_tune_chosen(key, chosen),
-        lambda record: run.store.has_blob(record["digest"]),
+    sensed = step_1.full()
+    selections = [step_1.selection(sensed, budget) for budget in budgets]
+    records = [step_4.partial(selection, sensed) for selection in selections]
+    # switching is always a whole fine-tune, by however short a one the layers were chosen
+    whole = (
+        LevelRun(replace(full, sensitivity_epochs=None), level, relabelled).full()
+        if full.sensitivity_epochs
+        else sensed
     )
+    made = {b: Weights(record["digest"], record["floats"]) for b, record in zip(budgets, records, strict=True)}
+    floats = sum(row["numel"] for row in whole["sensitivity"])
+    return Main(Weights(whole["digest"], floats), made, tuple(selections[0]["layers"]), tuple(whole["sensitivity"]))
 
 
 def choose_layers(work: Work, level: str, say: Say) -> tuple[str, ...]:
     """Steps 1 to 3 of Algorithm 1: the layers that GearNN adapts at this level."""
     # the weights are kept, for this may be the learning rate that full fine-tunes are given
     run = LevelRun(replace(work, keep_full=True), level, _relabelled(say, lambda event: f"tuning: {event.stage}"))
-    full = run.stage("full", run.key("full"), run.fine_tune_all, run.is_complete)
-    return _chosen(run, full, work.budget)
+    return tuple(run.selection(run.full(), work.budget)["layers"])
 
 
 def make_weights(work: Work, making: Making, say: Say) -> Weights:
@@ -211,12 +200,13 @@ def mix_adaptors(work: Work, lower: Weights, upper: Weights, share: float) -> We
     """Two levels' adaptors mixed linearly, `share` of the upper."""
     store = Store(work.store)
     base = store.get_state(work.base)
-    state = methods.interpolated(base, _adaptor(store, lower), _adaptor(store, upper), share)
+    state = methods.interpolated(base, _change(store, base, lower.digest), _change(store, base, upper.digest), share)
     return Weights(store.put_state(state).digest, sum(tensor.numel() for tensor in state.values()))
 
 
-def _adaptor(store: Store, weights: Weights) -> dict[str, Tensor]:
-    return {} if weights.digest is None else store.get_state(weights.digest)
+def _change(store: Store, base: Mapping[str, Tensor], digest: str | None) -> dict[str, Tensor]:
+    """The tensors that a blob changes, as everyone restores them."""
+    return {} if digest is None else decode(base, store.get_state(digest))
 
 
 def _key(work: Work, stage: str, making: Making, **more: Any) -> str:
@@ -226,7 +216,7 @@ def _key(work: Work, stage: str, making: Making, **more: Any) -> str:
         base=work.base,
         network=asdict(work.network),
         train=work.data.train.digest,
-        recipe=_recipe(work, making).model_dump(),
+        recipe=_recipe(work, making).inputs(),
         making=asdict(making),
         pixels=_pixels(*(making.levels or [_trained_at(making)])),
         **more,
@@ -289,7 +279,7 @@ def _train(
     else:
         images, labels = (Subset(part, range(count)) for part in training_data(work, _trained_at(making)))
     if method == "bn-statistics":
-        methods.reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision)
+        reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision)
         return methods.statistics_layers(model)
     if method == "stability":
         assert making.alpha is not None
@@ -344,7 +334,7 @@ def judge(work: Work, level: str, digests: Sequence[str | None], say: Say) -> di
         say(Event("started", "judging", level))
         started = time.perf_counter()
         base = store.get_state(work.base)
-        changes = [{} if digest is None else store.get_state(digest) for digest in missing]
+        changes = [_change(store, base, digest) for digest in missing]
         model = _network(work, base)
         images, labels = validation_data(work, level)
 
@@ -443,7 +433,8 @@ def frequency(work: Work, level: str, weights: Weights, network: str, say: Say) 
     else:
         say(Event("started", label, level))
         started = time.perf_counter()
-        model = _network(work, {**store.get_state(work.base), **_adaptor(store, weights)})
+        base = store.get_state(work.base)
+        model = _network(work, {**base, **_change(store, base, weights.digest)})
         images, labels = validation_data(work, level)
         taken = range(min(len(images), FREQUENCY_IMAGES))
         positions = [index * len(images) // len(taken) for index in taken]
@@ -491,7 +482,7 @@ def see(work: Work, level: str, weights: Weights, original: Judged, adaptor: Jud
     precision = resolve_precision(work.recipe.precision, where)
     model.eval()
     predictions: list[NDArray[np.uint8]] = []
-    for state in (base, {**base, **_adaptor(store, weights)}):
+    for state in (base, {**base, **_change(store, base, weights.digest)}):
         x = torch.from_numpy(image[None].copy()).to(where).permute(0, 3, 1, 2)
         x = work.network.normalisation(x).contiguous(memory_format=torch.channels_last)
         model.load_state_dict(state)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-StageName = Literal["images", "base", "original", "full", "selection", "partial"]
+StageName = Literal["images", "base", "original", "full", "measure", "selection", "partial"]
 """The split job's stages; an evaluation names its own."""
 
 

@@ -6,6 +6,7 @@ that goes on ends with the same bits. Knows nothing of Ray or the store; under `
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -13,15 +14,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from gearnn_ray.errors import TrainingFailedError
-from gearnn_ray.layers import set_trainable, set_training_mode
+from gearnn_ray.layers import set_trainable, set_training_mode, statistics_of
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Image, Normalisation
@@ -119,11 +122,15 @@ def fine_tune(
     batches: BatchSource = segmentation.training_batches,
     objective: Objective = cross_entropy,
     rates: Mapping[str, float] | None = None,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    stop_after: float | None = None,
 ) -> Outcome:
     """Fine-tune `model` in place on the device it is on: all layers (`chosen` None) or only the named ones.
 
     images: uint8 [H, W, 3], or what else `batches` takes; labels: uint8 [H', W'], resized to the image where the level
-    changed its size. rates: factors on the learning rate by parameter name, 1 for all others.
+    changed its size. rates: multiples of the learning rate by parameter name, 1 for all others. factors: by parameter name,
+    left [m, R] and right [R, rest] of a change that shall stay of rank R; they are trained in the weight's place, and in place.
+    stop_after: epochs, a fraction too, after which to stop short of the recipe's, whose schedule stays as it is.
     Raises TrainingFailedError when loss or weights stop being finite.
     """
     started = time.perf_counter()
@@ -132,6 +139,9 @@ def fine_tune(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)
     trainable = set_trainable(model, chosen)
+    low_rank = [_LowRank(model.get_parameter(name), *each) for name, each in (factors or {}).items()]
+    trainable = [(n, p) for n, p in trainable if n not in (factors or {})]
+    trainable += [pair for each, name in zip(low_rank, factors or {}, strict=True) for pair in each.parameters(name)]
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trainable:
         by_rate.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
@@ -146,7 +156,14 @@ def fine_tune(
         if trainable
         else None  # only running statistics are chosen: a forward pass is all the training there is
     )
-    first_epoch = _restore(checkpoint, model, trainable, optimizer)
+    crop = segmentation.crop_size(images, recipe.crop)
+    steps_per_epoch = segmentation.steps_per_epoch(len(images), recipe.batch_size)
+    steps = recipe.epochs * steps_per_epoch
+    last = steps if stop_after is None else min(steps, max(1, round(stop_after * steps_per_epoch)))
+    average = _Average(trainable, steps, recipe.averaged)
+    first_epoch = _restore(checkpoint, model, trainable, optimizer, average)
+    for each in low_rank:
+        each.put()
     network = DistributedDataParallel(model) if world_size > 1 and trainable else model
 
     def forward(x: Tensor) -> Tensor:
@@ -154,14 +171,11 @@ def fine_tune(
         with torch.set_grad_enabled(optimizer is not None), autocast(precision, device):
             return segmentation.logits_of(network, x)
 
-    crop = segmentation.crop_size(images, recipe.crop)
-    steps_per_epoch = segmentation.steps_per_epoch(len(images), recipe.batch_size)
-    steps = recipe.epochs * steps_per_epoch
-    for epoch in range(first_epoch, recipe.epochs):
+    for epoch in range(first_epoch, math.ceil(last / steps_per_epoch)):
         set_training_mode(model, chosen)
         loss_sum, losses, reported = torch.zeros((), device=device), 0, time.perf_counter()
         drawn = batches(images, labels, recipe.batch_size, crop, (seed, epoch), rank, world_size)
-        for index, (x, y) in enumerate(drawn):
+        for index, (x, y) in enumerate(itertools.islice(drawn, last - epoch * steps_per_epoch)):
             step = epoch * steps_per_epoch + index
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             loss = objective(forward, x, y, (seed, epoch, index, rank))
@@ -169,16 +183,31 @@ def fine_tune(
                 _set_learning_rate(optimizer, recipe, step, steps)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                for each in low_rank:
+                    each.take_gradient()
                 optimizer.step()
+                for each in low_rank:
+                    each.put()
+                average.add(step)
             loss_sum += loss.detach()
             losses += 1
-            if time.perf_counter() - reported > _SECONDS_BETWEEN_REPORTS or index + 1 == steps_per_epoch:
+            if time.perf_counter() - reported > _SECONDS_BETWEEN_REPORTS or step + 1 in (
+                last,
+                (epoch + 1) * steps_per_epoch,
+            ):
                 mean = _finite(float(loss_sum) / losses, recipe, epoch)
-                progress(Progress(epoch, recipe.epochs, step + 1, steps, mean))
+                progress(Progress(epoch, recipe.epochs, step + 1, last, mean))
                 loss_sum, losses, reported = torch.zeros((), device=device), 0, time.perf_counter()
         _check_weights(model, recipe, epoch)
-        if checkpoint is not None and rank == 0 and epoch + 1 < recipe.epochs:
-            checkpoint.save(_snapshot(model, trainable, optimizer, epoch + 1, chosen is None))
+        if checkpoint is not None and rank == 0 and (epoch + 1) * steps_per_epoch < last:
+            checkpoint.save(_snapshot(model, trainable, optimizer, average, epoch + 1, chosen is None))
+    average.put()
+    for each, given in zip(low_rank, (factors or {}).values(), strict=True):
+        each.put()
+        for factor, mine in zip(given, (each.left, each.right), strict=True):
+            factor.copy_(mine.detach())
+    if recipe.statistics == "re-estimated":
+        reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision, chosen)
     return Outcome(time.perf_counter() - started, recipe.epochs - first_epoch, precision)
 
 
@@ -203,6 +232,94 @@ def evaluate(
         counts = segmentation.confusion(logits, label)
         hist = counts if hist is None else hist + counts
     return 0.0 if hist is None else segmentation.mean_iou(hist)
+
+
+class _Average:
+    """The mean of the trained weights over the last `share` of all steps (Polyak averaging), kept beside them in float32."""
+
+    def __init__(self, trainable: Sequence[tuple[str, nn.Parameter]], steps: int, share: float) -> None:
+        self._first = steps - round(share * steps)
+        self._parameters = {name: parameter.detach() for name, parameter in trainable} if self._first < steps else {}
+        self.mean = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+
+    def add(self, step: int) -> None:
+        if self.mean and step >= self._first:
+            share = 1 / (step - self._first + 1)
+            torch._foreach_lerp_(list(self.mean.values()), list(self._parameters.values()), share)
+
+    def put(self) -> None:
+        """The mean becomes the weights."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.mean[name])
+
+
+class _LowRank:
+    """A weight that is what it was plus left · right: the loss's gradient is the weight's, the optimizer's are the factors'."""
+
+    def __init__(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
+        self._weight, self._start = weight, weight.detach().clone()
+        self.left, self.right = (nn.Parameter(factor.to(weight.device, copy=True)) for factor in (left, right))
+
+    def parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{name}..left", self.left), (f"{name}..right", self.right)]
+
+    def take_gradient(self) -> None:
+        assert self._weight.grad is not None
+        gradient = self._weight.grad.reshape(self.left.shape[0], -1)
+        self.left.grad, self.right.grad = gradient @ self.right.detach().T, self.left.detach().T @ gradient
+        self._weight.grad = None
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """The factors as they are now become the weight."""
+        self._weight.copy_(self._start + (self.left @ self.right).view(self._start.shape))
+
+
+def reestimate_statistics(
+    model: nn.Module,
+    images: Sequence[Image],
+    normalisation: Normalisation,
+    batch_size: int,
+    precision: str,
+    chosen: Collection[str] | None = None,
+) -> None:
+    """Batch normalisations' running statistics become the mean over these images' batches, whole and unlabelled.
+
+    images: uint8 [H, W, 3]; those of equal size share batches. chosen: layers, those whose statistics are among them
+    (None: all). Weights stay as they are. Leaves the network in evaluation mode.
+    """
+    device = next(model.parameters()).device
+    precision = resolve_precision(precision, device)
+    model.to(memory_format=torch.channels_last)
+    model.eval()
+    norms = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.track_running_stats
+        and (chosen is None or statistics_of(path) in chosen)
+    ]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    shapes = getattr(images, "shapes", None) or [image.shape for image in images]
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        by_shape.setdefault(tuple(shape), []).append(index)
+    for members in by_shape.values():
+        # a few left over join the others: a batch of one would have no variance in some networks
+        for part in np.array_split(members, max(1, len(members) // batch_size)):
+            batch = np.stack([images[int(index)] for index in part])
+            x = normalisation(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+            with torch.no_grad(), autocast(precision, device):
+                segmentation.logits_of(model, x.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> None:
@@ -233,15 +350,19 @@ def _snapshot(
     model: nn.Module,
     trainable: list[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer | None,
+    average: _Average,
     next_epoch: int,
     everything: bool,
 ) -> bytes:
-    """Weights and momentum after an epoch; a partial fine-tune's holds only what it may change."""
+    """Weights, momentum and average after an epoch; a partial fine-tune's holds only what it may change."""
     moving = {name for name, _ in trainable} | {name for name, _ in model.named_buffers()}
-    tensors = {f"model.{n}": t for n, t in model.state_dict().items() if everything or n in moving}
+    state = model.state_dict()
+    tensors = {f"model.{n}": t for n, t in state.items() if everything or n in moving}
+    tensors |= {f"factor.{n}": p for n, p in trainable if n not in state}
     if optimizer is not None:
         for name, parameter in trainable:
             tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    tensors |= {f"average.{name}": mean for name, mean in average.mean.items()}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     return safetensors.torch.save(contiguous, {"state": json.dumps({"next_epoch": next_epoch})})
 
@@ -251,6 +372,7 @@ def _restore(
     model: nn.Module,
     trainable: list[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer | None,
+    average: _Average,
 ) -> int:
     """Go on from a checkpoint if there is a readable one; returns the epoch to begin with."""
     data = checkpoint.load() if checkpoint is not None else None
@@ -269,4 +391,9 @@ def _restore(
         for name, parameter in trainable:
             momentum = tensors[f"momentum.{name}"].to(parameter.device)
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    for name, parameter in trainable:
+        if (factor := tensors.get(f"factor.{name}")) is not None:
+            parameter.detach().copy_(factor)
+    for name, mean in average.mean.items():
+        mean.copy_(tensors[f"average.{name}"])
     return next_epoch

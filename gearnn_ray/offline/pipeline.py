@@ -36,7 +36,7 @@ from gearnn_ray.config import (
     budget_floats,
     normalisation_values,
 )
-from gearnn_ray.data import Dataset, open_dataset
+from gearnn_ray.data import Dataset
 from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.models import read_weights
 from gearnn_ray.offline import stages
@@ -44,6 +44,7 @@ from gearnn_ray.offline.events import Event, Say
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
+from gearnn_ray.offline.reopen import open_data
 from gearnn_ray.offline.resources import check_resources, groups_that_fit
 from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Network, NetworkFacts, Work
 from gearnn_ray.store import Blob, Store
@@ -105,13 +106,6 @@ def _with_absolute_paths(config: SplitConfig) -> SplitConfig:
 
 
 @ray.remote
-def _open_data(config: SplitConfig) -> Dataset:
-    data = open_dataset(config.data.kind, config.data.path, **config.resolved_data_options())
-    _ = data.train.digest, data.val.digest  # kept in the object: no other process reads the files for it
-    return data
-
-
-@ray.remote
 def _check_network(model: ModelConfig, num_classes: int) -> tuple[Network, NetworkFacts]:
     about = dict(read_weights(model.weights).about) if model.weights else {}
     network = Network(model.name, num_classes, Normalisation(*normalisation_values(model, about)))
@@ -133,7 +127,7 @@ def _measure_undistorted(work: Work) -> ImageStatistics:
 def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts, dict[str, ImageStatistics]]:
     """Data, labels, weights, budget: all of it looked at, every level's images made and measured. Raises UserError."""
     relay.say(Event("started", "images", "all"))
-    data: Dataset = relay.wait(_open_data.remote(config))
+    data: Dataset = relay.wait(open_data.remote(config))
     network_ref = _check_network.remote(config.model, data.num_classes)
     pending = Network(config.model.name, data.num_classes, Normalisation((0, 0, 0), (1, 1, 1)))
     work = Work(
@@ -145,6 +139,8 @@ def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts
         budget=0,
         seed=config.seed,
         keep_full=config.keep_full,
+        criterion=config.selection,
+        sensitivity_epochs=config.sensitivity.epochs,
         world_size=config.resources.workers_per_level,
     )
     names = list(config.levels)

@@ -1,8 +1,9 @@
-"""How a network is fine-tuned, as a job is told it and a release remembers it. Imports no torch."""
+"""How a network is fine-tuned and its layers chosen, as a job is told it and a release remembers it. Imports no torch."""
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Recipe(BaseModel):
@@ -26,3 +27,59 @@ class Recipe(BaseModel):
     """SGD's weight decay, on the trained tensors only"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 autocast where the processor gains from it (AMX, CUDA from compute capability 8), else float32"""
+    averaged: float = Field(0, ge=0, le=1)
+    """share of the steps, the last ones, whose weights are averaged; 0: the last step's weights"""
+    statistics: Literal["running", "re-estimated"] = "running"
+    """trained statistics of batch normalisations: as training leaves them, or estimated anew at the end"""
+
+    def inputs(self) -> dict[str, Any]:
+        """What of it a stage's key has: all, but what came later and is as it was before it came."""
+        later = ("averaged", "statistics")
+        return {k: v for k, v in self.model_dump().items() if k not in later or v != type(self).model_fields[k].default}
+
+
+Value = Literal["mean-abs", "sum-abs", "l2", "relative", "first-order", "fisher"]
+"""v_i^q by name: `gearnn_ray.offline.values`."""
+
+
+class Criterion(BaseModel):
+    """What a layer is worth to a level, and in which forms it may be chosen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: Value = "mean-abs"
+    """of its change Δ: mean |Δ| (Eq. 1), Σ |Δ|, |Δ|₂, |Δ|₂ / |w|₂, the first-order change of the loss |g·Δ|, or Σ F Δ²"""
+    granularity: Literal["tensor", "module"] = "tensor"
+    """what is chosen: tensors, or whole normalisations and convolutions with theirs"""
+    codes: tuple[str, ...] = ("float32",)
+    """how a chosen layer may be stored: float32, bfloat16, int8, or rank-R of its change; the solver picks one for each"""
+
+    @field_validator("codes")
+    @classmethod
+    def _known_codes(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = next(
+            (code for code in codes if not re.fullmatch(r"float32|bfloat16|int8|rank-[1-9]\d{0,3}", code)), None
+        )
+        if unknown is not None:
+            raise ValueError(
+                f"the code {unknown!r} is unknown: expected float32, bfloat16, int8 or rank-R such as rank-4"
+            )
+        if not codes or len(set(codes)) < len(codes):
+            raise ValueError(
+                f"the codes {', '.join(codes) or '(none)'} are no choice: expected at least one, each once"
+            )
+        return codes
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether values take gradients at the base."""
+        return self.value in ("first-order", "fisher")
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the fully fine-tuned weights are looked at again, beyond the statistics of Eq. (1)."""
+        return self.needs_gradients or self.codes != ("float32",)
+
+
+PAPERS = Criterion()
+"""Eq. (1) and (2), layer by layer."""

@@ -12,7 +12,9 @@ from typing import Any
 from gearnn_ray import tables
 from gearnn_ray.config import SplitConfig
 from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.offline.sensitivity import Sensitivity, table_row
 from gearnn_ray.offline.stages import ImageStatistics, LevelResult, NetworkFacts, Work
+from gearnn_ray.offline.values import VALUES
 from gearnn_ray.store import SCHEMA, Blob
 from gearnn_ray.tasks.segmentation import METRIC
 
@@ -63,6 +65,8 @@ def manifest_of(
             "luma": images[result.level].luma,
             "scores": {name: score for name, score in scores.items() if score is not None},
         }
+        if result.codes:
+            levels[result.level]["codes"] = result.codes
         if result.sensitivity:
             by_layer, by_weight = result.share_changed
             # the paper's Fig. 5 fact, of the full fine-tune: floats in layers whose mean moved by more, floats that did
@@ -118,18 +122,20 @@ def tables_of(
         if parse_level(result.level).is_clean:
             continue
         chosen = set(result.layers)
-        moved = [{"level": result.level, **row} for row in result.sensitivity]
+        rows = [Sensitivity(**row) for row in result.sensitivity]
+        moved = [table_row(result.level, row) for row in rows]
         picked = [
             {
                 "level": result.level,
-                "layer": row["layer"],
-                "numel": row["numel"],
-                "value": row["mean_abs_change"],
-                "selected": row["layer"] in chosen,
+                "layer": row.layer,
+                "numel": row.numel,
+                "value": VALUES[work.criterion.value](row.change),
+                "selected": row.layer in chosen,
+                "code": result.selection.get("codes", {}).get(row.layer, "float32") if row.layer in chosen else None,
                 "budget": work.budget,
                 **{k: result.selection[k] for k in ("objective", "bound", "status")},
             }
-            for row in result.sensitivity
+            for row in rows
         ]
         made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
         made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)

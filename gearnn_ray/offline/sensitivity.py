@@ -1,15 +1,53 @@
-"""Eq. (1): how far each layer moved in the full fine-tune of a level. Pure arithmetic over two states, in float64."""
+"""Eq. (1): how far each layer moved in the full fine-tune of a level, and what of it a code would lose.
 
+Pure arithmetic over two states, in float64; knows nothing of budgets, levels or where gradients come from.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gearnn_ray.codes import applies, restored, stored_bytes
 from gearnn_ray.layers import Layer
+from gearnn_ray.offline.gradients import Gradients
 
 CHANGED = 2e-4
 """A weight counts as changed beyond this (the paper's Fig. 5)."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Sums over a set of floats p that became p + Δ. They add up: `a + b` is of both sets together.
+
+    numel: how many floats. sum_abs: Σ|Δ|. sum_sq: ΣΔ². weight_sq: Σp². first_order: Σ g·Δ, by how much the loss of mean
+    gradient g is predicted to change. fisher: Σ F·Δ², F the diagonal of the empirical Fisher information. The last two are
+    None where no gradients were taken, of some of the floats or of all.
+    """
+
+    numel: int
+    sum_abs: float
+    sum_sq: float
+    weight_sq: float
+    first_order: float | None
+    fisher: float | None
+
+    def __add__(self, other: "Change") -> "Change":
+        return Change(
+            numel=self.numel + other.numel,
+            sum_abs=self.sum_abs + other.sum_abs,
+            sum_sq=self.sum_sq + other.sum_sq,
+            weight_sq=self.weight_sq + other.weight_sq,
+            first_order=_sum(self.first_order, other.first_order),
+            fisher=_sum(self.fisher, other.fisher),
+        )
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 @dataclass(frozen=True)
@@ -18,6 +56,7 @@ class Sensitivity:
 
     mean_abs_change: v_i^q = mean |p - f_q(p)| (Eq. 1); max_abs_change; l2_change: ||p - f_q(p)||_2;
     l2_weight: ||p||_2; share_above_2e_4: share of the layer's weights with |p - f_q(p)| > 2e-4.
+    first_order_change, fisher_change: as in `Change`, None where no gradients were taken.
     """
 
     layer: str
@@ -29,34 +68,116 @@ class Sensitivity:
     l2_change: float
     l2_weight: float
     share_above_2e_4: float
+    first_order_change: float | None = None
+    fisher_change: float | None = None
+
+    @property
+    def change(self) -> Change:
+        """The sums this row was made of, to rounding; |Δ|'s is such that over `numel` it is `mean_abs_change` to the bit."""
+        return Change(
+            numel=self.numel,
+            sum_abs=self.mean_abs_change * self.numel,
+            sum_sq=self.l2_change**2,
+            weight_sq=self.l2_weight**2,
+            first_order=self.first_order_change,
+            fisher=self.fisher_change,
+        )
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One layer under one code: its bytes in a store, headers not counted, and the rounding error Δ - Δ̂ of what comes back."""
+
+    layer: str
+    code: str
+    bytes: int
+    error: Change
+
+
+def coded_of(record: Mapping[str, Any]) -> Coded:
+    """`asdict`'s way back."""
+    return Coded(**{**record, "error": Change(**record["error"])})
 
 
 def sensitivity(
     layers: Sequence[Layer], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> list[Sensitivity]:
     """One row per layer, in order. Raises KeyError for a missing tensor and ValueError for shapes that differ."""
-    return [_of_layer(layer, before, after) for layer in layers]
+    return measure(layers, before, after, None, ())[0]
 
 
-def _of_layer(layer: Layer, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Sensitivity:
-    for name in layer.tensors:
-        if before[name].shape != after[name].shape:
-            raise ValueError(f"{name} changed its shape from {list(before[name].shape)} to {list(after[name].shape)}")
-    p = torch.cat([before[name].detach().reshape(-1).double() for name in layer.tensors])
-    change = (torch.cat([after[name].detach().reshape(-1).double() for name in layer.tensors]) - p).abs()
-    if not layer.numel:
-        return Sensitivity(layer.name, layer.kind, layer.index, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+def measure(
+    layers: Sequence[Layer],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    gradients: Gradients | None,
+    codes: Sequence[str],
+) -> tuple[list[Sensitivity], list[Coded]]:
+    """One row per layer, in order; and one per layer and code that applies to all of the layer's tensors.
+
+    float32 has no error and is not listed. Gradients are of the loss at `before`, on the CPU as the two states are. Raises
+    KeyError for a missing tensor, ValueError for shapes that differ.
+    """
+    rows, coded = [], list[Coded]()
+    for layer in layers:
+        shapes = [before[name].shape for name in layer.tensors]
+        for name, shape in zip(layer.tensors, shapes, strict=True):
+            if after[name].shape != shape:
+                raise ValueError(f"{name} changed its shape from {list(shape)} to {list(after[name].shape)}")
+        p, q = _flat(layer, before), _flat(layer, after)
+        g, f = (None, None) if gradients is None else (_flat(layer, gradients.mean), _flat(layer, gradients.square))
+        rows.append(_row(layer, _change(p, q - p, g, f), (q - p).abs()))
+        for code in codes:
+            if code == "float32" or not all(applies(code, shape) for shape in shapes):
+                continue
+            if code == "int8" and layer.kind == "norm_statistics":
+                continue  # one step of a whole variance's scale may take a small one to 0, which no mean of errors shows
+            changed = {name: after[name] for name in layer.tensors}
+            held = _flat(layer, restored(before, changed, dict.fromkeys(layer.tensors, code)))
+            coded.append(Coded(layer.name, code, stored_bytes(code, shapes), _change(p, q - held, g, f)))
+    return rows, coded
+
+
+def _flat(layer: Layer, state: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([state[name].detach().reshape(-1).double() for name in layer.tensors])
+
+
+def _change(p: Tensor, delta: Tensor, g: Tensor | None, f: Tensor | None) -> Change:
+    return Change(
+        numel=p.numel(),
+        sum_abs=float(delta.abs().sum()),
+        sum_sq=float(delta.square().sum()),
+        weight_sq=float(p.square().sum()),
+        first_order=None if g is None else float((g * delta).sum()),
+        fisher=None if f is None else float((f * delta.square()).sum()),
+    )
+
+
+def _row(layer: Layer, change: Change, moved: Tensor) -> Sensitivity:
+    count = max(1, change.numel)  # a layer of no floats did not move
     return Sensitivity(
         layer=layer.name,
         kind=layer.kind,
         index=layer.index,
         numel=layer.numel,
-        mean_abs_change=float(change.sum() / layer.numel),
-        max_abs_change=float(change.max()),
-        l2_change=float(change.square().sum().sqrt()),
-        l2_weight=float(p.square().sum().sqrt()),
-        share_above_2e_4=float((change > CHANGED).sum()) / layer.numel,
+        mean_abs_change=change.sum_abs / count,
+        max_abs_change=float(moved.max()) if moved.numel() else 0.0,
+        l2_change=math.sqrt(change.sum_sq),
+        l2_weight=math.sqrt(change.weight_sq),
+        share_above_2e_4=float((moved > CHANGED).sum()) / count,
+        first_order_change=change.first_order,
+        fisher_change=change.fisher,
     )
+
+
+def table_row(level: str, row: Sensitivity) -> dict[str, Any]:
+    """A row of `tables.SENSITIVITY`."""
+    return {
+        "level": level,
+        **asdict(row),
+        "sum_abs_change": row.change.sum_abs,
+        "relative_change": row.l2_change / row.l2_weight if row.l2_weight else 0.0,
+    }
 
 
 def share_of_weights_changed(rows: Sequence[Sensitivity]) -> tuple[float, float]:

@@ -13,8 +13,8 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,18 +24,22 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from gearnn_ray.adaptors import take_adaptor
+from gearnn_ray.adaptors import put_adaptor, take_adaptor
+from gearnn_ray.codes import decode, encode, encode_factors, is_rank
+from gearnn_ray.codes import factors as directions
 from gearnn_ray.data import Dataset
 from gearnn_ray.data.images import PackedImages, level_images, split_labels
 from gearnn_ray.errors import UserError
-from gearnn_ray.layers import layers_of, network_state
+from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
 from gearnn_ray.offline.events import Event, Say, StageName
 from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune
-from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.selection import select
-from gearnn_ray.offline.sensitivity import Sensitivity, sensitivity, share_of_weights_changed
+from gearnn_ray.offline.gradients import gradients
+from gearnn_ray.offline.recipe import PAPERS, Criterion, Recipe
+from gearnn_ray.offline.selection import Choice, Selection, choose, select
+from gearnn_ray.offline.sensitivity import Sensitivity, coded_of, measure, sensitivity, share_of_weights_changed
+from gearnn_ray.offline.values import FLOAT_BYTES, layers_and_codes, problem
 from gearnn_ray.store import Blob, Store, digest_of, encode_state
 from gearnn_ray.tasks.segmentation import Normalisation
 
@@ -67,6 +71,14 @@ class Work:
     world_size: int = 1
     base: str = ""
     """digest of the base's blob"""
+    criterion: Criterion = PAPERS
+    sensitivity_epochs: float | None = None
+    """of the full fine-tune, after which layers are chosen; None: all of it"""
+
+    @property
+    def keeps_full(self) -> bool:
+        """Whether fully fine-tuned weights go into the store."""
+        return self.keep_full or self.criterion.needs_weights
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class LevelResult:
     bytes: int = 0
     floats: int = 0
     layers: tuple[str, ...] = ()
+    codes: dict[str, str] = field(default_factory=dict)
+    """of the adaptor's tensors that are not stored as float32"""
     full_digest: str | None = None
     full_bytes: int = 0
     seconds_full: float = 0.0
@@ -158,7 +172,7 @@ def base_key(work: Work, recipe: Recipe) -> str:
         "base",
         network=asdict(work.network),
         train=work.data.train.digest,
-        recipe=recipe.model_dump(),
+        recipe=recipe.inputs(),
         seed=work.seed,
     )
 
@@ -197,6 +211,15 @@ def run_level(work: Work, level: str, say: Say) -> LevelResult:
     return _run_level(LevelRun(work, level, say))
 
 
+def sense_level(work: Work, level: str, criteria: Sequence[Criterion], say: Say) -> None:
+    """What selections under all budgets share: the original judged, the full fine-tune and what it says of the layers."""
+    run = LevelRun(work, level, say)
+    run.stage("original", run.key("original"), run.judge_original)
+    for criterion in criteria:
+        run.work = replace(work, criterion=criterion)
+        run.measured(run.full())
+
+
 def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
     """What `run_level` would return where the store holds all of it already, else None; computes nothing."""
     said: list[Event] = []
@@ -218,17 +241,9 @@ def _run_level(run: "LevelRun") -> LevelResult:
     original = run.stage("original", run.key("original"), run.judge_original)
     if parse_level(level).is_clean:
         return LevelResult(level, original["score"])
-    full = run.stage("full", run.key("full"), run.fine_tune_all, run.is_complete)
-    selection = run.stage(
-        "selection", run.key("selection", budget=work.budget), lambda _: run.choose(full, work.budget)
-    )
-    chosen = tuple(selection["layers"])
-    partial = run.stage(
-        "partial",
-        run.key("partial", chosen=chosen),
-        lambda key: run.fine_tune_chosen(key, chosen),
-        lambda record: run.store.has_blob(record["digest"]),
-    )
+    full = run.full()
+    selection = run.selection(full, work.budget)
+    partial = run.partial(selection, full)
     return LevelResult(
         level=level,
         original=original["score"],
@@ -237,12 +252,13 @@ def _run_level(run: "LevelRun") -> LevelResult:
         digest=partial["digest"],
         bytes=partial["bytes"],
         floats=partial["floats"],
-        layers=chosen,
+        layers=tuple(selection["layers"]),
+        codes=partial.get("codes", {}),
         full_digest=full["digest"] if work.keep_full else None,
         full_bytes=full["bytes"],
         seconds_full=full["seconds"],
         seconds_partial=partial["seconds"],
-        sensitivity=tuple(full["sensitivity"]),
+        sensitivity=tuple(run.measured(full)["sensitivity"]),
         selection=selection,
     )
 
@@ -271,10 +287,12 @@ class LevelRun:
         if stage != "original":
             inputs |= {
                 "train": work.data.train.digest,
-                "recipe": work.recipe.model_dump(),
+                "recipe": work.recipe.inputs(),
                 "seed": work.seed,
                 "world_size": work.world_size,
             }
+        if stage in ("full", "measure", "selection") and work.sensitivity_epochs is not None:
+            inputs["stop_after"] = work.sensitivity_epochs
         return stage_key(stage, **inputs, **more)
 
     def stage(
@@ -329,7 +347,7 @@ class LevelRun:
     def judge_original(self, _: str) -> dict[str, Any]:
         return {"score": self._judge(self.network())} if self.leads else {}
 
-    def fine_tune_all(self, key: str) -> dict[str, Any]:
+    def _fine_tune_all(self, key: str) -> dict[str, Any]:
         model = self.network()
         seconds, precision = self._fine_tune(model, None, key, "full")
         if not self.leads:
@@ -337,50 +355,143 @@ class LevelRun:
         state = network_state(model)
         rows = sensitivity(layers_of(model), self._base, state)
         data = encode_state(state)
-        digest = self.store.put_blob(data) if self.work.keep_full else digest_of(data)
+        digest = self.store.put_blob(data) if self.work.keeps_full else digest_of(data)
         return {
             "digest": digest,
             "bytes": len(data),
-            "score": self._judge(model),
+            "score": self._judge(model) if self.work.sensitivity_epochs is None else None,
             "seconds": seconds,
             "precision": precision,
             "sensitivity": [asdict(row) for row in rows],
         }
 
-    def is_complete(self, record: dict[str, Any]) -> bool:
+    def full(self) -> dict[str, Any]:
+        """Step 1: the record of the full fine-tune, from the store or made now.
+
+        Where fewer epochs are enough to choose layers by, it ends there and is not judged ("score" None).
+        """
+        return self.stage("full", self.key("full"), self._fine_tune_all, self._is_complete)
+
+    def _is_complete(self, record: dict[str, Any]) -> bool:
         """A full fine-tune's weights are there if this job wants them kept."""
-        return not self.work.keep_full or self.store.has_blob(record["digest"])
+        return not self.work.keeps_full or self.store.has_blob(record["digest"])
 
-    def choose(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
-        rows = [Sensitivity(**row) for row in full["sensitivity"]]
-        result = select([r.mean_abs_change for r in rows], [r.numel for r in rows], budget)
-        return {
-            "layers": [rows[i].layer for i in result.chosen],
-            "objective": result.objective,
-            "bound": result.bound,
-            "status": result.status,
-            "used": result.used,
-        }
+    def measured(self, full: dict[str, Any]) -> dict[str, Any]:
+        """Step 2: what the criterion goes by, "sensitivity" (rows of `Sensitivity`) and "coded" (of `Coded`)."""
+        criterion = self.work.criterion
+        if not criterion.needs_weights:
+            return {"sensitivity": full["sensitivity"], "coded": []}
+        about = {"codes": criterion.codes, "gradients": criterion.needs_gradients}
+        return self.stage("measure", self.key("measure", **about), lambda _: self._measure(full))
 
-    def fine_tune_chosen(self, key: str, chosen: tuple[str, ...]) -> dict[str, Any]:
+    def _measure(self, full: dict[str, Any]) -> dict[str, Any]:
+        if not self.leads:
+            return {}
+        model, work = self.network(), self.work
+        taken = None
+        if work.criterion.needs_gradients:
+            images, labels = training_data(work, self.level)
+            recipe = work.recipe
+            taken = gradients(
+                model, images, labels, work.network.normalisation, recipe.crop, work.seed, recipe.precision
+            )
+        after = self.store.get_state(full["digest"])
+        rows, coded = measure(layers_of(model), self._base, after, taken, work.criterion.codes)
+        return {"sensitivity": [asdict(row) for row in rows], "coded": [asdict(each) for each in coded]}
+
+    def selection(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
+        """Step 3: the layers chosen under M, in floats; and under "codes" those that are not stored as float32."""
+        criterion = self.work.criterion
+        about = {} if criterion == PAPERS else {"criterion": criterion.model_dump()}
+        return self.stage(
+            "selection", self.key("selection", budget=budget, **about), lambda _: self._select(full, budget)
+        )
+
+    def _select(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
+        measured, criterion = self.measured(full), self.work.criterion
+        rows = [Sensitivity(**row) for row in measured["sensitivity"]]
+        if criterion == PAPERS:
+            papers = select([r.mean_abs_change for r in rows], [r.numel for r in rows], budget)
+            return {"layers": [rows[i].layer for i in papers.chosen], **_solved(papers, papers.used)}
+        groups = problem(
+            rows,
+            [coded_of(each) for each in measured["coded"]],
+            alternatives_of(self.network(), criterion.granularity),
+            criterion.value,
+            criterion.codes,
+        )
+        values, sizes = ([[getattr(o, what) for o in group] for group in groups] for what in ("value", "bytes"))
+        choice = choose(values, sizes, FLOAT_BYTES * budget)
+        chosen = layers_and_codes(groups, choice.picked)
+        codes = {layer: code for layer, code in chosen.items() if code != "float32"}
+        ordered = [row.layer for row in rows if row.layer in chosen]
+        return {"layers": ordered, "codes": codes, **_solved(choice, math.ceil(choice.used / FLOAT_BYTES))}
+
+    def partial(self, selection: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+        """Step 4: the adaptor's record, "codes" by tensor where any is not float32."""
+        chosen, codes = tuple(selection["layers"]), selection.get("codes", {})
+        about: dict[str, Any] = {"chosen": chosen}
+        if codes:
+            about["codes"] = codes
+        if any(is_rank(code) for code in codes.values()):
+            about["directions"] = full["digest"]
+        return self.stage(
+            "partial",
+            self.key("partial", **about),
+            lambda key: self._fine_tune_chosen(key, chosen, codes, full["digest"]),
+            lambda record: self.store.has_blob(record["digest"]),
+        )
+
+    def _fine_tune_chosen(
+        self, key: str, chosen: tuple[str, ...], codes: Mapping[str, str], full: str
+    ) -> dict[str, Any]:
         model = self.network()
-        seconds, precision = self._fine_tune(model, chosen, key, "partial")
+        by_tensor = {
+            name: codes[layer.name] for layer in layers_of(model) for name in layer.tensors if layer.name in codes
+        }
+        factors = self._first_factors({n: code for n, code in by_tensor.items() if is_rank(code)}, full)
+        seconds, precision = self._fine_tune(model, chosen, key, "partial", factors)
         if not self.leads:
             return {}
         # refuses to go on when a single bit outside the chosen layers has changed
-        adaptor = take_adaptor(model, self._base, chosen)
-        blob = self.store.put_state(adaptor)
+        stored = adaptor = take_adaptor(model, self._base, chosen)
+        if by_tensor:
+            # judged is what everyone will restore, not what was trained
+            plain = {name: tensor for name, tensor in adaptor.items() if name not in factors}
+            stored = encode(self._base, plain, {n: code for n, code in by_tensor.items() if n in plain})
+            for name, (left, right) in factors.items():
+                stored |= encode_factors(name, left, right)
+            put_adaptor(model, self._base, decode(self._base, stored))
+        blob = self.store.put_state(stored)
         return {
             "digest": blob.digest,
             "bytes": blob.bytes,
             "floats": sum(t.numel() for t in adaptor.values()),
+            "codes": by_tensor,
             "score": self._judge(model),
             "seconds": seconds,
             "precision": precision,
         }
 
+    def _first_factors(self, ranks: Mapping[str, str], full: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Where changes of low rank begin: at the base, free to move in the directions in which the full fine-tune moved most.
+
+        With rows of length 1 a step along them is as long as one of the weight itself would be.
+        """
+        after = self.store.get_state(full) if ranks else {}
+        made = dict[str, tuple[Tensor, Tensor]]()
+        for name, code in ranks.items():
+            left, right = directions(code, after[name] - self._base[name])
+            made[name] = torch.zeros_like(left), nn.functional.normalize(right, dim=1)
+        return made
+
     def _fine_tune(
-        self, model: nn.Module, chosen: tuple[str, ...] | None, key: str, stage: StageName
+        self,
+        model: nn.Module,
+        chosen: tuple[str, ...] | None,
+        key: str,
+        stage: StageName,
+        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[float, str]:
         if chosen == ():
             return (
@@ -388,16 +499,25 @@ class LevelRun:
                 self.work.recipe.precision,
             )  # nothing moved in the full fine-tune: the adaptor is empty
         images, labels = training_data(self.work, self.level)
+        recipe, stop_after = self.work.recipe, self.work.sensitivity_epochs if chosen is None else None
+        if stop_after is not None:
+            # what a recipe does at its end is for networks that are used
+            recipe = recipe.model_copy(update={"averaged": 0.0, "statistics": "running"})
         outcome = fine_tune(
-            model, images, labels, self.work.recipe, self.work.network.normalisation,
+            model, images, labels, recipe, self.work.network.normalisation, stop_after=stop_after,
             chosen=chosen, seed=self.work.seed, checkpoint=StoredCheckpoint(self.store, key),
-            progress=_relay(self.say, stage, self.level),
+            progress=_relay(self.say, stage, self.level), factors=factors,
         )  # fmt: skip
         return outcome.seconds, outcome.precision
 
     def _judge(self, model: nn.Module) -> float:
         images, labels = validation_data(self.work, self.level)
         return evaluate(model, images, labels, self.work.network.normalisation, self.work.recipe.precision)
+
+
+def _solved(found: Selection | Choice, used: int) -> dict[str, Any]:
+    """What a record says of a solution; `used` in floats."""
+    return {"objective": found.objective, "bound": found.bound, "status": found.status, "used": used}
 
 
 def _relay(say: Say, stage: StageName, level: str) -> Callable[[Progress], None]:
