@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from gearnn_ray.config import EvaluateConfig, ServeConfig, SplitConfig, parse_command_line
+from gearnn_ray.config import (
+    ConfigT,
+    EvaluateConfig,
+    JobOptions,
+    ServeConfig,
+    SplitConfig,
+    SweepConfig,
+    parse_command_line,
+)
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
 from gearnn_ray.progress import reporter, split_plan
@@ -25,6 +33,8 @@ if TYPE_CHECKING:
     from gearnn_ray.evaluation.findings import Outcome as Evaluated
     from gearnn_ray.offline.pipeline import Outcome
     from gearnn_ray.online.service import Serving
+    from gearnn_ray.sweep.findings import Point
+    from gearnn_ray.sweep.pipeline import Outcome as Swept
 
 _DESCRIPTION = (
     "Split a network into one base and a tiny adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
@@ -32,47 +42,68 @@ _DESCRIPTION = (
 _EVALUATE_DESCRIPTION = (
     "Judge every method at every level of a release on the same images: how much accuracy for how many bytes."
 )
+_SWEEP_DESCRIPTION = (
+    "Try several budgets M on a release's levels, and recommend the smallest that is nearly as good as the best."
+)
 _SERVE_DESCRIPTION = "Serve releases over HTTP: one base, every level, each frame with the network of its own level."
 
 
 def run_split(arguments: Sequence[str]) -> int:
     """`jobs/split.py`: 0 every level is published, 1 a level failed, 2 what it was told is wrong."""
-    try:
-        config, options = parse_command_line(SplitConfig, arguments, _DESCRIPTION)
-        config = config.model_copy(update={"store": resolve_store(config.store)})
-        from gearnn_ray.offline import (
-            pipeline,
-        )  # Ray takes seconds to import; --help and typing errors need not wait
+
+    def run(config: SplitConfig, options: JobOptions) -> bool:
+        from gearnn_ray.offline import pipeline
 
         with reporter(split_plan(config.levels), options.json_lines) as say:
             outcome = pipeline.split(config, say)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
-        return 130
-    _show(config, outcome, options.json_lines)
-    return 1 if outcome.failed else 0
+        _show(config, outcome, options.json_lines)
+        return not outcome.failed
+
+    return _run(SplitConfig, arguments, _DESCRIPTION, run)
 
 
 def run_evaluate(arguments: Sequence[str]) -> int:
     """`jobs/evaluate.py`: 0 everything is judged, 1 something failed, 2 what it was told is wrong."""
-    try:
-        config, options = parse_command_line(EvaluateConfig, arguments, _EVALUATE_DESCRIPTION)
-        config = config.model_copy(update={"store": resolve_store(config.store)})
+
+    def run(config: EvaluateConfig, options: JobOptions) -> bool:
         from gearnn_ray.evaluation import pipeline
 
         with reporter({}, options.json_lines) as say:
             outcome = pipeline.evaluate(config, say, shlex.join(["jobs/evaluate.py", *arguments]))
+        _show_evaluation(config, outcome, options.json_lines)
+        return not outcome.failed
+
+    return _run(EvaluateConfig, arguments, _EVALUATE_DESCRIPTION, run)
+
+
+def run_sweep(arguments: Sequence[str]) -> int:
+    """`jobs/sweep.py`: 0 every budget is judged at every level, 1 something failed, 2 what it was told is wrong."""
+
+    def run(config: SweepConfig, options: JobOptions) -> bool:
+        from gearnn_ray.sweep import pipeline
+
+        with reporter({}, options.json_lines) as say:
+            outcome = pipeline.sweep(config, say)
+        _show_sweep(config, outcome, options.json_lines)
+        return not outcome.failed
+
+    return _run(SweepConfig, arguments, _SWEEP_DESCRIPTION, run)
+
+
+def _run(
+    kind: type[ConfigT], arguments: Sequence[str], description: str, run: Callable[[ConfigT, JobOptions], bool]
+) -> int:
+    """A job's exit code. `run` does it and says whether nothing failed; it imports Ray, which takes seconds, only then."""
+    try:
+        config, options = parse_command_line(kind, arguments, description)
+        config = config.model_copy(update={"store": resolve_store(config.store)})  # type: ignore[attr-defined]
+        return 0 if run(config, options) else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
         return 130
-    _show_evaluation(config, outcome, options.json_lines)
-    return 1 if outcome.failed else 0
 
 
 def run_serve(arguments: Sequence[str]) -> int:
@@ -200,6 +231,51 @@ def _show_evaluation(config: EvaluateConfig, outcome: "Evaluated", json_lines: b
     console.print()
     for what, path in places:
         console.print(f"{what + ':':<8}{store}/{path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_sweep(config: SweepConfig, outcome: "Swept", json_lines: bool) -> None:
+    store, name = Store(config.store).uri, config.release.partition("@")[0].partition(":")[0]
+    if json_lines:
+        points = [
+            {
+                "budget": point.budget, "floats": point.floats, "value": point.value, "bytes": point.bytes,
+                "complete": point.complete, "score": point.score if point.results else None,
+                "levels": {result.level: result.adaptor for result in point.results},
+            }
+            for point in outcome.points
+        ]  # fmt: skip
+        result = {"event": "result", "store": store, **asdict(outcome), "points": points}
+        print(json.dumps(result), flush=True)
+        return
+    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    if any(point.results for point in outcome.points):
+        console.print("\nmIoU in percent on the validation images, with adaptors", style="bold", highlight=False)
+        console.print(_sweep_table(outcome.points), highlight=False)
+    console.print(f"\n{outcome.sentence}", highlight=False, markup=False)
+    for what, reason in outcome.failed.items():
+        console.print(f"\n{what} failed: {reason}", style="bold red", highlight=False, markup=False)
+    bundle = outcome.release and f"{name}:recommended ({outcome.release[:19]}…) in {store}"
+    figure, table = (path and f"{store}/{path}" for path in (outcome.figure, outcome.table))
+    console.print()
+    for what, place in (("bundle", bundle), ("table", table), ("figure", figure)):
+        if place:
+            console.print(f"{what + ':':<8}{place}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sweep_table(points: Sequence["Point"]) -> Table:
+    """A line per budget and value function."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    levels = list(dict.fromkeys(result.level for point in points for result in point.results))
+    several = len({point.value for point in points}) > 1
+    for head in ("M", *(["value"] if several else []), "floats", "bytes", *levels, "mean"):
+        table.add_column(head, justify="left" if head in ("M", "value") else "right", no_wrap=True)
+    for point in points:
+        scores = {result.level: result.adaptor for result in point.results}
+        cells = [f"{score:.1f}" if (score := scores.get(level)) is not None else "-" for level in levels]
+        mean = f"{point.score:.2f}" if point.complete else "-"
+        about = [point.budget, *([point.value] if several else []), f"{point.floats:,}", f"{point.bytes:,}"]
+        table.add_row(*about, *cells, mean)
+    return table
 
 
 def _accuracy_tables(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]:

@@ -2,13 +2,16 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from gearnn_ray.levels import parse_level
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEANINGFUL_GAP = 1.0
 """Percent points: a share of a smaller gap is noise divided by noise, and not shown."""
@@ -56,13 +59,9 @@ def weight_change_figure(
 
     levels: sensitivity rows per level; chosen: layer names per level.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    height = 1.2 + 1.5 * len(levels)
-    figure = Figure(figsize=(12, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((12, 1.2 + 1.5 * len(levels)))
     axes = figure.subplots(len(levels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     markers = {
         "conv_weight": ("o", "convolution"), "norm_weight": ("^", "norm weight"), "norm_bias": ("v", "norm bias"),
@@ -98,7 +97,7 @@ def weight_change_figure(
         for marker, label in (markers.get(kind, ("x", kind)) for kind in kinds)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 _AXES = {
@@ -114,9 +113,6 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
 
     rows: summary rows. The undistorted score is a line across; combinations, which have no axis, stand side by side.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     undistorted: float | None = None
     for row in rows:
@@ -126,8 +122,7 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
             continue
         panel = panels.setdefault(level.family, [])
         panel.append((float(len(panel)) if level.value is None else float(level.value), row))
-    figure = Figure(figsize=(1 + 4.5 * max(1, len(panels)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((1 + 4.5 * max(1, len(panels)), 4.2))
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for axis, (family, points) in zip(axes, panels.items(), strict=False):
         points.sort(key=lambda point: point[0])
@@ -147,12 +142,21 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     axes[0].set_ylabel(f"{rows[0]['metric']}, percent")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
-    return _png(figure)
+    return figure_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """An empty figure, `size` in inches, that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: "Figure", dpi: int = 110) -> bytes:
+    """PNG without a version in it: the same picture, the same bytes."""
     out = io.BytesIO()
-    figure.savefig(
-        out, format="png", dpi=110, metadata={"Software": None}
-    )  # no version: the same picture, the same bytes
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
     return out.getvalue()

@@ -68,10 +68,10 @@ def options(folder: Path, **changes: Any) -> list[str]:
     return line
 
 
-def start_job(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
-    """`jobs/split.py` as a real process with JSON lines on its standard output."""
+def start_job(arguments: list[str], job: str = "split.py", **environment: str) -> "subprocess.Popen[str]":
+    """A job as a real process with JSON lines on its standard output."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "split.py"), *arguments, "--json"],
+        [sys.executable, str(ROOT / "jobs" / job), *arguments, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

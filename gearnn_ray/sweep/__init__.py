@@ -1,0 +1,1 @@
+"""Budgets M compared: what a sweep finds, and the job that finds it."""

@@ -1,0 +1,298 @@
+"""A sweep over the budget M with Ray Tune, one trial per budget and value function.
+
+    release ─► originals and full fine-tunes, once ─► trials: selection, partial fine-tunes, level by level ─► recommended release
+
+A trial goes through the stages of Algorithm 1, level after level, and reports each, so that ASHA can stop it. Everything is
+kept under the stages' own keys: that is how a sweep goes on after a crash, and why its trials find the full fine-tunes there.
+Tune only decides what runs when; what it writes is thrown away.
+"""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, cast
+
+# before Tune is imported: no files of results beside ours, no table of its own on our output, and Ctrl-C is the job's
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from gearnn_ray import tables
+from gearnn_ray.adaptors import ComplementChangedError
+from gearnn_ray.cluster import (
+    Board,
+    Relay,
+    beside_driver,
+    cluster,
+    cluster_resources,
+    mute,
+    reason_of,
+    saying,
+)
+from gearnn_ray.config import ResourcesConfig, SplitConfig, SweepConfig, budget_floats
+from gearnn_ray.errors import TrainingFailedError, UserError
+from gearnn_ray.levels import parse_level
+from gearnn_ray.offline import stages
+from gearnn_ray.offline.events import Event, Say
+from gearnn_ray.offline.finetune import prepare_process
+from gearnn_ray.offline.recipe import Criterion
+from gearnn_ray.offline.release import manifest_of
+from gearnn_ray.offline.reopen import Reopened, make_images, reopen
+from gearnn_ray.offline.resources import check_resources
+from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Work
+from gearnn_ray.progress import Reporter
+from gearnn_ray.store import Blob, Store
+from gearnn_ray.sweep.figure import sweep_figure
+from gearnn_ray.sweep.findings import Point, recommended, rows_of, sentence
+from gearnn_ray.tasks.segmentation import METRIC
+
+BUDGETS = ("0.05%", "0.1%", "0.2%", "0.4%", "0.6%", "0.8%", "1%")
+QUICK_BUDGETS = ("0.05%", "0.2%", "1%")
+"""on the generated scenes"""
+_QUICK_LEVELS = 2
+TAG = "recommended"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep found. Paths are in the store; `failed`: what to reason; `release`: digest of the recommended manifest."""
+
+    points: tuple[Point, ...]
+    sentence: str
+    release: str | None
+    table: str | None
+    figure: str | None
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one trial does, and how it is called."""
+
+    budget: str
+    work: Work
+    label: str
+
+
+def sweep(config: SweepConfig, say: Reporter) -> Outcome:
+    """Run the job. Raises UserError before anything is trained or written when what it was told is wrong."""
+    store = Store(config.store)
+    store.manifest(config.release)  # there is one, or nothing is started
+    store.check_writable()
+    with cluster():
+        check_resources(ResourcesConfig(**config.resources.model_dump()), *cluster_resources())
+        board = cast(Any, Board).options(scheduling_strategy=beside_driver()).remote()
+        relay = Relay(board, say)
+        release = reopen(store, config.release, config.data, relay)
+        levels, trials = _checked(config, release)
+        images = make_images(release.work, (*levels, *release.levels), relay)
+        run = _Run(config, board, relay, say)
+        run.sense(trials, levels)
+        points = run.try_all(trials, levels)
+        chosen = recommended(points, config.within)
+        digest = None
+        if chosen is not None:
+            work = next(t.work for t in trials if (t.budget, t.work.criterion.value) == (chosen.budget, chosen.value))
+            digest = run.publish(store, release, chosen, work, images)
+        relay.flush()
+    table, figure = _show(store, config, release, points)
+    return Outcome(tuple(points), sentence(points, config.within), digest, table, figure, run.failed)
+
+
+def _checked(config: SweepConfig, release: Reopened) -> tuple[tuple[str, ...], list[_Trial]]:
+    """Levels and trials. Raises UserError."""
+    generated = release.config.data.kind == "scenes"
+    levels = config.levels or tuple(name for name in release.levels if not parse_level(name).is_clean)
+    if not levels:
+        raise UserError(f"{config.release} has no distorted level to sweep: name some with --levels")
+    scores = {name: entry["scores"].get("original", 100.0) for name, entry in release.manifest["levels"].items()}
+    if not config.levels:
+        # the worst first: that is where budgets differ, and where ASHA looks first
+        levels = tuple(sorted(levels, key=lambda name: scores[name]))[: _QUICK_LEVELS if generated else None]
+    budgets = config.budgets or (QUICK_BUDGETS if generated else BUDGETS)
+    criterion = release.config.selection
+    values = config.values or (criterion.value,)
+    trials = list[_Trial]()
+    for value in values:
+        for budget in budgets:
+            floats = budget_floats(budget, release.facts.floats)
+            if floats < release.facts.smallest_layer:
+                raise UserError(
+                    f"the budget {budget} is {floats} floats and fits no layer: the smallest of {release.work.network.name} "
+                    f"has {release.facts.smallest_layer}, so give at least that"
+                )
+            own = criterion.model_copy(update={"value": value})
+            work = replace(release.work, budget=floats, criterion=own, keep_full=own.needs_weights)
+            trials.append(_Trial(budget, work, f"M = {budget}" + (f" {value}" if len(values) > 1 else "")))
+    same = next(((a, b) for a, b in itertools.combinations(trials, 2) if a.work == b.work), None)
+    if same:
+        raise UserError(f"{same[0].label} and {same[1].label} are the same number of floats: give each budget once")
+    return levels, trials
+
+
+@ray.remote
+def _sense(work: Work, level: str, criteria: Sequence[Criterion], threads: int, board: Any) -> None:
+    """What all budgets of a level share: the original judged, the full fine-tune, what it says of the layers."""
+    prepare_process(threads)
+    with saying(board) as say:
+        stages.sense_level(work, level, criteria, say)
+
+
+@ray.remote
+def _run_level(work: Work, level: str, label: str, threads: int, board: Any) -> LevelResult:
+    prepare_process(threads)
+    with saying(board) as say:
+        return stages.run_level(work, level, _only_partial(say, label, level))
+
+
+def _only_partial(say: Say, label: str, level: str) -> Say:
+    """What is a trial's own: its partial fine-tunes. The rest was said before."""
+
+    def tell(event: Event) -> None:
+        if event.stage == "partial":
+            say(replace(event, level=label, stage=level))
+
+    return tell
+
+
+class _Relaying(tune.Callback):
+    """Hands on what trials say, while Tune has the driver."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        del iteration, trials, info
+        self._relay.flush()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Tune writes down what it was told, to restore it one day: not from there, and a terminal cannot be pickled
+        return tune.Callback, ()
+
+
+class _Run:
+    """The tasks and trials of one sweep."""
+
+    def __init__(self, config: SweepConfig, board: Any, relay: Relay, say: Reporter) -> None:
+        self.config, self.relay, self.say = config, relay, say
+        self.failed: dict[str, str] = {}
+        self._board = board
+        self._threads = max(1, int(config.resources.cpus))
+
+    def sense(self, trials: Sequence[_Trial], levels: Sequence[str]) -> None:
+        """Full fine-tunes of all levels, once for all trials, each of which fails at a level that fails here."""
+        self.say.expect(
+            {(level, stage): part for level in levels for stage, part in (("original", 0.1), ("full", 1.0))}
+        )
+        criteria = tuple(dict.fromkeys(trial.work.criterion for trial in trials))
+        self._all(_sense, {level: (trials[0].work, level, criteria) for level in levels})
+
+    def _all(self, task: Any, calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Results of one task per call, by its label; those that fail are noted."""
+        resources = self.config.resources
+        task = task.options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries)
+        running = {label: task.remote(*call, self._threads, self._board) for label, call in calls.items()}
+        results = dict[str, Any]()
+        for label, ref in running.items():
+            try:
+                results[label] = self.relay.wait(ref)
+            except Exception as error:
+                self.failed[label] = reason_of(error)
+        return results
+
+    def try_all(self, trials: Sequence[_Trial], levels: Sequence[str]) -> list[Point]:
+        """Every trial under Tune; what each found is in the store."""
+        self.say.expect({(trial.label, level): 0.65 for trial in trials for level in levels})
+        by_label = {trial.label: trial for trial in trials}
+        board, threads, resources = self._board, self._threads, self.config.resources
+        broken = dict(self.failed)
+
+        def try_one(setting: Mapping[str, Any]) -> None:
+            prepare_process(threads)
+            label, work = setting["trial"], by_label[setting["trial"]].work
+            if (reason := ray.get(board.given_up.remote(label))) is not None:
+                raise TrainingFailedError(
+                    reason
+                )  # Tune tries again after any failure; what is wrong with a level stays so
+            scores = list[float]()
+            for level in levels:
+                with saying(board) as say:
+                    try:
+                        if level in broken:
+                            raise TrainingFailedError(broken[level])
+                        result = stages.run_level(work, level, _only_partial(say, label, level))
+                    except (TrainingFailedError, UserError, ComplementChangedError) as error:
+                        ray.get(board.give_up.remote(label, f"{level}: {error}"))
+                        raise
+                assert result.adaptor is not None
+                scores.append(result.adaptor)
+                tune.report({"level": level, "score": result.adaptor, "mean": fmean(scores), "levels": len(scores)})
+
+        scheduler = (
+            ASHAScheduler(time_attr="levels", max_t=len(levels), grace_period=1, reduction_factor=2)
+            if self.config.asha
+            else FIFOScheduler()  # type: ignore[no-untyped-call]
+        )
+        with tempfile.TemporaryDirectory(prefix="gearnn_ray-") as scratch:
+            found = tune.Tuner(
+                tune.with_resources(try_one, {"cpu": resources.cpus, "gpu": resources.gpus}),
+                param_space={"trial": tune.grid_search(list(by_label))},
+                tune_config=tune.TuneConfig(metric="mean", mode="max", scheduler=scheduler),
+                run_config=tune.RunConfig(
+                    name="sweep",
+                    storage_path=scratch,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=resources.retries),
+                    callbacks=[_Relaying(self.relay)],
+                ),
+            ).fit()
+        self.relay.flush()
+        for result in (found[index] for index in range(len(found))):
+            if result.error is not None:
+                label = cast(Any, result.config)["trial"]
+                self.failed[label] = ray.get(board.given_up.remote(label)) or reason_of(result.error)
+        points = list[Point]()
+        for trial in trials:
+            known = [stages.known_level(trial.work, level, mute) for level in levels]
+            there = tuple(level for level in known if level is not None)
+            value = trial.work.criterion.value
+            points.append(Point(trial.budget, trial.work.budget, value, there, len(there) == len(levels)))
+        return points
+
+    def publish(
+        self, store: Store, release: Reopened, point: Point, work: Work, images: Mapping[str, ImageStatistics]
+    ) -> str:
+        """The release again under the recommended budget, all its levels, tagged; `latest` stays where it is."""
+        label = f"M = {point.budget}, the rest"
+        others = [level for level in release.levels if level not in {result.level for result in point.results}]
+        self.say.expect({(label, level): 0.65 for level in others if not parse_level(level).is_clean})
+        made = self._all(_run_level, {f"{level} at {point.budget}": (work, level, label) for level in others})
+        results = {result.level: result for result in (*point.results, *made.values())}
+        ordered = tuple(results[level] for level in dict.fromkeys((*release.levels, *results)) if level in results)
+        config = release.config.model_copy(update={"budget": point.budget, "selection": work.criterion})
+        config = SplitConfig.model_validate(config.model_dump() | {"levels": tuple(result.level for result in ordered)})
+        entry = release.manifest["base"]
+        base = Blob(entry["digest"], entry["bytes"])
+        return store.publish(manifest_of(config, work, base, release.facts, images, ordered), {}, (TAG,), latest=False)
+
+
+def _show(
+    store: Store, config: SweepConfig, release: Reopened, points: Sequence[Point]
+) -> tuple[str | None, str | None]:
+    """Table and figure, put into the store; their paths there."""
+    rows = rows_of(points, METRIC, release.facts.floats, config.within)
+    if not rows:
+        return None, None
+    table, figure = f"tables/{release.name}/sweep.parquet", f"figures/{release.name}/sweep.png"
+    store.put_table(table, tables.table(tables.SWEEP, rows))
+    store.put_figure(
+        figure, sweep_figure(points, config.within, 4 * release.facts.floats, f"{release.name}: accuracy over memory")
+    )
+    return table, figure

@@ -1,0 +1,224 @@
+"""A sweep on a real Ray: what it finds, publishes, reuses and refuses, and what one failure costs."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from gearnn_ray import Store, tables
+from gearnn_ray.cli import run_split, run_sweep
+from gearnn_ray.config import budget_floats
+from gearnn_ray.errors import UserError
+from gearnn_ray.sweep import pipeline
+from tests import tiny
+from tests.test_pipeline import files
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+LEVELS = ["clean", "jpeg-10", "jpeg-30", "brightness-0.4"]
+SWEPT = ["jpeg-10", "brightness-0.4"]
+BUDGETS = ["10%", "30%", "80%"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny.write_folder(folder / "data")
+    tiny.write_weights(folder / "weights.safetensors")
+    options = tiny.options(folder, levels=LEVELS, budget="30%", store=folder / "released")
+    assert run_split([*options, "--json"]) == 0
+    return folder
+
+
+def told(folder: Path, store: str = "store", **changes: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "store": folder / store, "release": "tiny", "data.cache": folder / "cache", "budgets": BUDGETS, "levels": SWEPT,
+    } | changes  # fmt: skip
+    line: list[str] = []
+    for name, value in options.items():
+        if value is not None:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """Exit code, result and events."""
+    capsys.readouterr()
+    code = run_sweep([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [json.loads(line) for line in out.splitlines()]
+    return code, lines[-1], lines[:-1]
+
+
+def made(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(level, stage) of what was computed, images aside."""
+    return sorted((e["level"], e["stage"]) for e in lines if e["event"] == "finished" and e["stage"] != "images")
+
+
+def test_every_budget_at_every_level_and_the_smallest_good_one_published(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(work / "released", work / "store")
+    store = Store(work / "store")
+    latest, manifest = store.manifest("tiny")
+    code, result, lines = run(told(work, within=100), capsys)
+    assert (code, result["failed"]) == (0, {})
+
+    points = {point["budget"]: point for point in result["points"]}
+    assert list(points) == BUDGETS
+    assert all(point["complete"] and list(point["levels"]) == SWEPT for point in points.values())
+    assert [p["floats"] for p in points.values()] == [budget_floats(b, manifest["model"]["floats"]) for b in BUDGETS]
+    assert [p["bytes"] for p in points.values()] == sorted(p["bytes"] for p in points.values())
+    released = {level: manifest["levels"][level]["scores"]["adaptor"] for level in SWEPT}
+    assert points["30%"]["levels"] == released  # the split job's own, found in the store
+    # full fine-tunes are the split's; of the adaptors those of its own budget are there
+    assert made(lines) == sorted(
+        [*((f"M = {b}", level) for b in ("10%", "80%") for level in SWEPT), ("M = 10%, the rest", "jpeg-30")]
+    )
+
+    assert result["sentence"].startswith("M = 10%: smallest budget within 100 points of the best")
+    digest, recommended = store.manifest("tiny:recommended")
+    assert result["release"] == digest
+    assert store.manifest("tiny")[0] == latest  # who follows it is not moved
+    assert list(recommended["levels"]) == LEVELS
+    assert recommended["budget"] == {"asked": "10%", "floats": points["10%"]["floats"]}
+    release = store.pull("tiny:recommended")
+    for level in SWEPT:
+        assert recommended["levels"][level]["scores"]["adaptor"] == points["10%"]["levels"][level]
+        assert sum(t.numel() for t in release.adaptor_state(level).values()) <= points["10%"]["floats"]
+
+    table = store.get_table(result["table"])
+    assert table.column_names == [field.name for field in tables.SWEEP]
+    assert [(r["budget"], r["level"]) for r in table.to_pylist()] == [(b, level) for b in BUDGETS for level in SWEPT]
+    assert (work / "store" / result["figure"]).read_bytes().startswith(b"\x89PNG")
+
+    before = files(work / "store")
+    code, again, lines = run(told(work, within=100), capsys)
+    assert (code, again, made(lines)) == (0, result, [])
+    assert files(work / "store") == before
+
+
+def test_asha_may_stop_a_budget_which_is_then_not_recommended_and_goes_on_without(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(work / "released", work / "asha")
+    code, result, _ = run([*told(work, "asha"), "--asha", "True"], capsys)
+    assert (code, result["failed"]) == (0, {})
+    points = result["points"]
+    assert any(point["complete"] for point in points)
+    assert all(list(point["levels"]) == SWEPT[: len(point["levels"])] for point in points)
+    assert all(point["complete"] == (len(point["levels"]) == len(SWEPT)) for point in points)
+    code, result, _ = run(told(work, "asha"), capsys)
+    assert code == 0
+    assert all(point["complete"] for point in result["points"])
+
+
+def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The release itself is made with codes and by modules; what the sweep publishes is so too."""
+    options = tiny.options(work, name="coded", levels=["jpeg-10"], budget="30%", store=work / "coded")
+    criterion = ["--selection.codes", "float32", "bfloat16", "int8", "rank-1", "--selection.granularity", "module"]
+    assert run_split([*options, *criterion, "--json"]) == 0
+    arguments = told(work, "coded", release="coded", levels=["jpeg-10"], budgets=["10%", "30%"], within=0)
+    code, result, _ = run([*arguments, "--values", "fisher", "sum-abs"], capsys)
+    assert (code, result["failed"]) == (0, {})
+    assert [(p["value"], p["budget"]) for p in result["points"]] == [
+        (value, budget) for value in ("fisher", "sum-abs") for budget in ("10%", "30%")
+    ]
+    store = Store(work / "coded")
+    manifest = store.manifest("coded:recommended")[1]
+    assert manifest["schema"] == 2
+    entry = manifest["levels"]["jpeg-10"]
+    assert set(entry["codes"].values()) & {"bfloat16", "int8", "rank-1"}
+    assert manifest["config"]["selection"]["granularity"] == "module"
+    best = max(result["points"], key=lambda p: p["score"])
+    assert manifest["config"]["selection"]["value"] in {
+        p["value"] for p in result["points"] if p["score"] == best["score"]
+    }
+    # what was judged is what is restored
+    release = store.pull("coded:recommended")
+    assert entry["scores"]["adaptor"] == best["score"]
+    assert all(torch.isfinite(tensor).all() for tensor in release.adaptor_state("jpeg-10").values())
+    rows = store.get_table("tables/coded/selection/jpeg-10.parquet").to_pylist()
+    assert {row["code"] is not None for row in rows if row["selected"]} == {True}
+    assert {row["code"] for row in rows if not row["selected"]} <= {None}
+
+
+def test_trials_that_fail_fail_the_job_by_name(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = tiny.options(work, name="dark", levels=["jpeg-10"], budget="30%", store=work / "dark")
+    model = ["--model.name", "tests.nets:afraid_of_the_dark"]
+    assert run_split([*options, *model, "--json"]) == 0
+    levels = ["jpeg-10", "brightness-0.1"]
+    code, result, _ = run(told(work, "dark", release="dark", levels=levels, budgets=["30%", "80%"]), capsys)
+    assert code == 1
+    assert {"M = 30%", "M = 80%"} <= result["failed"].keys()
+    assert "brightness-0.1: the loss became nan" in result["failed"]["M = 30%"]
+    assert [list(point["levels"]) for point in result["points"]] == [["jpeg-10"]] * 2
+    assert result["sentence"] == "No budget was judged at every level, so none is recommended."
+    assert "recommended" not in Store(work / "dark").tags("dark")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"release": "nothing"}, "there is no release nothing:latest"),
+        ({"budgets": ["0.1%"]}, "fits no layer"),
+        ({"budgets": ["lots"]}, "the budget 'lots' is not understood"),
+        ({"budgets": ["30%", "30.00%"]}, "are the same number of floats"),
+        ({"levels": ["clean"]}, "levels has clean, where nothing is adapted"),
+        ({"levels": ["jpeg-10", "jpeg-10"]}, "is given twice"),
+        ({"values": ["luck"]}, "values"),
+        ({"within": -1}, "within"),
+        ({"resources.cpus": 99}, "99"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
+    work: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(work / "released")
+    assert run_sweep(told(work, "released", **changes)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert files(work / "released") == before
+
+
+def test_how_it_ends_early(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((UserError("no"), 2), (KeyboardInterrupt(), 130)):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(pipeline, "sweep", fail)
+        assert run_sweep(["--store", "/nowhere"]) == code
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_killed_and_run_again_it_repeats_no_finished_adaptor(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a process of its own, on a Ray of its own, ended with all it started in the middle of its trials."""
+    shutil.copytree(work / "released", work / "killed")
+    job = tiny.start_job(told(work, "killed"), "sweep.py")
+    assert job.stdout is not None
+    seen: list[dict[str, Any]] = []
+    for line in job.stdout:
+        seen += tiny.events(line)
+        if made(seen):
+            break
+    process = psutil.Process(job.pid)
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    seen += tiny.events(job.communicate(timeout=60)[0])
+    code, result, lines = run(told(work, "killed"), capsys)
+    assert (code, result["failed"]) == (0, {})
+    assert made(seen)
+    assert not set(made(lines)) & set(made(seen))
