@@ -47,10 +47,10 @@ def pictures() -> tuple[list[Image], list[Image]]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One Ray with two CPUs for the whole session."""
+def ray_cluster() -> Iterator[str]:
+    """The address of one Ray with two CPUs for the whole session; a job told RAY_ADDRESS joins it."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", namespace="tests")
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()

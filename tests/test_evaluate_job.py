@@ -217,7 +217,7 @@ def told(work: Path, store: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A folder with a release of one level in the store `released`."""
     folder = tmp_path_factory.mktemp("killed")
     tiny.write_folder(folder / "data", train=16)

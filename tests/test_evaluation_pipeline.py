@@ -111,7 +111,7 @@ def plain() -> Any:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("evaluation")
     tiny.write_folder(folder / "data")

@@ -117,11 +117,14 @@ def test_a_submitted_jobs_own_folder_is_no_place_for_a_store(tmp_path: Path, mon
     assert resolve_store("artifacts") == "artifacts"
 
 
-def test_as_a_process_it_prints_a_table_where_the_bundle_is_and_how_to_pull_it(tmp_path: Path) -> None:
+def test_as_a_process_it_prints_a_table_where_the_bundle_is_and_how_to_pull_it(
+    tmp_path: Path, ray_cluster: str
+) -> None:
     tiny.write_folder(tmp_path / "data")
     tiny.write_weights(tmp_path / "weights.safetensors")
     command = [sys.executable, str(ROOT / "jobs/split.py"), *tiny.options(tmp_path, levels=["jpeg-10", "clean"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     pull = next(line for line in done.stdout.splitlines() if line.startswith("pull it:"))

@@ -321,7 +321,7 @@ def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A store with a release in it."""
     folder = tmp_path_factory.mktemp("published")
     tiny.write_folder(folder / "data")

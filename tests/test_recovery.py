@@ -159,7 +159,7 @@ def told(work: Path, store: str, **changes: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path, ray_cluster: None) -> Path:
+def undisturbed(work: Path, ray_cluster: str) -> Path:
     lines = run_here(told(work, "undisturbed"))
     assert [epochs_of(stage, lines) for stage in ("full", "partial")] == [STAGE_EPOCHS] * 2
     assert [times_started(stage, lines) for stage in ("full", "partial")] == [len(LEVELS)] * 2

@@ -105,7 +105,7 @@ def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("served") / "store"
     served.publish(Store(root), "tiny", tags=("first",))
     served.publish(Store(root), "other", seed=7)

@@ -94,8 +94,11 @@ def sweep(config: SweepConfig, say: Reporter) -> Outcome:
         levels, trials = _checked(config, release)
         images = make_images(release.work, (*levels, *release.levels), relay)
         run = _Run(config, board, relay, say)
-        run.sense(trials, levels)
-        points = run.try_all(trials, levels)
+        left = [trial for trial in trials if not _point(trial, levels).complete]
+        if left:
+            run.sense(left, levels)
+            run.try_all(left, levels)
+        points = [_point(trial, levels) for trial in trials]
         chosen = recommended(points, config.within)
         digest = None
         if chosen is not None:
@@ -135,6 +138,13 @@ def _checked(config: SweepConfig, release: Reopened) -> tuple[tuple[str, ...], l
     if same:
         raise UserError(f"{same[0].label} and {same[1].label} are the same number of floats: give each budget once")
     return levels, trials
+
+
+def _point(trial: _Trial, levels: Sequence[str]) -> Point:
+    """What the store knows of a trial."""
+    known = [stages.known_level(trial.work, level, mute) for level in levels]
+    results = tuple(result for result in known if result is not None)
+    return Point(trial.budget, trial.work.budget, trial.work.criterion.value, results, len(results) == len(levels))
 
 
 @ray.remote
@@ -207,8 +217,8 @@ class _Run:
                 self.failed[label] = reason_of(error)
         return results
 
-    def try_all(self, trials: Sequence[_Trial], levels: Sequence[str]) -> list[Point]:
-        """Every trial under Tune; what each found is in the store."""
+    def try_all(self, trials: Sequence[_Trial], levels: Sequence[str]) -> None:
+        """Every trial under Tune; what each finds is in the store."""
         self.say.expect({(trial.label, level): 0.65 for trial in trials for level in levels})
         by_label = {trial.label: trial for trial in trials}
         board, threads, resources = self._board, self._threads, self.config.resources
@@ -217,10 +227,9 @@ class _Run:
         def try_one(setting: Mapping[str, Any]) -> None:
             prepare_process(threads)
             label, work = setting["trial"], by_label[setting["trial"]].work
+            # Tune tries again after any failure; what is wrong with a level does not get better
             if (reason := ray.get(board.given_up.remote(label))) is not None:
-                raise TrainingFailedError(
-                    reason
-                )  # Tune tries again after any failure; what is wrong with a level stays so
+                raise TrainingFailedError(reason)
             scores = list[float]()
             for level in levels:
                 with saying(board) as say:
@@ -258,23 +267,20 @@ class _Run:
             if result.error is not None:
                 label = cast(Any, result.config)["trial"]
                 self.failed[label] = ray.get(board.given_up.remote(label)) or reason_of(result.error)
-        points = list[Point]()
-        for trial in trials:
-            known = [stages.known_level(trial.work, level, mute) for level in levels]
-            there = tuple(level for level in known if level is not None)
-            value = trial.work.criterion.value
-            points.append(Point(trial.budget, trial.work.budget, value, there, len(there) == len(levels)))
-        return points
 
     def publish(
         self, store: Store, release: Reopened, point: Point, work: Work, images: Mapping[str, ImageStatistics]
     ) -> str:
         """The release again under the recommended budget, all its levels, tagged; `latest` stays where it is."""
         label = f"M = {point.budget}, the rest"
-        others = [level for level in release.levels if level not in {result.level for result in point.results}]
+        results = {result.level: result for result in point.results}
+        for level in release.levels:
+            if level not in results and (known := stages.known_level(work, level, mute)) is not None:
+                results[level] = known
+        others = [level for level in release.levels if level not in results]
         self.say.expect({(label, level): 0.65 for level in others if not parse_level(level).is_clean})
         made = self._all(_run_level, {f"{level} at {point.budget}": (work, level, label) for level in others})
-        results = {result.level: result for result in (*point.results, *made.values())}
+        results |= {result.level: result for result in made.values()}
         ordered = tuple(results[level] for level in dict.fromkeys((*release.levels, *results)) if level in results)
         config = release.config.model_copy(update={"budget": point.budget, "selection": work.criterion})
         config = SplitConfig.model_validate(config.model_dump() | {"levels": tuple(result.level for result in ordered)})
