@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NORMALISATION = Normalisation((0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

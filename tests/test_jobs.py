@@ -18,6 +18,8 @@ from gearnn_ray.cli import resolve_store, run_split
 from tests import tiny
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.ray
+
 # Importable only from the shipped folder, and content only with the package that was shipped beside it.
 SHIPPED_NETS = """
 from pathlib import Path

@@ -31,6 +31,8 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
 
+pytestmark = pytest.mark.ray
+
 LEVELS = ["jpeg-10", "brightness-0.4"]
 EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch
 # of one stage, full or partial, in an undisturbed run

@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
 from gearnn_ray.online import service
 
+pytestmark = pytest.mark.ray
+
 PINNED = "tiny@sha256:" + "0" * 64
 
 

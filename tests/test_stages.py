@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.codes import codes_of, decode
 from gearnn_ray.data import open_dataset
+from gearnn_ray.errors import UserError
 from gearnn_ray.layers import layers_of
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.events import Event
@@ -33,6 +35,9 @@ from tests import tiny
 from tests.conftest import NORMALISATION
 
 LEVEL, BUDGET = "jpeg-10", 300
+KEYS = {
+    "original": "01ce2b518da3060f", "full": "b6560b9f047b56ab", "selection": "5cc9b017de8e09f2", "partial": "d006eae4a78a955f",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +146,11 @@ def test_codes_and_gradients_are_measured_once_for_all_values_and_budgets(work: 
 
 def test_sensing_leaves_only_what_a_budget_decides(work: Work, ran: Ran) -> None:
     criteria = (Criterion(), Criterion(value="fisher"))
-    sense_level(replace(work, seed=12), LEVEL, criteria, lambda _: None)
+    said = list[str]()
+    sense_level(
+        replace(work, seed=12), LEVEL, criteria, lambda e: said.append(e.stage) if e.kind == "finished" else None
+    )
+    assert said.count("full") == 1
     for criterion in criteria:
         computed = set(ran(criterion=criterion, seed=12)[1])
         assert "selection" in computed
@@ -162,12 +171,17 @@ def test_layers_chosen_after_fewer_epochs(work: Work, ran: Ran) -> None:
 
 def test_the_papers_criterion_has_the_keys_it_always_had(work: Work) -> None:
     """Stores made before there was any other are still found."""
-    run = LevelRun(replace(work, base="sha256:0"), LEVEL, lambda _: None)
-    assert run.key("original") != run.key("full")
-    plain = LevelRun(
-        replace(work, base="sha256:0", criterion=Criterion(), sensitivity_epochs=None), LEVEL, lambda _: None
-    )
-    assert run.key("selection", budget=BUDGET) == plain.key("selection", budget=BUDGET)
+
+    class Data:
+        train = val = SimpleNamespace(digest="data")
+
+    run = LevelRun(replace(work, base="base", data=Data()), LEVEL, lambda _: None)  # type: ignore[arg-type]
+    keys = {stage: run.key(stage, **more)[:16] for stage, more in (
+        ("original", {}), ("full", {}), ("selection", {"budget": BUDGET}), ("partial", {"chosen": ("a", "b")})
+    )}  # fmt: skip
+    assert keys == KEYS
+    run.work = replace(run.work, criterion=Criterion(codes=("int8",)))
+    assert run.key("full")[:16] == KEYS["full"]  # what is fine-tuned does not depend on what is made of it
 
 
 def test_a_store_is_what_it_was_made_with(work: Work, tmp_path: Path, ran: Ran) -> None:
@@ -178,3 +192,10 @@ def test_a_store_is_what_it_was_made_with(work: Work, tmp_path: Path, ran: Ran) 
     assert not Store(own.store).has_blob(run.full()["digest"])
     coded = LevelRun(replace(own, criterion=Criterion(codes=("int8",))), LEVEL, lambda _: None)
     assert Store(own.store).has_blob(coded.full()["digest"])
+
+
+def test_a_choice_that_nothing_fits_is_one_sentence(ran: Ran) -> None:
+    with pytest.raises(
+        UserError, match="40 bytes hold none of jpeg-10's choices by module as rank-1, float32: the smallest"
+    ):
+        ran(criterion=Criterion(value="l2", granularity="module", codes=("rank-1", "float32")), budget=10)

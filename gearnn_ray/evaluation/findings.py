@@ -11,6 +11,7 @@ from gearnn_ray.evaluation.methods import CONSTANT, TITLES
 from gearnn_ray.evaluation.page import Evaluation, figures_of, render
 from gearnn_ray.evaluation.stages import Judged, Main, Picture, Weights
 from gearnn_ray.levels import parse_level
+from gearnn_ray.offline.recipe import PAPERS
 from gearnn_ray.offline.sensitivity import Sensitivity, share_of_weights_changed
 from gearnn_ray.offline.stages import Work
 from gearnn_ray.store import Store
@@ -266,6 +267,11 @@ def _notes(config: EvaluateConfig, plan: Plan, found: Found) -> list[str]:
         )
     else:
         notes.append(f"One learning rate for all methods, which was not tuned: {found.rates['gearnn']:g}.")
+    if work.criterion.codes != PAPERS.codes:
+        notes.append(
+            f"GearNN's layers are stored as {', '.join(work.criterion.codes)}; floats are of four bytes, so under codes they are "
+            "fewer than the numbers restored. Its learning rate is tuned with the same layers as float32."
+        )
     if any(cell.method == "gearnn-released" for cell, _ in found.cells):
         notes.append(
             f"The release was made at {recipe.learning_rate:g}. Where its adaptors are not those made here (another learning "

@@ -98,7 +98,7 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
     if not any(not parse_level(name).is_clean for name in levels):
         raise UserError(f"{config.release} has no distorted level to evaluate: name some with --levels")
     budgets = tuple(dict.fromkeys(budget_floats(text, facts.floats) for text in config.budgets))
-    small = next((m for m in budgets if m < facts.smallest_layer), None)
+    small = next((m for m in budgets if m < facts.least(work.criterion)), None)
     if small is not None:
         raise UserError(
             f"a budget of {small} floats fits no layer: the smallest of {work.network.name} has {facts.smallest_layer}, so give "

@@ -6,6 +6,7 @@ As in `gearnn_ray.offline.stages`, whose records are used and extended: an evalu
 killed one what it made itself. Knows nothing of Ray.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +90,10 @@ class Making:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a method stores for a level on top of the base: the blob's digest (None: nothing, it is the base) and its floats."""
+    """What a method stores for a level on top of the base: the blob's digest (None: nothing, it is the base) and its floats.
+
+    Of four bytes each: under codes there are fewer of them than restored.
+    """
 
     digest: str | None = None
     floats: int = 0
@@ -134,7 +138,10 @@ def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say
         if full.sensitivity_epochs
         else sensed
     )
-    made = {b: Weights(record["digest"], record["floats"]) for b, record in zip(budgets, records, strict=True)}
+    made = {
+        budget: Weights(record["digest"], math.ceil(record["stored"] / 4) if record.get("codes") else record["floats"])
+        for budget, record in zip(budgets, records, strict=True)
+    }
     floats = sum(row["numel"] for row in whole["sensitivity"])
     return Main(Weights(whole["digest"], floats), made, tuple(selections[0]["layers"]), tuple(whole["sensitivity"]))
 

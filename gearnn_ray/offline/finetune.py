@@ -160,7 +160,7 @@ def fine_tune(
     steps_per_epoch = segmentation.steps_per_epoch(len(images), recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
     last = steps if stop_after is None else min(steps, max(1, round(stop_after * steps_per_epoch)))
-    average = _Average(trainable, steps, recipe.averaged)
+    average = _Average(trainable, last, recipe.averaged)
     first_epoch = _restore(checkpoint, model, trainable, optimizer, average)
     for each in low_rank:
         each.put()
@@ -171,7 +171,8 @@ def fine_tune(
         with torch.set_grad_enabled(optimizer is not None), autocast(precision, device):
             return segmentation.logits_of(network, x)
 
-    for epoch in range(first_epoch, math.ceil(last / steps_per_epoch)):
+    epochs = math.ceil(last / steps_per_epoch)
+    for epoch in range(first_epoch, epochs):
         set_training_mode(model, chosen)
         loss_sum, losses, reported = torch.zeros((), device=device), 0, time.perf_counter()
         drawn = batches(images, labels, recipe.batch_size, crop, (seed, epoch), rank, world_size)
@@ -208,7 +209,7 @@ def fine_tune(
             factor.copy_(mine.detach())
     if recipe.statistics == "re-estimated":
         reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision, chosen)
-    return Outcome(time.perf_counter() - started, recipe.epochs - first_epoch, precision)
+    return Outcome(time.perf_counter() - started, epochs - first_epoch, precision)
 
 
 def evaluate(

@@ -152,7 +152,7 @@ def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts
     undistorted = _measure_undistorted.remote(shared)
     network, facts = relay.wait(network_ref)
     budget = budget_floats(config.budget, facts.floats)
-    if budget < facts.smallest_layer:
+    if budget < facts.least(config.selection):
         for ref in [*images, undistorted]:
             ray.cancel(ref, force=False)
         raise UserError(

@@ -59,14 +59,13 @@ def reopen(store: Store, ref: str, data: ReleaseDataConfig, relay: Relay) -> Reo
         raise UserError(f"{ref} does not say how it was made: name a release of jobs/split.py")
     config = from_mapping(SplitConfig, told, f"the configuration in {ref}")
     path = data.path or config.data.path
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"path": path and os.path.abspath(path), "cache": data.cache})}
-    )
-    found: Dataset = relay.wait(open_data.remote(config))
+    # an absolute one for workers, who may stand elsewhere; what is published again keeps the release's own words
+    here = config.data.model_copy(update={"path": path and os.path.abspath(path)})
+    found: Dataset = relay.wait(open_data.remote(config.model_copy(update={"data": here})))
     for part in ("train", "val"):
         if getattr(found, part).digest != manifest["data"][part]:
             raise UserError(
-                f"the {part} images in {config.data.path or 'the generated scenes'} are not those that {ref} was made from: "
+                f"the {part} images in {here.path or 'the generated scenes'} are not those that {ref} was made from: "
                 "give their folder with --data.path"
             )
     about = manifest["model"]
@@ -82,6 +81,7 @@ def reopen(store: Store, ref: str, data: ReleaseDataConfig, relay: Relay) -> Reo
         budget=manifest["budget"]["floats"],
         seed=manifest["seed"],
         base=manifest["base"]["digest"],
+        keep_full=config.keep_full,
         criterion=config.selection,
         sensitivity_epochs=config.sensitivity.epochs,
     )

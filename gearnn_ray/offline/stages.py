@@ -213,11 +213,14 @@ def run_level(work: Work, level: str, say: Say) -> LevelResult:
 
 def sense_level(work: Work, level: str, criteria: Sequence[Criterion], say: Say) -> None:
     """What selections under all budgets share: the original judged, the full fine-tune and what it says of the layers."""
+    # weights that any of them looks at again are kept from the start
+    work = replace(work, keep_full=work.keep_full or any(criterion.needs_weights for criterion in criteria))
     run = LevelRun(work, level, say)
     run.stage("original", run.key("original"), run.judge_original)
+    full = run.full()
     for criterion in criteria:
         run.work = replace(work, criterion=criterion)
-        run.measured(run.full())
+        run.measured(full)
 
 
 def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
@@ -323,7 +326,7 @@ class LevelRun:
         return record
 
     def _agree(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Rank 0's record, on every rank."""
+        """Rank 0's record (or whatever else by name), on every rank."""
         if not self.distributed:
             return record
         box = [record]
@@ -381,7 +384,7 @@ class LevelRun:
         criterion = self.work.criterion
         if not criterion.needs_weights:
             return {"sensitivity": full["sensitivity"], "coded": []}
-        about = {"codes": criterion.codes, "gradients": criterion.needs_gradients}
+        about = {"full": full["digest"], "codes": criterion.codes, "gradients": criterion.needs_gradients}
         return self.stage("measure", self.key("measure", **about), lambda _: self._measure(full))
 
     def _measure(self, full: dict[str, Any]) -> dict[str, Any]:
@@ -396,13 +399,18 @@ class LevelRun:
                 model, images, labels, work.network.normalisation, recipe.crop, work.seed, recipe.precision
             )
         after = self.store.get_state(full["digest"])
-        rows, coded = measure(layers_of(model), self._base, after, taken, work.criterion.codes)
+        layers = layers_of(model)
+        rows, coded = measure(layers, self._base, after, taken, work.criterion.codes)
+        # factors can be trained in the place of one weight that can be trained itself
+        weights = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        single = {layer.name for layer in layers if len(layer.tensors) == 1 and layer.tensors[0] in weights}
+        coded = [each for each in coded if each.layer in single or not is_rank(each.code)]
         return {"sensitivity": [asdict(row) for row in rows], "coded": [asdict(each) for each in coded]}
 
     def selection(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
         """Step 3: the layers chosen under M, in floats; and under "codes" those that are not stored as float32."""
         criterion = self.work.criterion
-        about = {} if criterion == PAPERS else {"criterion": criterion.model_dump()}
+        about = {} if criterion == PAPERS else {"full": full["digest"], "criterion": criterion.model_dump()}
         return self.stage(
             "selection", self.key("selection", budget=budget, **about), lambda _: self._select(full, budget)
         )
@@ -420,6 +428,13 @@ class LevelRun:
             criterion.value,
             criterion.codes,
         )
+        smallest = min((option.bytes for group in groups for option in group), default=None)
+        if smallest is None or smallest > FLOAT_BYTES * budget:
+            room = "nothing can be stored so" if smallest is None else f"the smallest choice takes {smallest}"
+            raise UserError(
+                f"{FLOAT_BYTES * budget} bytes hold none of {self.level}'s choices by {criterion.granularity} as "
+                f"{', '.join(criterion.codes)}: {room}, so give more bytes or other codes"
+            )
         values, sizes = ([[getattr(o, what) for o in group] for group in groups] for what in ("value", "bytes"))
         choice = choose(values, sizes, FLOAT_BYTES * budget)
         chosen = layers_and_codes(groups, choice.picked)
@@ -468,6 +483,7 @@ class LevelRun:
             "bytes": blob.bytes,
             "floats": sum(t.numel() for t in adaptor.values()),
             "codes": by_tensor,
+            "stored": sum(t.numel() * t.element_size() for t in stored.values()),
             "score": self._judge(model),
             "seconds": seconds,
             "precision": precision,
@@ -478,12 +494,13 @@ class LevelRun:
 
         With rows of length 1 a step along them is as long as one of the weight itself would be.
         """
-        after = self.store.get_state(full) if ranks else {}
         made = dict[str, tuple[Tensor, Tensor]]()
-        for name, code in ranks.items():
+        after = self.store.get_state(full) if ranks and self.leads else {}
+        for name, code in ranks.items() if self.leads else ():
             left, right = directions(code, after[name] - self._base[name])
             made[name] = torch.zeros_like(left), nn.functional.normalize(right, dim=1)
-        return made
+        # of one rank for all: the last bits of directions differ between machines
+        return self._agree(made) or {}
 
     def _fine_tune(
         self,
@@ -536,6 +553,10 @@ class NetworkFacts:
 
     floats: int
     smallest_layer: int
+
+    def least(self, criterion: Criterion) -> int:
+        """A budget of fewer floats fits no layer; under codes that shows only when layers are chosen."""
+        return self.smallest_layer if criterion.codes == PAPERS.codes else 1
 
 
 def check_network(network: Network, weights: str | None) -> NetworkFacts:

@@ -97,7 +97,8 @@ def sweep(config: SweepConfig, say: Reporter) -> Outcome:
         left = [trial for trial in trials if not _point(trial, levels).complete]
         if left:
             run.sense(left, levels)
-            run.try_all(left, levels)
+            # ASHA compares with those that are there already
+            run.try_all(trials if config.asha else left, levels)
         points = [_point(trial, levels) for trial in trials]
         chosen = recommended(points, config.within)
         digest = None
@@ -126,13 +127,13 @@ def _checked(config: SweepConfig, release: Reopened) -> tuple[tuple[str, ...], l
     for value in values:
         for budget in budgets:
             floats = budget_floats(budget, release.facts.floats)
-            if floats < release.facts.smallest_layer:
+            if floats < release.facts.least(criterion):
                 raise UserError(
                     f"the budget {budget} is {floats} floats and fits no layer: the smallest of {release.work.network.name} "
                     f"has {release.facts.smallest_layer}, so give at least that"
                 )
             own = criterion.model_copy(update={"value": value})
-            work = replace(release.work, budget=floats, criterion=own, keep_full=own.needs_weights)
+            work = replace(release.work, budget=floats, criterion=own)
             trials.append(_Trial(budget, work, f"M = {budget}" + (f" {value}" if len(values) > 1 else "")))
     same = next(((a, b) for a, b in itertools.combinations(trials, 2) if a.work == b.work), None)
     if same:
