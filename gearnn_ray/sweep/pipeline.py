@@ -228,9 +228,6 @@ class _Run:
         def try_one(setting: Mapping[str, Any]) -> None:
             prepare_process(threads)
             label, work = setting["trial"], by_label[setting["trial"]].work
-            # Tune tries again after any failure; what is wrong with a level does not get better
-            if (reason := ray.get(board.given_up.remote(label))) is not None:
-                raise TrainingFailedError(reason)
             scores = list[float]()
             for level in levels:
                 with saying(board) as say:
@@ -239,8 +236,10 @@ class _Run:
                             raise TrainingFailedError(broken[level])
                         result = stages.run_level(work, level, _only_partial(say, label, level))
                     except (TrainingFailedError, UserError, ComplementChangedError) as error:
+                        # to Tune the trial ends well: it would try again, and what is wrong with a level does not get better
                         ray.get(board.give_up.remote(label, f"{level}: {error}"))
-                        raise
+                        tune.report({"level": level, "score": 0.0, "mean": 0.0, "levels": len(scores) + 1})
+                        return
                 assert result.adaptor is not None
                 scores.append(result.adaptor)
                 tune.report({"level": level, "score": result.adaptor, "mean": fmean(scores), "levels": len(scores)})
@@ -265,9 +264,10 @@ class _Run:
             ).fit()
         self.relay.flush()
         for result in (found[index] for index in range(len(found))):
-            if result.error is not None:
-                label = cast(Any, result.config)["trial"]
-                self.failed[label] = ray.get(board.given_up.remote(label)) or reason_of(result.error)
+            label = cast(Any, result.config)["trial"]
+            reason = reason_of(result.error) if result.error else ray.get(board.given_up.remote(label))
+            if reason is not None:
+                self.failed[label] = reason
 
     def publish(
         self, store: Store, release: Reopened, point: Point, work: Work, images: Mapping[str, ImageStatistics]
