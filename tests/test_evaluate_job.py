@@ -4,10 +4,8 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -305,24 +303,20 @@ def assert_same(work: Path, store: str, result: dict[str, Any], undisturbed: dic
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_killed_and_run_again_it_repeats_nothing_it_had_finished(work: Path, undisturbed: dict[str, Any]) -> None:
+def test_killed_and_run_again_it_repeats_nothing_it_had_finished(
+    work: Path, undisturbed: dict[str, Any], ray_cluster: str
+) -> None:
+    """As a process of its own on the Ray of all tests, which ends the tasks of a driver that is gone."""
     shutil.copytree(work / "released", work / "driver")
-    ray_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path has room for 107 characters
     with closed(GATE):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs/evaluate.py"), *told(work, "driver")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder},
-        )  # fmt: skip
-        job = Job(process)
+        job = Job(tiny.start_job(told(work, "driver")[:-1], "evaluate.py", RAY_ADDRESS=ray_cluster))
         try:
             job.wait_for(only_darkness_is_left)
         finally:
-            workers, others = workers_of(process.pid)
-            os.killpg(process.pid, signal.SIGKILL)
+            workers, _ = workers_of(os.getpid())
+            job.process.kill()
             job.end()
-            wait_until_gone(workers, others)
-            shutil.rmtree(ray_folder, ignore_errors=True)
+            wait_until_gone(workers, [])
     assert len(workers) == 1
     assert len(list((work / "driver/checkpoints").iterdir())) == 1
     *lines, result = run_here(work, "driver")
