@@ -271,13 +271,35 @@ class ReleaseDataConfig(_Section):
     """where each node keeps the distorted images it made"""
 
 
-class EvaluateConfig(_Section):
-    """Every method at every level of a release, on the same images."""
+class _OfARelease(_Section):
+    """What starts from a release, with budgets of its own."""
 
     release: str = "drn22-scenes-jpeg:latest"
     """the release as name, name:tag or name@sha256:…"""
     store: str = "artifacts"
     """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+
+    @field_validator("release")
+    @classmethod
+    def _one_spelling(cls, release: str) -> str:
+        return full_reference(release)
+
+    @field_validator("budgets", mode="before", check_fields=False)
+    @classmethod
+    def _budget_texts(cls, budgets: object) -> object:
+        return tuple(map(_budget_text, budgets)) if isinstance(budgets, list | tuple) else budgets
+
+    @field_validator("budgets", check_fields=False)
+    @classmethod
+    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        for budget in budgets:
+            budget_floats(budget, 1)
+        return _each_once("budget", budgets)
+
+
+class EvaluateConfig(_OfARelease):
+    """Every method at every level of a release, on the same images."""
+
     levels: tuple[str, ...] = ()
     """levels where original, switching and GearNN are judged; default: the release's"""
     rival_levels: tuple[str, ...] = ()
@@ -304,11 +326,6 @@ class EvaluateConfig(_Section):
     data: ReleaseDataConfig = ReleaseDataConfig()
     resources: TaskResources = TaskResources()
 
-    @field_validator("release")
-    @classmethod
-    def _one_spelling(cls, release: str) -> str:
-        return full_reference(release)
-
     @field_validator("levels", "rival_levels", "untrained", "budget_levels", "frequency_levels")
     @classmethod
     def _known_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
@@ -330,16 +347,6 @@ class EvaluateConfig(_Section):
     def _a_grid(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         return _grid("learning rate", rates) if rates else rates
 
-    @field_validator("budgets", mode="before")
-    @classmethod
-    def _budget_texts(cls, budgets: object) -> object:
-        return tuple(map(_budget_text, budgets)) if isinstance(budgets, list | tuple) else budgets
-
-    @field_validator("budgets")
-    @classmethod
-    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        return _readable(budgets)
-
     @model_validator(mode="after")
     def _rivals_where_gearnn_is(self) -> "EvaluateConfig":
         alone = next((name for name in self.rival_levels if self.levels and name not in self.levels), None)
@@ -348,13 +355,9 @@ class EvaluateConfig(_Section):
         return self
 
 
-class SweepConfig(_Section):
+class SweepConfig(_OfARelease):
     """A release's levels under several budgets M: which is worth its bytes."""
 
-    release: str = "drn22-scenes-jpeg:latest"
-    """the release as name, name:tag or name@sha256:…"""
-    store: str = "artifacts"
-    """a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
     budgets: tuple[str, ...] = ()
     """as shares of the model size (0.2%), floats (31814) or bytes (127256B); default: seven from 0.05% to 1%, on scenes three"""
     levels: tuple[str, ...] = ()
@@ -368,11 +371,6 @@ class SweepConfig(_Section):
     data: ReleaseDataConfig = ReleaseDataConfig()
     resources: TaskResources = TaskResources()
 
-    @field_validator("release")
-    @classmethod
-    def _one_spelling(cls, release: str) -> str:
-        return full_reference(release)
-
     @field_validator("levels")
     @classmethod
     def _adapted_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
@@ -380,28 +378,11 @@ class SweepConfig(_Section):
             raise ValueError("levels has clean, where nothing is adapted: name distorted levels")
         return levels
 
-    @field_validator("budgets", mode="before")
-    @classmethod
-    def _budget_texts(cls, budgets: object) -> object:
-        return tuple(map(_budget_text, budgets)) if isinstance(budgets, list | tuple) else budgets
-
-    @field_validator("budgets")
-    @classmethod
-    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        return _readable(budgets)
-
     @field_validator("values")
     @classmethod
     def _values_once(cls, values: tuple[Value, ...]) -> tuple[Value, ...]:
         _each_once("value", values)
         return values
-
-
-def _readable(budgets: tuple[str, ...]) -> tuple[str, ...]:
-    """The budgets themselves. ValueError where one is none or given twice."""
-    for budget in budgets:
-        budget_floats(budget, 1)
-    return _each_once("budget", budgets)
 
 
 def known_levels(names: tuple[str, ...]) -> tuple[str, ...]:
