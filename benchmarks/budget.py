@@ -2,9 +2,10 @@
 
     uv run benchmarks/budget.py docs/results/budget.yaml --data CAMVID --store artifacts --out budget.parquet
 
-The file names a release, levels, budgets, seeds, variants (each with `selection`, `recipe` and `sensitivity_epochs` where
-they differ from the release's) and rivals (methods of an evaluation, each with its learning rate). One task per fine-tune on Ray;
-what the store has is not made again, so that the same command goes on after a crash. Prints mean ± standard deviation over seeds.
+The file names a release, levels, budgets with how many seeds each gets, variants (each with `selection`, `recipe` and
+`sensitivity_epochs` where they differ from the release's) and rivals (methods of an evaluation, each with its learning rate). One
+task per fine-tune on Ray; what the store has is not made again, so that the same command goes on after a crash. Prints mean ±
+standard deviation over seeds.
 """
 
 import argparse
@@ -89,9 +90,10 @@ with cluster():
         told = told or {}
         recipe = release.work.recipe.model_copy(update={**study.get("recipe", {}), **told.get("recipe", {})})
         own = replace(release.work, recipe=recipe, criterion=Criterion(**told.get("selection", {})))
-        variants[name] = replace(own, sensitivity_epochs=told.get("sensitivity_epochs"))
+        epochs = told.get("sensitivity_epochs")
+        variants[name] = replace(own, sensitivity_epochs=None if epochs is None else float(epochs))
     running: list[Any] = []
-    for seed, level in itertools.product(study["seeds"], study["levels"]):
+    for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
         # what variants share is made once: their tasks wait for it
         shared = defaultdict[Any, list[Work]](list)
         for work in variants.values():
@@ -100,13 +102,13 @@ with cluster():
         sensed = dict[Any, Any]()
         for key, works in shared.items():
             sensed[key] = sense.remote(works[0], level, [work.criterion for work in works])
-        for budget in study["budgets"]:
+        for budget in (budget for budget, seeds in study["budgets"].items() if seed < seeds):
             floats = budget_floats(budget, release.facts.floats)
             for name, work in variants.items():
                 own = replace(work, budget=floats, seed=seed)
                 running.append(adapt.remote(own, level, name, budget, sensed[work.recipe, work.sensitivity_epochs]))
             for name, told in study.get("rivals", {}).items():
-                if told["method"] in ("bn-tuned", "bn-statistics") and budget != study["budgets"][0]:
+                if told["method"] in ("bn-tuned", "bn-statistics") and budget != next(iter(study["budgets"])):
                     continue  # of one size, whatever the budget
                 own = replace(release.work, recipe=release.work.recipe.model_copy(update=study.get("recipe", {})))
                 making = evaluation.Making(

@@ -105,8 +105,8 @@ class ResourcesConfig(TaskResources):
 class SensitivityConfig(_Section):
     """How layers' sensitivities are found."""
 
-    epochs: float | None = Field(None, gt=0)
-    """of the full fine-tune, a fraction too, after which layers are chosen; default: all of it"""
+    epochs: float | None = Field(None, ge=0)
+    """of the full fine-tune, a fraction too, after which layers are chosen; 0: by the gradient at the base; default: all"""
 
 
 class SplitConfig(_Section):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from gearnn_ray.data import open_dataset
 from gearnn_ray.errors import UserError
 from gearnn_ray.layers import layers_of
 from gearnn_ray.models import build_model
+from gearnn_ray.offline import stages
 from gearnn_ray.offline.events import Event
 from gearnn_ray.offline.finetune import evaluate
+from gearnn_ray.offline.gradients import Gradients, gradients
 from gearnn_ray.offline.recipe import Criterion, Recipe
 from gearnn_ray.offline.sensitivity import Sensitivity
 from gearnn_ray.offline.stages import (
@@ -167,6 +170,29 @@ def test_layers_chosen_after_fewer_epochs(work: Work, ran: Ran) -> None:
     assert ran() == (whole, [])  # neither is mistaken for the other
     same, _ = ran(sensitivity_epochs=2.0)
     assert [row["mean_abs_change"] for row in same.sensitivity] == [r["mean_abs_change"] for r in whole.sensitivity]
+
+
+def test_layers_chosen_by_the_gradient_at_the_base(work: Work, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No full fine-tune: Δ is a step along -g, one pass over the images, which the values that need g and F share."""
+    passes = list[Gradients]()
+
+    def counted(*args: Any) -> Gradients:
+        passes.append(gradients(*args))
+        return passes[-1]
+
+    monkeypatch.setattr(stages, "gradients", counted)
+    result, computed = ran(sensitivity_epochs=0.0, criterion=Criterion(value="first-order"))
+    assert computed[:3] == ["full", "measure", "selection"]
+    (taken,) = passes
+    assert result.full is None
+    assert result.adaptor is not None
+    assert result.layers
+    rate = work.recipe.learning_rate
+    layers = {layer.name: layer for layer in layers_of(build_model("tests.nets:small", tiny.CLASSES))}
+    for row in result.sensitivity:
+        g = torch.cat([taken.mean[name].reshape(-1).double() for name in layers[row["layer"]].tensors])
+        assert row["mean_abs_change"] == pytest.approx(float(g.abs().mean()) * rate, rel=1e-3, abs=1e-8)
+        assert row["first_order_change"] == pytest.approx(-float(g.square().sum()) * rate, rel=1e-3, abs=1e-8)
 
 
 def test_the_papers_criterion_has_the_keys_it_always_had(work: Work) -> None:

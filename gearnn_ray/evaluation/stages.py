@@ -135,7 +135,7 @@ def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say
     # switching is always a whole fine-tune, by however short a one the layers were chosen
     whole = (
         LevelRun(replace(full, sensitivity_epochs=None), level, relabelled).full()
-        if full.sensitivity_epochs
+        if full.sensitivity_epochs is not None
         else sensed
     )
     made = {

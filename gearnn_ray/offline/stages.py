@@ -35,7 +35,7 @@ from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
 from gearnn_ray.offline.events import Event, Say, StageName
 from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune
-from gearnn_ray.offline.gradients import gradients
+from gearnn_ray.offline.gradients import Gradients, gradients
 from gearnn_ray.offline.recipe import PAPERS, Criterion, Recipe
 from gearnn_ray.offline.selection import Choice, Selection, choose, select
 from gearnn_ray.offline.sensitivity import Sensitivity, coded_of, measure, sensitivity, share_of_weights_changed
@@ -73,7 +73,7 @@ class Work:
     """digest of the base's blob"""
     criterion: Criterion = PAPERS
     sensitivity_epochs: float | None = None
-    """of the full fine-tune, after which layers are chosen; None: all of it"""
+    """of the full fine-tune, after which layers are chosen; 0: a step along the gradient at the base; None: all of it"""
 
     @property
     def keeps_full(self) -> bool:
@@ -276,6 +276,7 @@ class LevelRun:
         self.leads = not self.distributed or dist.get_rank() == 0
         self._base: dict[str, Tensor] = {}
         self._model: nn.Module | None = None
+        self._taken: Gradients | None = None
 
     def key(self, stage: str, **more: Any) -> str:
         """A stage's key; fine-tunes depend on recipe and seed, judging the base does not."""
@@ -351,8 +352,18 @@ class LevelRun:
         return {"score": self._judge(self.network())} if self.leads else {}
 
     def _fine_tune_all(self, key: str) -> dict[str, Any]:
-        model = self.network()
-        seconds, precision = self._fine_tune(model, None, key, "full")
+        model, recipe = self.network(), self.work.recipe
+        if self.work.sensitivity_epochs == 0:
+            started = time.perf_counter()
+            if self.leads:
+                g = self._gradients(model).mean
+                # by hand: running statistics, which no optimizer moves, have a gradient here too
+                step = {name: self._base[name] - recipe.learning_rate * g[name] for name in g}
+                model.load_state_dict({**self._start, **self._base, **step})
+            outcome = time.perf_counter() - started, str(recipe.precision)
+        else:
+            outcome = self._fine_tune(model, None, key, "full")
+        seconds, precision = outcome
         if not self.leads:
             return {}
         state = network_state(model)
@@ -371,7 +382,8 @@ class LevelRun:
     def full(self) -> dict[str, Any]:
         """Step 1: the record of the full fine-tune, from the store or made now.
 
-        Where fewer epochs are enough to choose layers by, it ends there and is not judged ("score" None).
+        Where fewer epochs are enough to choose layers by, it ends there and is not judged ("score" None); where none are, it
+        is one step along the level's gradient at the base, as long as the recipe's first.
         """
         return self.stage("full", self.key("full"), self._fine_tune_all, self._is_complete)
 
@@ -391,13 +403,7 @@ class LevelRun:
         if not self.leads:
             return {}
         model, work = self.network(), self.work
-        taken = None
-        if work.criterion.needs_gradients:
-            images, labels = training_data(work, self.level)
-            recipe = work.recipe
-            taken = gradients(
-                model, images, labels, work.network.normalisation, recipe.crop, work.seed, recipe.precision
-            )
+        taken = self._gradients(model) if work.criterion.needs_gradients else None
         after = self.store.get_state(full["digest"])
         layers = layers_of(model)
         rows, coded = measure(layers, self._base, after, taken, work.criterion.codes)
@@ -501,6 +507,14 @@ class LevelRun:
             made[name] = torch.zeros_like(left), nn.functional.normalize(right, dim=1)
         # of one rank for all: the last bits of directions differ between machines
         return self._agree(made) or {}
+
+    def _gradients(self, model: nn.Module) -> Gradients:
+        """Of the level's loss at the base, in one pass for all who ask."""
+        if self._taken is None:
+            images, labels = training_data(self.work, self.level)
+            recipe, normalisation = self.work.recipe, self.work.network.normalisation
+            self._taken = gradients(model, images, labels, normalisation, recipe.crop, self.work.seed, recipe.precision)
+        return self._taken
 
     def _fine_tune(
         self,
