@@ -3,9 +3,10 @@
     uv run benchmarks/budget.py docs/results/budget.yaml --data CAMVID --store artifacts --out budget.parquet
 
 The file names a release, levels, budgets with how many seeds each gets, variants (each with `selection`, `recipe` and
-`sensitivity_epochs` where they differ from the release's) and rivals (methods of an evaluation, each with its learning rate). One
-task per fine-tune on Ray; what the store has is not made again, so that the same command goes on after a crash. Prints mean ±
-standard deviation over seeds.
+`sensitivity_epochs` where they differ from the release's; `neighbours`, where a level's adaptor is to begin at another's, in
+the same layers) and rivals (methods of an evaluation, each with its learning rate). One task per fine-tune on Ray; what the
+store has is not made again, so that the same command goes on after a crash. Prints scores (mean ± standard deviation over
+seeds), and what of the first variant's layers each has chosen (Jaccard index) in how many epochs of fine-tuning.
 """
 
 import argparse
@@ -22,11 +23,12 @@ import pyarrow.parquet as pq
 import ray
 import yaml
 
+from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.cluster import Board, Relay, cluster, mute
 from gearnn_ray.config import ReleaseDataConfig, budget_floats
 from gearnn_ray.evaluation import stages as evaluation
 from gearnn_ray.offline import stages
-from gearnn_ray.offline.finetune import prepare_process
+from gearnn_ray.offline.finetune import evaluate, fine_tune, prepare_process
 from gearnn_ray.offline.recipe import Criterion
 from gearnn_ray.offline.reopen import make_images, reopen
 from gearnn_ray.offline.stages import Work
@@ -44,6 +46,8 @@ class Row:
     bytes: int
     original: float
     full: float | None
+    layers: tuple[str, ...] = ()
+    epochs: float = 0.0
 
 
 @ray.remote(num_cpus=1)
@@ -57,7 +61,32 @@ def adapt(work: Work, level: str, name: str, budget: str, sensed: Any) -> Row:
     prepare_process(1)
     r = stages.run_level(work, level, mute)
     assert r.adaptor is not None
-    return Row(name, budget, level, work.seed, r.adaptor, r.floats, r.bytes, r.original, r.full)
+    first = work.recipe.epochs if work.sensitivity_epochs is None else work.sensitivity_epochs
+    # a pass over the images for the gradients is counted as an epoch, though it moves nothing
+    epochs = first + work.recipe.epochs + (first == 0 or work.criterion.needs_gradients)
+    return Row(name, budget, level, work.seed, r.adaptor, r.floats, r.bytes, r.original, r.full, r.layers, epochs)
+
+
+@ray.remote(num_cpus=1)
+def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name: str, budget: str) -> Row:
+    """A level's adaptor that begins at its neighbour's, in the same layers: no full fine-tune of its own."""
+    prepare_process(1)
+    r = stages.run_level(origin, neighbour, mute)
+    assert r.digest is not None
+    run = stages.LevelRun(work, level, mute)
+
+    def tune(_: str) -> dict[str, Any]:
+        model, normalisation = run.network(), work.network.normalisation
+        put_adaptor(model, run.store.get_state(work.base), run.store.get_state(cast(str, r.digest)))
+        images, labels = stages.training_data(work, level)
+        fine_tune(model, images, labels, work.recipe, normalisation, chosen=r.layers, seed=work.seed)
+        return {"score": evaluate(model, *stages.validation_data(work, level), normalisation, work.recipe.precision)}
+
+    score = run.stage("partial", run.key("partial", chosen=r.layers, start=r.digest), tune)["score"]
+    original = run.stage("original", run.key("original"), run.judge_original)["score"]
+    return Row(
+        name, budget, level, work.seed, score, r.floats, r.bytes, original, None, r.layers, float(work.recipe.epochs)
+    )
 
 
 @ray.remote(num_cpus=1)
@@ -67,6 +96,12 @@ def rival(work: Work, making: evaluation.Making, name: str, budget: str) -> Row:
     judged = evaluation.judge(work, making.level, [None, weights.digest], mute)
     scores = judged[weights.digest].score, judged[None].score
     return Row(name, budget, making.level, making.seed, scores[0], weights.floats, 4 * weights.floats, scores[1], None)
+
+
+def jaccard(row: Row) -> float:
+    """Of the layers chosen and those of the first variant under the same budget, level and seed."""
+    others = of_first[row.budget, row.level, row.seed]
+    return len(others & set(row.layers)) / max(1, len(others | set(row.layers)))
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +131,9 @@ with cluster():
     for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
         # what variants share is made once: their tasks wait for it
         shared = defaultdict[Any, list[Work]](list)
-        for work in variants.values():
+        for name, work in variants.items():
+            if "neighbours" in (study["variants"][name] or {}):
+                continue
             shared[work.recipe, work.sensitivity_epochs].append(replace(work, seed=seed))
         # weights that any of them looks at again are kept from the start
         sensed = dict[Any, Any]()
@@ -106,6 +143,10 @@ with cluster():
             floats = budget_floats(budget, release.facts.floats)
             for name, work in variants.items():
                 own = replace(work, budget=floats, seed=seed)
+                if near := (study["variants"][name] or {}).get("neighbours"):
+                    origin = replace(next(iter(variants.values())), budget=floats, seed=seed)
+                    running.append(adapt_neighbours.remote(own, level, origin, near[level], name, budget))
+                    continue
                 running.append(adapt.remote(own, level, name, budget, sensed[work.recipe, work.sensitivity_epochs]))
             for name, told in study.get("rivals", {}).items():
                 if told["method"] in ("bn-tuned", "bn-statistics") and budget != next(iter(study["budgets"])):
@@ -127,21 +168,45 @@ with cluster():
               f"{row.score:.2f} in {row.bytes:,} bytes", flush=True)  # fmt: skip
 
 if options.out:
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), options.out)
+    pq.write_table(pa.Table.from_pylist([{**asdict(row), "layers": list(row.layers)} for row in rows]), options.out)
 found = defaultdict[tuple[str, str, str], list[Row]](list)
 for row in rows:
     found[row.variant, row.budget, row.level].append(row)
 names = list(dict.fromkeys((*study["variants"], *study.get("rivals", {}))))
-print("\n" + " ".join([f"{'variant':<22}{'M':>7}{'bytes':>10}", *(f"{level:>16}" for level in study["levels"])]))
+first = next(iter(study["variants"]))
+of_first = {(row.budget, row.level, row.seed): set(row.layers) for row in rows if row.variant == first}
+print("\n" + " ".join([f"{'variant':<28}{'M':>7}{'bytes':>10}", *(f"{level:>20}" for level in study["levels"])]))
 for name, budget in itertools.product(names, study["budgets"]):
     cells = [found.get((name, budget, level), []) for level in study["levels"]]
     if not any(cells):
         continue
     texts = [
-        (f"{fmean(s):.2f}" + (f" ± {stdev(s):.2f}" if len(s) > 1 else ""))
-        if (s := [row.score for row in cell])
-        else "-"
+        (
+            f"{fmean(s):.2f}" + (f" ± {stdev(s):.2f}" if len(s) > 1 else "")
+            if (s := [row.score for row in cell])
+            else "-"
+        )
         for cell in cells
     ]
     size = fmean(row.bytes for cell in cells for row in cell)
-    print(" ".join([f"{name:<22}{budget:>7}{size:>10,.0f}", *(f"{text:>16}" for text in texts)]))
+    print(" ".join([f"{name:<28}{budget:>7}{size:>10,.0f}", *(f"{text:>20}" for text in texts)]))
+
+print("\n" + " ".join([f"{'original, full network':<45}", *(f"{level:>20}" for level in study["levels"])]))
+texts = []
+for level in study["levels"]:
+    mine = [row for row in rows if row.variant == first and row.level == level]
+    wholes = {row.seed: row.full for row in mine if row.full is not None}
+    texts.append(f"{mine[0].original:.2f}, {fmean(wholes.values()):.2f}" if wholes else "-")
+print(" ".join([" " * 45, *(f"{text:>20}" for text in texts)]))
+
+print(
+    "\n"
+    + " ".join(
+        [f"{f'layers in common with {first}':<35}{'epochs':>10}", *(f"{level:>20}" for level in study["levels"])]
+    )
+)
+for name, budget in itertools.product(study["variants"], study["budgets"]):
+    cells = [found.get((name, budget, level), []) for level in study["levels"]]
+    epochs = fmean(row.epochs for cell in cells for row in cell)
+    texts = [f"{fmean(jaccard(row) for row in cell):.2f}" if cell else "-" for cell in cells]
+    print(" ".join([f"{name:<28}{budget:>7}{epochs:>10.3g}", *(f"{text:>20}" for text in texts)]))
