@@ -13,6 +13,7 @@ import argparse
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,6 +33,7 @@ from gearnn_ray.offline.finetune import evaluate, fine_tune, prepare_process
 from gearnn_ray.offline.recipe import Criterion
 from gearnn_ray.offline.reopen import make_images, reopen
 from gearnn_ray.offline.stages import Work
+from gearnn_ray.report import figure_png, new_figure
 from gearnn_ray.store import Store
 
 
@@ -98,6 +100,36 @@ def rival(work: Work, making: evaluation.Making, name: str, budget: str) -> Row:
     return Row(name, budget, making.level, making.seed, scores[0], weights.floats, 4 * weights.floats, scores[1], None)
 
 
+def figure(rows: Sequence[Row], levels: Sequence[str], rivals: Collection[str]) -> bytes:
+    """PNG: a panel per level, mean score over an adaptor's bytes, a line per variant."""
+    drawn = new_figure((4.2 * len(levels), 4.6))
+    axes = drawn.subplots(1, len(levels), squeeze=False)[0]
+    names = list(dict.fromkeys(row.variant for row in rows))
+    for axis, level in zip(axes, levels, strict=True):
+        for number, name in enumerate(names):
+            points = defaultdict[str, list[Row]](list)
+            for row in rows:
+                if (row.variant, row.level) == (name, level):
+                    points[row.budget].append(row)
+            line = sorted((fmean(r.bytes for r in own), fmean(r.score for r in own)) for own in points.values())
+            axis.plot(
+                [size / 1000 for size, _ in line], [score for _, score in line], label=name, linewidth=1, markersize=5,
+                marker="osv^D<>phX*"[number % 11], color=f"C{number % 10}", linestyle="--" if name in rivals else "-",
+            )  # fmt: skip
+        mine = [row for row in rows if row.level == level]
+        for score, what in ((mine[0].original, "original"), (fmean(r.full for r in mine if r.full), "whole network")):
+            axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
+            axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+        # what lies far below says no more about the others than that
+        scores = sorted(row.score for row in mine)
+        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, scores[-1] + 1)
+        axis.set(xscale="log", title=level, xlabel="adaptor, kB")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mIoU, percent")
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure_png(drawn)
+
+
 def jaccard(row: Row) -> float:
     """Of the layers chosen and those of the first variant under the same budget, level and seed."""
     others = of_first[row.budget, row.level, row.seed]
@@ -110,6 +142,7 @@ parser.add_argument("--data", help="folder of the data set")
 parser.add_argument("--cache", default="~/.cache/gearnn_ray")
 parser.add_argument("--store", default="artifacts")
 parser.add_argument("--out", type=Path, help="Parquet file of all rows")
+parser.add_argument("--figure", type=Path, help="PNG of scores over bytes")
 options = parser.parse_args()
 study = yaml.safe_load(options.study.read_text())
 
@@ -169,6 +202,8 @@ with cluster():
 
 if options.out:
     pq.write_table(pa.Table.from_pylist([{**asdict(row), "layers": list(row.layers)} for row in rows]), options.out)
+if options.figure:
+    options.figure.write_bytes(figure(rows, study["levels"], study.get("rivals", {})))
 found = defaultdict[tuple[str, str, str], list[Row]](list)
 for row in rows:
     found[row.variant, row.budget, row.level].append(row)
