@@ -100,11 +100,10 @@ def rival(work: Work, making: evaluation.Making, name: str, budget: str) -> Row:
     return Row(name, budget, making.level, making.seed, scores[0], weights.floats, 4 * weights.floats, scores[1], None)
 
 
-def figure(rows: Sequence[Row], levels: Sequence[str], rivals: Collection[str]) -> bytes:
+def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], rivals: Collection[str]) -> bytes:
     """PNG: a panel per level, mean score over an adaptor's bytes, a line per variant."""
     drawn = new_figure((4.2 * len(levels), 4.6))
     axes = drawn.subplots(1, len(levels), squeeze=False)[0]
-    names = list(dict.fromkeys(row.variant for row in rows))
     for axis, level in zip(axes, levels, strict=True):
         for number, name in enumerate(names):
             points = defaultdict[str, list[Row]](list)
@@ -117,13 +116,18 @@ def figure(rows: Sequence[Row], levels: Sequence[str], rivals: Collection[str]) 
                 marker="osv^D<>phX*"[number % 11], color=f"C{number % 10}", linestyle="--" if name in rivals else "-",
             )  # fmt: skip
         mine = [row for row in rows if row.level == level]
-        for score, what in ((mine[0].original, "original"), (fmean(r.full for r in mine if r.full), "whole network")):
+        wholes = [fmean(row.full for row in mine if row.full is not None)]
+        for score, what in ((mine[0].original, "original"), (wholes[0], "whole network")):
             axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
             axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         # what lies far below says no more about the others than that
         scores = sorted(row.score for row in mine)
-        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, scores[-1] + 1)
+        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, max(scores[-1], *wholes) + 1)
         axis.set(xscale="log", title=level, xlabel="adaptor, kB")
+        sizes = sorted({round(row.bytes / 1000, -1 if row.bytes > 20_000 else 1) for row in mine})
+        ticks = [size for last, size in zip([0.0, *sizes], sizes, strict=False) if size > 1.3 * last]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mIoU, percent")
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
@@ -202,12 +206,12 @@ with cluster():
 
 if options.out:
     pq.write_table(pa.Table.from_pylist([{**asdict(row), "layers": list(row.layers)} for row in rows]), options.out)
+names = list(dict.fromkeys((*study["variants"], *study.get("rivals", {}))))
 if options.figure:
-    options.figure.write_bytes(figure(rows, study["levels"], study.get("rivals", {})))
+    options.figure.write_bytes(figure(rows, names, study["levels"], study.get("rivals", {})))
 found = defaultdict[tuple[str, str, str], list[Row]](list)
 for row in rows:
     found[row.variant, row.budget, row.level].append(row)
-names = list(dict.fromkeys((*study["variants"], *study.get("rivals", {}))))
 first = next(iter(study["variants"]))
 of_first = {(row.budget, row.level, row.seed): set(row.layers) for row in rows if row.variant == first}
 print("\n" + " ".join([f"{'variant':<28}{'M':>7}{'bytes':>10}", *(f"{level:>20}" for level in study["levels"])]))

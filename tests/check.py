@@ -1,6 +1,6 @@
 """All the checks behind one command, the quick ones first: `uv run tests/check.py [arguments for pytest]`.
 
-It knows nothing about the project but that its tests come in two kinds: each tool reads its own settings from
+It knows nothing about the project but that its tests come in kinds: each tool reads its own settings from
 `pyproject.toml`.
 """
 
@@ -33,9 +33,10 @@ for check in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy
         sys.exit(code)
 if arguments := sys.argv[1:]:
     sys.exit(ended(start("pytest", *arguments)))
-# Tests on a Ray wait for processes most of the time. The others fill that time at the lowest priority, and take none of it.
+# Tests on a Ray wait for processes most of the time. The others, also those with a Ray of their own, fill that time at a low
+# priority, and take little of it.
 with tempfile.TemporaryFile("w+") as said:
-    others = start("pytest", "-m", "not ray", out=said, nice=19)
+    others = start("pytest", "-m", "not ray", out=said, nice=10)
     codes = [ended(start("pytest", "-m", "ray")), ended(others)]
     said.seek(0)
     print("$ pytest -m not ray (beside it)", said.read(), sep="\n", end="", flush=True)

@@ -27,7 +27,7 @@ NORMALISATION = Normalisation((0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("apart"):
             item.add_marker("ray")
 
 

@@ -18,7 +18,7 @@ from gearnn_ray.cli import resolve_store, run_split
 from tests import tiny
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.apart
 
 # Importable only from the shipped folder, and content only with the package that was shipped beside it.
 SHIPPED_NETS = """

@@ -31,7 +31,7 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.apart
 
 LEVELS = ["jpeg-10", "brightness-0.4"]
 EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch

@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
 from gearnn_ray.online import service
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.apart
 
 PINNED = "tiny@sha256:" + "0" * 64
 
