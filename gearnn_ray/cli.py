@@ -169,6 +169,12 @@ def _show(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
     if outcome.summary:
         console.print()
         print_summary(outcome.summary, console)
+        if config.selection.together:
+            held = {result.digest: result.bytes for result in outcome.results if result.digest}
+            console.print(
+                f"chosen together ({config.selection.problem}): {sum(held.values()):,} bytes in {len(held)} adaptors",
+                highlight=False,
+            )
         if shares := [result.share_changed for result in outcome.results if result.sensitivity]:
             lie, moved = (f"{min(part):.1%} to {max(part):.1%}" for part in zip(*shares, strict=True))
             console.print(

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.recipe import Criterion, Recipe, Value
+from gearnn_ray.offline.recipe import PAPERS, Coupling, Criterion, Recipe, Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # the ImageNet statistics: what torchvision's and DRN's classification networks were trained with
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_MOST_LEVELS = 12  # of few-adaptors, whose solver looks at all sets of levels
 ItemT = TypeVar("ItemT", str, float)
 
 
@@ -109,6 +110,30 @@ class SensitivityConfig(_Section):
     """of the full fine-tune, a fraction too, after which layers are chosen; 0: by the gradient at the base; default: all"""
 
 
+class SelectionConfig(Coupling, Criterion):
+    """What layers are worth, and the problem that chooses among them."""
+
+    @model_validator(mode="after")
+    def _layers_as_they_are(self) -> "SelectionConfig":
+        plain = (self.granularity, self.codes) == (PAPERS.granularity, PAPERS.codes)
+        if self.problem in ("few-layers", "few-adaptors") and not plain:
+            raise ValueError(
+                f"selection.problem is {self.problem}, which chooses tensors as float32: leave out selection.granularity and "
+                "selection.codes or choose another problem"
+            )
+        return self
+
+    @property
+    def criterion(self) -> Criterion:
+        """A level's values."""
+        return Criterion(**{name: getattr(self, name) for name in Criterion.model_fields})
+
+    @property
+    def coupling(self) -> Coupling:
+        """The problem that they enter."""
+        return Coupling(**{name: getattr(self, name) for name in Coupling.model_fields})
+
+
 class SplitConfig(_Section):
     """GearNN's Algorithm 1 over a set of distortion levels."""
 
@@ -119,7 +144,8 @@ class SplitConfig(_Section):
     levels: tuple[str, ...] = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
     """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
     budget: str = "0.2%"
-    """M of Eq. (2): a share of the model size such as 0.2%, a number of floats, or of bytes such as 127256B"""
+    """M of Eq. (2): a share of the model size such as 0.2%, a number of floats, or of bytes such as 127256B; of each
+    adaptor, with selection.problem one-memory of all together"""
     seed: int = Field(0, ge=0, lt=2**32)
     """decides order and crops of every fine-tune"""
     tags: tuple[str, ...] = ()
@@ -130,7 +156,7 @@ class SplitConfig(_Section):
     model: ModelConfig = ModelConfig()
     recipe: Recipe = Recipe()
     sensitivity: SensitivityConfig = SensitivityConfig()
-    selection: Criterion = Criterion()
+    selection: SelectionConfig = SelectionConfig()
     base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
     """how the base is trained where no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
@@ -173,6 +199,26 @@ class SplitConfig(_Section):
         if short is not None and self.keep_full:
             raise ValueError(
                 "keep_full and sensitivity.epochs are both given: only whole fine-tunes can be kept, leave out one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_that_go_together(self) -> "SplitConfig":
+        selection, distorted = self.selection, [name for name in self.levels if not parse_level(name).is_clean]
+        unknown = next((name for name in selection.frequencies if name not in self.levels), None)
+        if unknown is not None:
+            raise ValueError(
+                f"selection.frequencies has {unknown}, which levels has not: add it there or take it out here"
+            )
+        if selection.together and not sum(selection.frequencies.get(name, 1.0) for name in distorted):
+            raise ValueError(
+                f"selection.problem is {selection.problem} and no distorted level occurs: name one in levels, with a frequency "
+                "above 0"
+            )
+        if selection.problem == "few-adaptors" and len(distorted) > _MOST_LEVELS:
+            raise ValueError(
+                f"selection.problem is few-adaptors and there are {len(distorted)} distorted levels: expected at most "
+                f"{_MOST_LEVELS}, leave out some"
             )
         return self
 

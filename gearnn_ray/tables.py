@@ -55,8 +55,16 @@ SELECTION = _schema(
         ("numel", pa.int64(), "N_i, floats in the layer"),
         ("value", pa.float64(), "v_i^q: Eq. (1), or the value function that the release was made with"),
         ("selected", pa.bool_(), "whether the layer is in S^q"),
-        ("budget", pa.int64(), "M in floats"),
-        ("objective", pa.float64(), "sum of v_i^q over S^q, less what codes lose, in float64"),
+        (
+            "budget",
+            pa.int64(),
+            "M in floats, of this adaptor; with selection.problem one-memory of all levels' together",
+        ),
+        (
+            "objective",
+            pa.float64(),
+            "sum of v_i^q over S^q, less what codes lose, in float64; of levels chosen together that of all, by frequency",
+        ),
         ("bound", pa.float64(), "proven upper bound on the objective"),
         ("status", pa.string(), "OPTIMAL, or FEASIBLE with the gap between objective and bound"),
         (
@@ -76,10 +84,18 @@ SUMMARY = _schema(
         ("full", pa.float64(), "score of the fully fine-tuned network, percent; null where none was made"),
         ("adaptor", pa.float64(), "score of base + adaptor, percent"),
         ("adaptor_floats", pa.int64(), "floats in the adaptor"),
-        ("budget_floats", pa.int64(), "M in floats"),
+        (
+            "budget_floats",
+            pa.int64(),
+            "M in floats, of this adaptor; with selection.problem one-memory of all together",
+        ),
         ("model_floats", pa.int64(), "floats in the network, running statistics included"),
         ("seconds_full", pa.float64(), "seconds of the full fine-tune, judging not counted"),
-        ("seconds_partial", pa.float64(), "seconds of the partial fine-tune, judging not counted"),
+        (
+            "seconds_partial",
+            pa.float64(),
+            "seconds of the partial fine-tune, judging not counted; of a shared adaptor the same one at each of its levels",
+        ),
     ],
 )
 
@@ -87,7 +103,11 @@ SWEEP = _schema(
     "accuracy over the budget M, a row per budget, value function and level",
     [
         ("budget", pa.string(), "M as asked for"),
-        ("budget_floats", pa.int64(), "M in floats"),
+        (
+            "budget_floats",
+            pa.int64(),
+            "M in floats, of each adaptor; with selection.problem one-memory of all together",
+        ),
         ("model_floats", pa.int64(), "floats in the network, running statistics included"),
         ("value", pa.string(), "what a layer is worth: name of the value function"),
         ("level", pa.string(), "distortion level q"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -19,6 +20,8 @@ from gearnn_ray.config import (
 )
 from gearnn_ray.errors import UserError
 from gearnn_ray.evaluation.methods import TITLES
+from gearnn_ray.offline.recipe import Criterion
+from gearnn_ray.offline.selection import few_adaptors
 from tests.conftest import ROOT
 
 
@@ -97,6 +100,65 @@ def test_what_is_wrong_with_a_command_line_is_one_sentence(arguments: list[str],
         parse(*arguments)
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+def test_levels_are_chosen_together_by_name(tmp_path: Path) -> None:
+    assert not parse().selection.together
+    config = parse(
+        "--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--selection.frequencies", "jpeg-10", "120",
+        "jpeg-80", "0.5", "--selection.value", "l2",
+    )  # fmt: skip
+    selection = config.selection
+    assert (selection.criterion, selection.coupling.adaptors) == (Criterion(value="l2"), 2)
+    assert selection.coupling.frequencies == {"jpeg-10": 120, "jpeg-80": 0.5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert parse("--config", str(tmp_path / "c.yaml")) == config
+    # what is part of stages' keys is what it was before
+    assert list(selection.criterion.model_dump()) == ["value", "granularity", "codes"]
+
+
+MANY = [f"jpeg-{quality}" for quality in range(10, 23)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["problem", "all"], "'all'"),
+        (["problem", "few-layers"], r"problem is few-layers and selection\.distinct is not: give it"),
+        (["problem", "few-adaptors"], r"problem is few-adaptors and selection\.adaptors is not: give it"),
+        (
+            ["distinct", "3"],
+            r"problem is per-level and selection\.distinct is given: leave it out or choose few-layers",
+        ),
+        (["problem", "one-memory", "adaptors", "3"], "leave it out or choose few-adaptors"),
+        (["problem", "few-layers", "distinct", "0"], r"selection\.distinct is 0"),
+        (["frequencies", "jpeg-10", "3"], "frequencies is given and selection.problem per-level"),
+        (["problem", "one-memory", "frequencies", "jpeg-11", "3"], "frequencies has jpeg-11, which levels has not"),
+        (
+            ["problem", "one-memory", "frequencies", "jpeg-10", "-3"],
+            "the frequency of jpeg-10 is -3: expected 0 or more",
+        ),
+        (["problem", "one-memory", "frequencies", "jpeg-10", "nan"], "nan"),
+        (["problem", "few-layers", "distinct", "3", "codes", "int8"], "few-layers, which chooses tensors as float32"),
+        (["problem", "few-adaptors", "adaptors", "3", "granularity", "module"], "few-adaptors, which chooses tensors"),
+        (["problem", "one-memory", "LEVELS", "clean"], "one-memory and no distorted level occurs"),
+        (["problem", "few-adaptors", "adaptors", "3", "LEVELS", *MANY], "13 distorted levels: expected at most 12"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(arguments: list[str], found: str) -> None:
+    options = ("problem", "distinct", "adaptors", "frequencies", "codes", "granularity")
+    line = ["--levels" if a == "LEVELS" else f"--selection.{a}" if a in options else a for a in arguments]
+    with pytest.raises(UserError, match=found) as caught:
+        parse(*line)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_as_many_levels_share_adaptors_as_the_solver_takes() -> None:
+    parse("--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--levels", "clean", *MANY[:12])
+    few_adaptors(np.ones((12, 1)), [1], 1, 2)
+    with pytest.raises(ValueError, match="expected at most 12"):
+        few_adaptors(np.ones((13, 1)), [1], 1, 2)
 
 
 def evaluation(*arguments: str) -> EvaluateConfig:

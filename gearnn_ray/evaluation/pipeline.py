@@ -97,7 +97,9 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
             )
     if not any(not parse_level(name).is_clean for name in levels):
         raise UserError(f"{config.release} has no distorted level to evaluate: name some with --levels")
-    budgets = tuple(dict.fromkeys(budget_floats(text, facts.floats) for text in config.budgets))
+    # another budget of one level's own is no part of a problem of all levels together
+    asked = () if work.coupling.together else config.budgets
+    budgets = tuple(dict.fromkeys(budget_floats(text, facts.floats) for text in asked))
     small = next((m for m in budgets if m < facts.least(work.criterion)), None)
     if small is not None:
         raise UserError(
@@ -107,6 +109,7 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
     if len(config.learning_rates) > 1 and len(work.data.train) < 2:
         raise UserError("learning rates are chosen on held-back training images, and there is only one: give no grid")
     make_images(work, levels, relay)
+    work = replace(work, budget=_budget_of_each(work, release.levels))
     return Plan(
         name=release.name,
         release=release.digest,
@@ -118,6 +121,12 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
         untrained={name: sides for name, sides in between.items() if sides is not None},
         budgets=tuple(m for m in budgets if m != work.budget),
     )
+
+
+def _budget_of_each(work: Work, released: Sequence[str]) -> int:
+    """M in floats of one level's adaptor, which rivals get; where all levels have one memory, an equal part of it."""
+    sharing = sum(not parse_level(name).is_clean for name in released)
+    return work.budget // max(1, sharing) if work.coupling.problem == "one-memory" else work.budget
 
 
 def _worst_of_each_axis(levels: Sequence[str], worst: Sequence[str]) -> tuple[str, ...]:
@@ -144,6 +153,12 @@ def _main(
     return stages.make_main(
         replace(own, recipe=full), replace(own, recipe=adaptor), level, (work.budget, *budgets), say, label
     )
+
+
+def _released(
+    work: Work, full: Recipe, level: str, seed: int, entry: Mapping[str, Any] | None, label: str, say: Any
+) -> Main:
+    return stages.released_main(replace(work, seed=seed, keep_full=True, recipe=full), level, entry, say, label)
 
 
 def _judge_original(work: Work, level: str, say: Any) -> dict[str | None, Judged]:
@@ -250,8 +265,12 @@ class _Run:
         """Each method's learning rate: the one of the grid with the best score on held-back training images."""
         plan, grid, found, level = self.plan, self.config.learning_rates, self.found, self.found.tuning_level
         trained = [m for m in (*_MAIN, *self.config.methods) if m != "bn-statistics"]
+        if plan.work.coupling.together:
+            # as released, its adaptors have the learning rate that they have
+            trained.remove("gearnn")
+            found.rates["gearnn"] = plan.work.recipe.learning_rate
         if len(grid) <= 1:
-            found.rates = dict.fromkeys(trained, *(grid or (plan.work.recipe.learning_rate,)))
+            found.rates |= dict.fromkeys(trained, *(grid or (plan.work.recipe.learning_rate,)))
             return
         scores: dict[str, dict[float, float]] = {method: {} for method in trained}
 
@@ -380,7 +399,7 @@ class _Run:
         plan, found, first = self.plan, self.found, seed == self.plan.work.seed
         full, adaptor = (plan.work.recipe.model_copy(update={"learning_rate": found.rates[m]}) for m in _MAIN)
         further = plan.budgets if first and level in (self.config.budget_levels or (found.tuning_level,)) else ()
-        suffix = "" if first else f" seed {seed}"
+        suffix, entry = "" if first else f" seed {seed}", plan.manifest["levels"].get(level)
 
         def cells(main: Main) -> Sequence[Cell]:
             found.mains[level, seed] = main
@@ -388,14 +407,17 @@ class _Run:
             for budget, weights in main.gearnn.items():
                 own = budget == plan.work.budget
                 made.append(Cell("gearnn", level, seed, weights, budget=None if own else budget))
-            entry = plan.manifest["levels"].get(level)
             if first and entry is not None and entry["digest"] != main.gearnn[plan.work.budget].digest:
                 made.append(Cell("gearnn-released", level, seed, Weights(entry["digest"], entry["floats"])))
             return made
 
-        self.say.expect({(level, f"switching{suffix}"): 1.0, (level, f"gearnn{suffix}"): 0.65 * (1 + len(further))})
-        arguments = (full, adaptor, level, seed, further, suffix)
-        return _Unit(f"{level} switching and gearnn{suffix}", (level,), _main, arguments, cells)
+        name = f"{level} switching and gearnn{suffix}"
+        self.say.expect({(level, f"switching{suffix}"): 1.0})
+        if plan.work.coupling.together and entry is not None:
+            released = (full, level, seed, entry if first else None, suffix)
+            return _Unit(name, (level,), _released, released, cells)
+        self.say.expect({(level, f"gearnn{suffix}"): 0.65 * (1 + len(further))})
+        return _Unit(name, (level,), _main, (full, adaptor, level, seed, further, suffix), cells)
 
     def _made(self, unit: _Unit, result: Any) -> None:
         """A unit has ended: its cells wait for their level's judging."""

@@ -101,7 +101,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Main:
-    """The main methods at one level and seed: the full fine-tune, and GearNN's adaptor under each budget."""
+    """The main methods at one level and seed: the full fine-tune, and GearNN's adaptor under each budget.
+
+    Of a level chosen together with others there is only the release's own adaptor, if any.
+    """
 
     switching: Weights
     gearnn: dict[int, Weights]
@@ -126,8 +129,7 @@ def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say
 
     budgets: M in floats, the release's own first. Every stage's key is the split job's own.
     """
-    names = {"full": "switching", "partial": "gearnn"}
-    relabelled = _relabelled(say, lambda event: names.get(event.stage, event.stage) + seed_label)
+    relabelled = _as_methods(say, seed_label)
     step_1, step_4 = LevelRun(full, level, relabelled), LevelRun(adaptor, level, relabelled)
     sensed = step_1.full()
     selections = [step_1.selection(sensed, budget) for budget in budgets]
@@ -144,6 +146,20 @@ def make_main(full: Work, adaptor: Work, level: str, budgets: Sequence[int], say
     }
     floats = sum(row["numel"] for row in whole["sensitivity"])
     return Main(Weights(whole["digest"], floats), made, tuple(selections[0]["layers"]), tuple(whole["sensitivity"]))
+
+
+def released_main(full: Work, level: str, entry: Mapping[str, Any] | None, say: Say, seed_label: str = "") -> Main:
+    """The main methods at a level chosen together with others: the full fine-tune made, GearNN's adaptor as released.
+
+    entry: the level's in the manifest, None for another seed than the release's.
+    """
+    whole = LevelRun(replace(full, sensitivity_epochs=None), level, _as_methods(say, seed_label)).full()
+    switching = Weights(whole["digest"], sum(row["numel"] for row in whole["sensitivity"]))
+    if entry is None:
+        return Main(switching, {}, (), tuple(whole["sensitivity"]))
+    stored = sum(t.numel() * t.element_size() for t in Store(full.store).get_state(entry["digest"]).values())
+    released = {full.budget: Weights(entry["digest"], math.ceil(stored / 4))}
+    return Main(switching, released, tuple(entry["layers"]), tuple(whole["sensitivity"]))
 
 
 def choose_layers(work: Work, level: str, say: Say) -> tuple[str, ...]:
@@ -508,6 +524,11 @@ def _relay(say: Say, label: str, making: Making) -> Callable[[Progress], None]:
         say(Event("progress", label, making.level, p.step, p.steps, p.epoch + 1, p.epochs, p.loss))
 
     return report
+
+
+def _as_methods(say: Say, seed_label: str) -> Say:
+    names = {"full": "switching", "partial": "gearnn"}
+    return _relabelled(say, lambda event: names.get(event.stage, event.stage) + seed_label)
 
 
 def _relabelled(say: Say, name: Callable[[Event], str]) -> Say:

@@ -3,14 +3,19 @@
     check everything ─► base ─► one task per level: original, full fine-tune, selection, partial fine-tune ─► release
 
 A level is one task, so its selection and partial fine-tune start the moment its full fine-tune is done, in a process that has
-network and images at hand; other levels neither wait nor are waited for. Weights go from worker to store and back, never
-through the driver, which sees digests and small tables. What survives a killed task is what the stages put into the store.
+network and images at hand; other levels neither wait nor are waited for. Levels that are chosen together come in two waves:
+
+    one task per level: original, full fine-tune ─► one for all: selection ─► one per adaptor: partial fine-tune
+
+Weights go from worker to store and back, never through the driver, which sees digests and small tables. What survives a killed
+task is what the stages put into the store.
 """
 
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -49,6 +54,9 @@ from gearnn_ray.offline.resources import check_resources, groups_that_fit
 from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Network, NetworkFacts, Work
 from gearnn_ray.store import Blob, Store
 from gearnn_ray.tasks.segmentation import Normalisation
+
+Step = Callable[..., Any]
+"""`stages.run_level`, or one of what takes its place where levels are chosen together: of (work, what, say)."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,8 @@ def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts
         budget=0,
         seed=config.seed,
         keep_full=config.keep_full,
-        criterion=config.selection,
+        criterion=config.selection.criterion,
+        coupling=config.selection.coupling,
         sensitivity_epochs=config.sensitivity.epochs,
         world_size=config.resources.workers_per_level,
     )
@@ -199,20 +208,20 @@ def _base(config: SplitConfig, work: Work, board: Any, relay: Relay) -> Blob:
 
 
 @ray.remote
-def _run_level(work: Work, level: str, threads: int, board: Any) -> LevelResult:
+def _run_level(step: Step, work: Work, what: Any, threads: int, board: Any) -> Any:
     prepare_process(threads)
     with saying(board) as say:
-        return stages.run_level(work, level, say)
+        return step(work, what, say)
 
 
 @ray.remote(num_cpus=0)
-def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, board: Any) -> LevelResult:
-    """One level whose fine-tunes are spread over several workers by Ray Train; this process only looks on."""
+def _run_level_on_workers(step: Step, work: Work, name: str, what: Any, resources: ResourcesConfig, board: Any) -> Any:
+    """A step whose fine-tunes are spread over several workers by Ray Train; this process only looks on."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
 
     with saying(board) as say:
-        if (known := stages.known_level(work, level, say)) is not None:
+        if (known := stages.known(step, work, what, say)) is not None:
             return known
     threads = max(1, int(resources.cpus))
 
@@ -223,13 +232,13 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
         if (device := get_device()).type == "cuda":
             torch.cuda.set_device(device)
         prepare_process(threads)
-        if ray.get(board.given_up.remote(level)) is not None:
+        if ray.get(board.given_up.remote(name)) is not None:
             return  # Ray Train tries again after any failure; what is wrong with a level does not get better
         with saying(board) as say:
             try:
-                stages.run_level(work, level, say if dist.get_rank() == 0 else mute)
+                step(work, what, say if dist.get_rank() == 0 else mute)
             except (TrainingFailedError, UserError, ComplementChangedError) as error:
-                ray.get(board.give_up.remote(level, str(error)))
+                ray.get(board.give_up.remote(name, str(error)))
                 raise  # the other workers wait for this one: Ray Train ends them
 
     bundle = {"CPU": resources.cpus, "GPU": resources.gpus}
@@ -243,50 +252,78 @@ def _run_level_on_workers(work: Work, level: str, resources: ResourcesConfig, bo
             ),
             # Train wants a folder; what it would restore from is in our store
             run_config=RunConfig(
-                name=level, storage_path=scratch, failure_config=FailureConfig(max_failures=resources.retries)
+                name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=resources.retries)
             ),
         )
         try:
             trainer.fit()
         finally:
-            reason = ray.get(board.given_up.remote(level))
+            reason = ray.get(board.given_up.remote(name))
             if reason is not None:
                 raise TrainingFailedError(reason) from None
-    result = stages.known_level(work, level, mute)
+    result = stages.known(step, work, what, mute)
     assert result is not None, "Ray Train ended without an error but left a stage undone"
     return result
 
 
 def _levels(config: SplitConfig, work: Work, board: Any, relay: Relay) -> tuple[dict[str, LevelResult], dict[str, str]]:
     """Every level's result, or the reason why it has none."""
-    resources, shared = config.resources, ray.put(work)
-    threads = max(1, int(resources.cpus))
+    run = partial(_run_all, config.resources, work, board, relay)
+    if not work.coupling.together:
+        return run(stages.run_level, {level: level for level in config.levels})
+    sensed, failed = run(stages.sense_own, {level: level for level in config.levels})
+    chosen = dict[tuple[str, ...], dict[str, Any]]()
+    if measured := {level: each[0] for level, each in sensed.items() if each}:
+        try:
+            selections = relay.wait(_choose_together.remote(work, measured, board))
+            # an adaptor that several levels share is one task
+            chosen = {tuple(s.get("shared_by", (level,))): s for level, s in selections.items()}
+        except Exception as error:
+            failed |= dict.fromkeys(measured, reason_of(error))
+    chosen |= {(level,): {} for level, each in sensed.items() if not each}
+    adapted, late = run(stages.adapt_together, {levels[0]: (levels, each) for levels, each in chosen.items()})
+    for levels in chosen:
+        failed |= dict.fromkeys(levels, late[levels[0]]) if levels[0] in late else {}
+    return {result.level: result for results in adapted.values() for result in results}, failed
+
+
+@ray.remote
+def _choose_together(work: Work, measured: Mapping[str, dict[str, Any]], board: Any) -> dict[str, dict[str, Any]]:
+    with saying(board) as say:
+        return stages.choose_together(work, measured, say)
+
+
+def _run_all(
+    resources: ResourcesConfig, work: Work, board: Any, relay: Relay, step: Step, whats: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `step(work, what, say)` returns of each, by name, or the reason why it does not."""
+    shared, threads = ray.put(work), max(1, int(resources.cpus))
     start: Callable[[str], Any]
     if spreads_over_workers(resources):
         at_once = groups_that_fit(resources, *cluster_resources())
-        start = lambda level: _run_level_on_workers.options(  # noqa: E731
+        start = lambda name: _run_level_on_workers.options(  # noqa: E731
             max_retries=resources.retries, scheduling_strategy=beside_driver()
-        ).remote(shared, level, resources, board)
+        ).remote(step, shared, name, whats[name], resources, board)
     else:
         # all of them wait in Ray's own queue, where an autoscaler sees them
-        at_once = len(config.levels)
+        at_once = len(whats)
         task = _run_level.options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries)
-        start = lambda level: task.remote(shared, level, threads, board)  # noqa: E731
+        start = lambda name: task.remote(step, shared, whats[name], threads, board)  # noqa: E731
 
-    waiting, running = list(config.levels), dict[Any, str]()
-    results, failed = dict[str, LevelResult](), dict[str, str]()
+    waiting, running = list(whats), dict[Any, str]()
+    results, failed = dict[str, Any](), dict[str, str]()
     while waiting or running:
         while waiting and len(running) < at_once:
-            level = waiting.pop(0)
-            running[start(level)] = level
+            name = waiting.pop(0)
+            running[start(name)] = name
         done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
         relay.flush()
         for ref in done:
-            level = running.pop(ref)
+            name = running.pop(ref)
             try:
-                results[level] = result_of(ref)
+                results[name] = result_of(ref)
             except Exception as error:
-                failed[level] = reason_of(error)
+                failed[name] = reason_of(error)
     return results, failed
 
 

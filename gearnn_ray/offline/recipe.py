@@ -1,9 +1,9 @@
 """How a network is fine-tuned and its layers chosen, as a job is told it and a release remembers it. Imports no torch."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Recipe(BaseModel):
@@ -83,3 +83,54 @@ class Criterion(BaseModel):
 
 PAPERS = Criterion()
 """Eq. (1) and (2), layer by layer."""
+
+Problem = Literal["per-level", "one-memory", "shared-layers", "few-layers", "few-adaptors"]
+"""What the levels' values enter, by name: `gearnn_ray.offline.together`."""
+
+
+class Coupling(BaseModel):
+    """Which problem the levels' values enter: each level's own, or one of all levels together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    problem: Problem = "per-level"
+    """per-level (Eq. 2); or of all levels together: one-memory (the budget is that of all adaptors), shared-layers, few-layers,
+    few-adaptors"""
+    frequencies: dict[str, float] = {}
+    """level and how often it occurs, as counts or shares, where levels are chosen together; default: 1 each"""
+    distinct: int | None = Field(None, ge=1)
+    """of few-layers: how many different layers all adaptors together may have"""
+    adaptors: int | None = Field(None, ge=1)
+    """of few-adaptors: how many adaptors serve all levels"""
+
+    @model_validator(mode="after")
+    def _what_its_problem_needs(self) -> Self:
+        for option, problem in (("distinct", "few-layers"), ("adaptors", "few-adaptors")):
+            given = getattr(self, option) is not None
+            if given != (self.problem == problem):
+                found = "is given" if given else "is not"
+                do = f"leave it out or choose {problem}" if given else "give it"
+                raise ValueError(f"selection.problem is {self.problem} and selection.{option} {found}: {do}")
+        if self.frequencies and not self.together:
+            raise ValueError(
+                "selection.frequencies is given and selection.problem per-level, which does not look at it: leave it out or "
+                "choose another"
+            )
+        return self
+
+    @field_validator("frequencies")
+    @classmethod
+    def _counts_or_shares(cls, frequencies: dict[str, float]) -> dict[str, float]:
+        negative = next((level for level, often in frequencies.items() if often < 0), None)
+        if negative is not None:
+            raise ValueError(f"the frequency of {negative} is {frequencies[negative]:g}: expected 0 or more")
+        return frequencies
+
+    @property
+    def together(self) -> bool:
+        """Whether levels are chosen together."""
+        return self.problem != "per-level"
+
+
+PER_LEVEL = Coupling()
+"""Algorithm 1: every level by itself."""

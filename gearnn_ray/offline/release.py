@@ -12,6 +12,7 @@ from typing import Any
 from gearnn_ray import tables
 from gearnn_ray.config import SplitConfig
 from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.offline.recipe import Coupling
 from gearnn_ray.offline.sensitivity import Sensitivity, table_row
 from gearnn_ray.offline.stages import ImageStatistics, LevelResult, NetworkFacts, Work
 from gearnn_ray.offline.values import VALUES
@@ -111,7 +112,10 @@ def _installed(package: str) -> bool:
 
 def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
-    return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
+    # where levels are chosen apart, releases are the bytes that they were before there was anything else
+    apart: dict[str, Any] = {} if config.selection.together else {"selection": set(Coupling.model_fields)}
+    where: dict[str, Any] = {"store": True, "data": {"cache"}, "resources": True, "tags": True}
+    return config.model_dump(mode="json", exclude=where | apart)
 
 
 def tables_of(

@@ -82,7 +82,8 @@ def reopen(store: Store, ref: str, data: ReleaseDataConfig, relay: Relay) -> Reo
         seed=manifest["seed"],
         base=manifest["base"]["digest"],
         keep_full=config.keep_full,
-        criterion=config.selection,
+        criterion=config.selection.criterion,
+        coupling=config.selection.coupling,
         sensitivity_epochs=config.sensitivity.epochs,
     )
     return Reopened(ref, digest, manifest, config, work, facts)

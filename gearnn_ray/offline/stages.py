@@ -2,6 +2,7 @@
 
     original ─► full fine-tune ─► selection ─► partial fine-tune ─► adaptor in the store
 
+Where levels are chosen together, one selection waits for the full fine-tunes of all, and is handed to each.
 Running a stage again, after a crash or with another budget, finds what is there and computes what is missing: this is the
 whole resume mechanism. Runs in any process, alone or as one of several under `torch.distributed` (rank 0 writes). Knows
 nothing of Ray.
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,18 +31,23 @@ from gearnn_ray.codes import factors as directions
 from gearnn_ray.data import Dataset
 from gearnn_ray.data.images import PackedImages, level_images, split_labels
 from gearnn_ray.errors import UserError
+from gearnn_ray.evaluation.methods import Mixture, mixed_batches
 from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
 from gearnn_ray.offline.events import Event, Say, StageName
-from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune
+from gearnn_ray.offline.finetune import BatchSource, Progress, evaluate, fine_tune
 from gearnn_ray.offline.gradients import Gradients, gradients
-from gearnn_ray.offline.recipe import PAPERS, Criterion, Recipe
-from gearnn_ray.offline.selection import Choice, Selection, choose, select
+from gearnn_ray.offline.recipe import PAPERS, PER_LEVEL, Coupling, Criterion, Recipe
+from gearnn_ray.offline.selection import Choice, Selection, select
 from gearnn_ray.offline.sensitivity import Sensitivity, coded_of, measure, sensitivity, share_of_weights_changed
+from gearnn_ray.offline.together import Measured, choose_options, in_turn, select_together
 from gearnn_ray.offline.values import FLOAT_BYTES, layers_and_codes, problem
 from gearnn_ray.store import Blob, Store, digest_of, encode_state
+from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Normalisation
+
+T = TypeVar("T")
 
 STAGES_VERSION = 1
 """Part of every key: bumped whenever a stage would compute something else from the same inputs."""
@@ -72,6 +78,8 @@ class Work:
     base: str = ""
     """digest of the base's blob"""
     criterion: Criterion = PAPERS
+    coupling: Coupling = PER_LEVEL
+    """the problem that the criterion's values enter; where levels are chosen together, `budget` is that problem's"""
     sensitivity_epochs: float | None = None
     """of the full fine-tune, after which layers are chosen; 0: a step along the gradient at the base; None: all of it"""
 
@@ -203,55 +211,27 @@ def train_base(work: Work, recipe: Recipe, say: Say) -> Blob:
 # ── one level ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_level(work: Work, level: str, say: Say) -> LevelResult:
+def run_level(
+    work: Work, level: str, say: Say, selection: dict[str, Any] | None = None, only_look: bool = False
+) -> LevelResult:
     """Algorithm 1 for one level: every stage that the store does not hold already, in this process.
 
-    Raises UserError, TrainingFailedError, ComplementChangedError.
+    selection: the level's of `choose_together`, which takes the place of its own. Raises UserError, TrainingFailedError,
+    ComplementChangedError; and where it may only look, NotYetError.
     """
-    return _run_level(LevelRun(work, level, say))
-
-
-def sense_level(work: Work, level: str, criteria: Sequence[Criterion], say: Say) -> None:
-    """What selections under all budgets share: the original judged, the full fine-tune and what it says of the layers."""
-    # weights that any of them looks at again are kept from the start
-    work = replace(work, keep_full=work.keep_full or any(criterion.needs_weights for criterion in criteria))
-    run = LevelRun(work, level, say)
-    run.stage("original", run.key("original"), run.judge_original)
-    full = run.full()
-    for criterion in criteria:
-        run.work = replace(work, criterion=criterion)
-        run.measured(full)
-
-
-def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
-    """What `run_level` would return where the store holds all of it already, else None; computes nothing."""
-    said: list[Event] = []
-    try:
-        result = _run_level(LevelRun(work, level, said.append, only_look=True))
-    except _NotYetError:
-        return None
-    for event in said:
-        say(event)
-    return result
-
-
-class _NotYetError(Exception):
-    """A stage is not in the store, and only looking was asked for."""
-
-
-def _run_level(run: "LevelRun") -> LevelResult:
-    work, level = run.work, run.level
+    run = LevelRun(work, level, say, only_look)
     original = run.stage("original", run.key("original"), run.judge_original)
     if parse_level(level).is_clean:
         return LevelResult(level, original["score"])
     full = run.full()
-    selection = run.selection(full, work.budget)
+    if selection is None:
+        selection = run.selection(full, work.budget)
     partial = run.partial(selection, full)
     return LevelResult(
         level=level,
         original=original["score"],
         full=full["score"],
-        adaptor=partial["score"],
+        adaptor=run.score_of(partial),
         digest=partial["digest"],
         bytes=partial["bytes"],
         floats=partial["floats"],
@@ -264,6 +244,99 @@ def _run_level(run: "LevelRun") -> LevelResult:
         sensitivity=tuple(run.measured(full)["sensitivity"]),
         selection=selection,
     )
+
+
+def sense_level(
+    work: Work, level: str, criteria: Sequence[Criterion], say: Say, only_look: bool = False
+) -> tuple[dict[str, Any], ...]:
+    """What selections under all budgets share: the original judged, the full fine-tune and what it says of the layers.
+
+    The last by criterion, as `LevelRun.measured` has it; nothing of the undistorted level.
+    """
+    # weights that any of them looks at again are kept from the start
+    work = replace(work, keep_full=work.keep_full or any(criterion.needs_weights for criterion in criteria))
+    run = LevelRun(work, level, say, only_look)
+    run.stage("original", run.key("original"), run.judge_original)
+    if parse_level(level).is_clean:
+        return ()
+    full = run.full()
+    measured = []
+    for criterion in criteria:
+        run.work = replace(work, criterion=criterion)
+        measured.append(run.measured(full))
+    return tuple(measured)
+
+
+def sense_own(work: Work, level: str, say: Say, only_look: bool = False) -> tuple[dict[str, Any], ...]:
+    """`sense_level` by the work's own criterion."""
+    return sense_level(work, level, (work.criterion,), say, only_look)
+
+
+def choose_together(
+    work: Work, measured: Mapping[str, dict[str, Any]], say: Say, only_look: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Step 3 for all levels at once: level to its selection, for `run_level`. measured: of each, as `sense_own` gives it.
+
+    In whatever order they come, levels are the same problem. Raises UserError, and NotYetError as `run_level` does.
+    """
+    levels, coupling = sorted(measured), work.coupling
+    asked = coupling.model_dump() | {"frequencies": [coupling.frequencies.get(level, 1.0) for level in levels]}
+    key = stage_key(
+        "together",
+        network=asdict(work.network),
+        levels=[[level, measured[level]] for level in levels],
+        criterion=work.criterion.model_dump(),
+        coupling=asked,
+        budget=work.budget,
+    )
+
+    def solve(_: str) -> dict[str, Any]:
+        network = build_model(work.network.name, work.network.num_classes)
+        alternatives = alternatives_of(network, work.criterion.granularity)
+        rows = {level: _measured_of(measured[level]) for level in levels}
+        return {"levels": select_together(rows, alternatives, work.criterion, coupling, work.budget)}
+
+    record = LevelRun(work, "all", say, only_look).stage("selection", key, solve)
+    selections: dict[str, dict[str, Any]] = record["levels"]
+    return selections
+
+
+def _measured_of(record: Mapping[str, Any]) -> Measured:
+    return Measured([Sensitivity(**row) for row in record["sensitivity"]], [coded_of(each) for each in record["coded"]])
+
+
+def adapt_together(
+    work: Work, chosen: tuple[Sequence[str], dict[str, Any]], say: Say, only_look: bool = False
+) -> tuple[LevelResult, ...]:
+    """Step 4 for the levels that one selection of `choose_together` is for; of what came before it, nothing is said again."""
+    levels, selection = chosen
+
+    def tell(event: Event) -> None:
+        if event.stage == "partial":
+            say(event)
+
+    return tuple(run_level(work, level, tell, selection, only_look) for level in levels)
+
+
+def known(step: Callable[..., T], work: Work, what: Any, say: Say, *more: Any) -> T | None:
+    """What `step(work, what, say, *more)` would return where the store holds all of it, else None; computes nothing."""
+    said: list[Event] = []
+    try:
+        result = step(work, what, said.append, *more, only_look=True)
+    except NotYetError:
+        return None
+    for event in said:
+        say(event)
+    return result
+
+
+def known_level(work: Work, level: str, say: Say) -> LevelResult | None:
+    """`run_level`'s result where the store holds all of it already, else None; computes nothing."""
+    return known(run_level, work, level, say)
+
+
+class NotYetError(Exception):
+    """A stage is not in the store, and only looking was asked for."""
 
 
 class LevelRun:
@@ -297,7 +370,7 @@ class LevelRun:
             }
         if stage in ("full", "measure", "selection") and work.sensitivity_epochs is not None:
             inputs["stop_after"] = work.sensitivity_epochs
-        return stage_key(stage, **inputs, **more)
+        return stage_key(stage, **inputs | more)
 
     def stage(
         self,
@@ -310,10 +383,10 @@ class LevelRun:
         record = self.store.get_record(key) if self.leads else None
         record = self._agree(record if record is not None and intact(record) else None)
         if record is not None:
-            self.say(Event("reused", name, self.level, score=record.get("score"), seconds=record.get("seconds", 0.0)))
+            self.say(Event("reused", name, self.level, score=self.score_of(record), seconds=record.get("seconds", 0.0)))
             return record
         if self.only_look:
-            raise _NotYetError
+            raise NotYetError
         self.say(Event("started", name, self.level))
         started = time.perf_counter()
         record = compute(key)
@@ -323,8 +396,13 @@ class LevelRun:
         record = self._agree(record)
         assert record is not None
         seconds = time.perf_counter() - started
-        self.say(Event("finished", name, self.level, score=record.get("score"), seconds=seconds))
+        self.say(Event("finished", name, self.level, score=self.score_of(record), seconds=seconds))
         return record
+
+    def score_of(self, record: Mapping[str, Any]) -> float | None:
+        """At this level, of a stage that was judged."""
+        score: float | None = record["scores"][self.level] if "scores" in record else record.get("score")
+        return score
 
     def _agree(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
         """Rank 0's record (or whatever else by name), on every rank."""
@@ -434,24 +512,22 @@ class LevelRun:
             criterion.value,
             criterion.codes,
         )
-        smallest = min((option.bytes for group in groups for option in group), default=None)
-        if smallest is None or smallest > FLOAT_BYTES * budget:
-            room = "nothing can be stored so" if smallest is None else f"the smallest choice takes {smallest}"
-            raise UserError(
-                f"{FLOAT_BYTES * budget} bytes hold none of {self.level}'s choices by {criterion.granularity} as "
-                f"{', '.join(criterion.codes)}: {room}, so give more bytes or other codes"
-            )
-        values, sizes = ([[getattr(o, what) for o in group] for group in groups] for what in ("value", "bytes"))
-        choice = choose(values, sizes, FLOAT_BYTES * budget)
+        choice = choose_options(groups, f"{self.level}'s", criterion, budget)
         chosen = layers_and_codes(groups, choice.picked)
         codes = {layer: code for layer, code in chosen.items() if code != "float32"}
         ordered = [row.layer for row in rows if row.layer in chosen]
         return {"layers": ordered, "codes": codes, **_solved(choice, math.ceil(choice.used / FLOAT_BYTES))}
 
     def partial(self, selection: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-        """Step 4: the adaptor's record, "codes" by tensor where any is not float32."""
+        """Step 4: the adaptor's record, "codes" by tensor where any is not float32.
+
+        One that several levels share is the same stage for all of them, and has "scores" by level.
+        """
         chosen, codes = tuple(selection["layers"]), selection.get("codes", {})
+        shares: dict[str, int] = selection.get("shared_by", {})
         about: dict[str, Any] = {"chosen": chosen}
+        if shares:
+            about["level"] = shares
         if codes:
             about["codes"] = codes
         if any(is_rank(code) for code in codes.values()):
@@ -459,19 +535,19 @@ class LevelRun:
         return self.stage(
             "partial",
             self.key("partial", **about),
-            lambda key: self._fine_tune_chosen(key, chosen, codes, full["digest"]),
+            lambda key: self._fine_tune_chosen(key, chosen, codes, full["digest"], shares),
             lambda record: self.store.has_blob(record["digest"]),
         )
 
     def _fine_tune_chosen(
-        self, key: str, chosen: tuple[str, ...], codes: Mapping[str, str], full: str
+        self, key: str, chosen: tuple[str, ...], codes: Mapping[str, str], full: str, shares: Mapping[str, int]
     ) -> dict[str, Any]:
         model = self.network()
         by_tensor = {
             name: codes[layer.name] for layer in layers_of(model) for name in layer.tensors if layer.name in codes
         }
         factors = self._first_factors({n: code for n, code in by_tensor.items() if is_rank(code)}, full)
-        seconds, precision = self._fine_tune(model, chosen, key, "partial", factors)
+        seconds, precision = self._fine_tune(model, chosen, key, "partial", factors, shares)
         if not self.leads:
             return {}
         # refuses to go on when a single bit outside the chosen layers has changed
@@ -490,7 +566,11 @@ class LevelRun:
             "floats": sum(t.numel() for t in adaptor.values()),
             "codes": by_tensor,
             "stored": sum(t.numel() * t.element_size() for t in stored.values()),
-            "score": self._judge(model),
+            **(
+                {"scores": {name: self._judge(model, name) for name in shares}}
+                if shares
+                else {"score": self._judge(model)}
+            ),
             "seconds": seconds,
             "precision": precision,
         }
@@ -523,26 +603,33 @@ class LevelRun:
         key: str,
         stage: StageName,
         factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> tuple[float, str]:
         if chosen == ():
             return (
                 0.0,
                 self.work.recipe.precision,
             )  # nothing moved in the full fine-tune: the adaptor is empty
-        images, labels = training_data(self.work, self.level)
         recipe, stop_after = self.work.recipe, self.work.sensitivity_epochs if chosen is None else None
+        images: Sequence[segmentation.Image]
+        images, labels = training_data(self.work, self.level)
+        batches: BatchSource = segmentation.training_batches
+        if shares:
+            # every image at a level drawn anew in each epoch, as often as the level's share says
+            images = Mixture([training_data(self.work, name)[0] for name in in_turn(shares)], recipe.crop)
+            batches = mixed_batches
         if stop_after is not None:
             # what a recipe does at its end is for networks that are used
             recipe = recipe.model_copy(update={"averaged": 0.0, "statistics": "running"})
         outcome = fine_tune(
             model, images, labels, recipe, self.work.network.normalisation, stop_after=stop_after,
             chosen=chosen, seed=self.work.seed, checkpoint=StoredCheckpoint(self.store, key),
-            progress=_relay(self.say, stage, self.level), factors=factors,
+            progress=_relay(self.say, stage, self.level), factors=factors, batches=batches,
         )  # fmt: skip
         return outcome.seconds, outcome.precision
 
-    def _judge(self, model: nn.Module) -> float:
-        images, labels = validation_data(self.work, self.level)
+    def _judge(self, model: nn.Module, level: str | None = None) -> float:
+        images, labels = validation_data(self.work, level or self.level)
         return evaluate(model, images, labels, self.work.network.normalisation, self.work.recipe.precision)
 
 

@@ -2,9 +2,10 @@
 
     release ─► originals and full fine-tunes, once ─► trials: selection, partial fine-tunes, level by level ─► recommended release
 
-A trial goes through the stages of Algorithm 1, level after level, and reports each, so that ASHA can stop it. Everything is
-kept under the stages' own keys: that is how a sweep goes on after a crash, and why its trials find the full fine-tunes there.
-Tune only decides what runs when; what it writes is thrown away.
+A trial goes through the stages of Algorithm 1, level after level, and reports each, so that ASHA can stop it; where the release
+chooses its levels together, a trial first does so under its own budget. Everything is kept under the stages' own keys: that is
+how a sweep goes on after a crash, and why its trials find the full fine-tunes there. Tune only decides what runs when; what it
+writes is thrown away.
 """
 
 import itertools
@@ -36,7 +37,7 @@ from gearnn_ray.cluster import (
     reason_of,
     saying,
 )
-from gearnn_ray.config import ResourcesConfig, SplitConfig, SweepConfig, budget_floats
+from gearnn_ray.config import ResourcesConfig, SplitConfig, SweepConfig, budget_floats, from_mapping
 from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.levels import parse_level
 from gearnn_ray.offline import stages
@@ -113,15 +114,24 @@ def sweep(config: SweepConfig, say: Reporter) -> Outcome:
 def _checked(config: SweepConfig, release: Reopened) -> tuple[tuple[str, ...], list[_Trial]]:
     """Levels and trials. Raises UserError."""
     generated = release.config.data.kind == "scenes"
-    levels = config.levels or tuple(name for name in release.levels if not parse_level(name).is_clean)
+    distorted = tuple(name for name in release.levels if not parse_level(name).is_clean)
+    levels, together = config.levels or distorted, release.work.coupling.together
     if not levels:
         raise UserError(f"{config.release} has no distorted level to sweep: name some with --levels")
+    apart = next((name for name in distorted if name not in levels), None)
+    if together and apart is not None:
+        raise UserError(
+            f"levels lacks {apart}, which {config.release} chooses together with the others "
+            f"({release.work.coupling.problem}): name all of its levels, or none"
+        )
+    _config(release, levels)
     scores = {name: entry["scores"].get("original", 100.0) for name, entry in release.manifest["levels"].items()}
     if not config.levels:
         # the worst first: that is where budgets differ, and where ASHA looks first
-        levels = tuple(sorted(levels, key=lambda name: scores[name]))[: _QUICK_LEVELS if generated else None]
+        quick = _QUICK_LEVELS if generated and not together else None
+        levels = tuple(sorted(levels, key=lambda name: scores[name]))[:quick]
     budgets = config.budgets or (QUICK_BUDGETS if generated else BUDGETS)
-    criterion = release.config.selection
+    criterion = release.work.criterion
     values = config.values or (criterion.value,)
     trials = list[_Trial]()
     for value in values:
@@ -141,11 +151,33 @@ def _checked(config: SweepConfig, release: Reopened) -> tuple[tuple[str, ...], l
     return levels, trials
 
 
+def _config(release: Reopened, levels: Sequence[str], **changes: Any) -> SplitConfig:
+    """What the release was told, with other levels. Raises UserError where they do not go together."""
+    told = release.config.model_dump() | {"levels": tuple(levels)} | changes
+    often = told["selection"]["frequencies"]
+    told["selection"] |= {"frequencies": {level: f for level, f in often.items() if level in levels}}
+    return from_mapping(SplitConfig, told, f"the configuration in {release.ref}")
+
+
 def _point(trial: _Trial, levels: Sequence[str]) -> Point:
     """What the store knows of a trial."""
-    known = [stages.known_level(trial.work, level, mute) for level in levels]
+    work, selections = trial.work, _selections(trial.work, levels, only_look=True)
+    known = [stages.known(stages.run_level, work, level, mute, each) for level, each in selections.items()]
     results = tuple(result for result in known if result is not None)
-    return Point(trial.budget, trial.work.budget, trial.work.criterion.value, results, len(results) == len(levels))
+    return Point(trial.budget, work.budget, work.criterion.value, results, len(results) == len(levels))
+
+
+def _selections(work: Work, levels: Sequence[str], only_look: bool = False) -> dict[str, dict[str, Any] | None]:
+    """What each level is adapted by: None where it chooses for itself; together, those that are not sensed are left out."""
+    if not work.coupling.together:
+        return dict.fromkeys(levels)
+    sensed = {level: stages.known(stages.sense_own, work, level, mute) for level in levels}
+    measured = {level: each[0] for level, each in sensed.items() if each}
+    try:
+        found = stages.choose_together(work, measured, mute, only_look)
+    except stages.NotYetError:
+        return {}
+    return {level: found[level] for level in levels if level in found}
 
 
 @ray.remote
@@ -229,12 +261,14 @@ class _Run:
             prepare_process(threads)
             label, work = setting["trial"], by_label[setting["trial"]].work
             scores = list[float]()
+            selections: Mapping[str, dict[str, Any] | None] | None = None
             for level in levels:
                 with saying(board) as say:
                     try:
                         if level in broken:
                             raise TrainingFailedError(broken[level])
-                        result = stages.run_level(work, level, _only_partial(say, label, level))
+                        selections = _selections(work, levels) if selections is None else selections
+                        result = stages.run_level(work, level, _only_partial(say, label, level), selections[level])
                     except (TrainingFailedError, UserError, ComplementChangedError) as error:
                         # to Tune the trial ends well: it would try again, and what is wrong with a level does not get better
                         ray.get(board.give_up.remote(label, f"{level}: {error}"))
@@ -283,8 +317,8 @@ class _Run:
         made = self._all(_run_level, {f"{level} at {point.budget}": (work, level, label) for level in others})
         results |= {result.level: result for result in made.values()}
         ordered = tuple(results[level] for level in dict.fromkeys((*release.levels, *results)) if level in results)
-        config = release.config.model_copy(update={"budget": point.budget, "selection": work.criterion})
-        config = SplitConfig.model_validate(config.model_dump() | {"levels": tuple(result.level for result in ordered)})
+        selection = release.config.selection.model_copy(update={"value": work.criterion.value}).model_dump()
+        config = _config(release, [result.level for result in ordered], budget=point.budget, selection=selection)
         entry = release.manifest["base"]
         base = Blob(entry["digest"], entry["bytes"])
         return store.publish(manifest_of(config, work, base, release.facts, images, ordered), {}, (TAG,), latest=False)

@@ -1,0 +1,605 @@
+"""Levels chosen together: the problems against every choice there is, and their releases from a real Ray."""
+
+import itertools
+import math
+import os
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gearnn_ray import Store
+from gearnn_ray.cli import run_evaluate, run_split, run_sweep
+from gearnn_ray.codes import codes_of, decode
+from gearnn_ray.config import SplitConfig
+from gearnn_ray.data import open_dataset
+from gearnn_ray.errors import TrainingFailedError, UserError
+from gearnn_ray.evaluation.pipeline import _budget_of_each
+from gearnn_ray.evaluation.stages import Weights, released_main
+from gearnn_ray.layers import Alternatives
+from gearnn_ray.models import build_model
+from gearnn_ray.offline import pipeline
+from gearnn_ray.offline.finetune import evaluate
+from gearnn_ray.offline.recipe import Coupling, Criterion, Recipe
+from gearnn_ray.offline.release import _config_to_keep
+from gearnn_ray.offline.selection import few_adaptors, few_layers, one_memory, shared_layers
+from gearnn_ray.offline.sensitivity import Change, Coded, Sensitivity
+from gearnn_ray.offline.stages import (
+    LevelResult,
+    Network,
+    Work,
+    adapt_together,
+    choose_together,
+    known,
+    publish_given_base,
+    run_level,
+    sense_own,
+    validation_data,
+)
+from gearnn_ray.offline.together import Measured, _shares, in_turn, select_together
+from gearnn_ray.offline.values import VALUES
+from tests import tiny
+from tests.conftest import NORMALISATION
+from tests.nets import Small
+
+LAYERS = ("conv", "norm", "head")
+TENSORS: Alternatives = tuple(((name,),) for name in LAYERS)
+MODULES: Alternatives = ((("norm",), ("conv", "norm")), (("head",),))
+LEVELS = ("jpeg-10", "jpeg-20", "brightness-0.4")
+PLAIN, CODED = ("float32",), ("float32", "int8")
+
+
+def measured(seed: int, codes: tuple[str, ...] = PLAIN) -> dict[str, Measured]:
+    """Levels of three layers that moved, and what int8 would lose of each."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 9, len(LAYERS))
+    levels = {}
+    for level in LEVELS[: 2 if len(codes) > 1 else 3]:
+        rows, coded = [], []
+        for index, name in enumerate(LAYERS):
+            n, moved = int(sizes[index]), float(rng.choice([0.0, 1.0, 2.0, 3.0])) * float(rng.uniform(0.5, 1))
+            rows.append(Sensitivity(name, "conv_weight", index, n, moved, moved, moved * math.sqrt(n), 1.0, 0.0))
+            if "int8" in codes:
+                lost = moved * float(rng.uniform(0, 0.9))
+                coded.append(Coded(name, "int8", n + 4, Change(n, lost * n, lost**2 * n, 1.0, None, None)))
+        levels[level] = Measured(rows, coded)
+    return levels
+
+
+def ways(alternatives: Alternatives, codes: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Every choice of layers with codes that a level has."""
+    groups = [
+        [
+            {},
+            *(
+                dict(zip(names, each, strict=True))
+                for names in group
+                for each in itertools.product(codes, repeat=len(names))
+            ),
+        ]
+        for group in alternatives
+    ]
+    for picked in itertools.product(*groups):
+        yield {layer: code for each in picked for layer, code in each.items()}
+
+
+def worth(level: Measured, chosen: Mapping[str, str], alternatives: Alternatives, value: str) -> tuple[float, int]:
+    """Value and bytes of a level's choice, group by group, from what the documentation says of both."""
+    rows, coded = {r.layer: r for r in level.rows}, {c.layer: c for c in level.coded}
+    total, size = 0.0, 0
+    for group in alternatives:
+        names = max((n for n in group if set(n) <= chosen.keys()), key=len, default=())
+        if not names:
+            continue
+        change = math.fsum(rows[n].change.sum_abs for n in names)
+        lost = math.fsum(coded[n].error.sum_abs for n in names if chosen[n] == "int8")
+        count = sum(rows[n].numel for n in names) if value == "mean-abs" else 1
+        total += max(0.0, change / count - lost / count)
+        size += sum(coded[n].bytes if chosen[n] == "int8" else 4 * rows[n].numel for n in names)
+    return total, size
+
+
+def picked(found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    return {level: {layer: s["codes"].get(layer, "float32") for layer in s["layers"]} for level, s in found.items()}
+
+
+PROBLEMS = [(TENSORS, PLAIN), (TENSORS, CODED), (MODULES, CODED)]
+
+
+@pytest.mark.parametrize(("alternatives", "codes"), PROBLEMS)
+@pytest.mark.parametrize("problem", ["one-memory", "shared-layers"])
+@pytest.mark.parametrize("value", ["mean-abs", "sum-abs"])
+def test_no_choice_of_options_is_better(
+    problem: str, value: str, alternatives: Alternatives, codes: tuple[str, ...]
+) -> None:
+    for seed in range(6):
+        levels = measured(seed, codes)
+        often = dict(zip(levels, (3.0, 1.0, 0.5), strict=False))
+        budget = 6 + 2 * seed
+        granularity = "tensor" if alternatives is TENSORS else "module"
+        criterion = Criterion(value=value, codes=codes, granularity=granularity)  # type: ignore[arg-type]
+        coupling = Coupling(problem=problem, frequencies=often)  # type: ignore[arg-type]
+        choices = [
+            {
+                w: worth(level, dict(w), alternatives, value)
+                for way in ways(alternatives, codes)
+                for w in [tuple(way.items())]
+            }
+            for level in levels.values()
+        ]
+        best = 0.0
+        for each in itertools.product(*choices) if problem == "one-memory" else zip(*choices, strict=True):
+            known_ = [choice[w] for choice, w in zip(choices, each, strict=True)]
+            if (sum(size for _, size in known_) if problem == "one-memory" else known_[0][1]) <= 4 * budget:
+                best = max(best, math.fsum(f * v for f, (v, _) in zip(often.values(), known_, strict=True)))
+        if not best:
+            with pytest.raises(UserError, match=r"nothing can be stored so|the smallest choice takes"):
+                select_together(levels, alternatives, Criterion(value="l2", codes=codes), coupling, budget)
+            continue
+        found = select_together(levels, alternatives, criterion, coupling, budget)
+        own = {level: worth(levels[level], each, alternatives, value) for level, each in picked(found).items()}
+        assert math.fsum(often[level] * v for level, (v, _) in own.items()) == pytest.approx(best, rel=1e-9)
+        assert all(s["objective"] == pytest.approx(best, rel=1e-9) for s in found.values())
+        assert {s["status"] for s in found.values()} == {"OPTIMAL"}
+        assert [s["used"] for s in found.values()] == [math.ceil(size / 4) for _, size in own.values()]
+        if problem == "shared-layers":
+            assert len({str(each) for each in picked(found).values()}) == 1
+
+
+def test_what_a_level_would_not_look_at_may_be_best_for_all() -> None:
+    """A way of storing a module that a level by itself would never look at."""
+
+    def level(errors: Mapping[str, float]) -> Measured:
+        rows = [Sensitivity(n, "conv_weight", i, 8, 1.0, 1.0, 1.0, 1.0, 0.0) for i, n in enumerate(errors)]
+        coded = [Coded(n, "int8", 12, Change(8, e, e, 1.0, None, None)) for n, e in errors.items()]
+        return Measured(rows, coded)
+
+    # 44 bytes hold one int8 and one float32; at jpeg-20 alone int8 for both is as good in 24
+    levels = {"jpeg-10": level({"a": 4, "b": 0.0}), "jpeg-20": level({"a": 0.0, "b": 3})}
+    module: Alternatives = ((("a", "b"),),)
+    criterion = Criterion(value="sum-abs", codes=CODED, granularity="module")
+    found = select_together(levels, module, criterion, Coupling(problem="shared-layers"), 11)
+    assert picked(found) == {level: {"a": "float32", "b": "int8"} for level in levels}
+    assert found["jpeg-10"]["objective"] == 16 + 16 - 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.lists(st.floats(0, 9), min_size=3, max_size=3))
+def test_tensors_as_they_are_are_the_plain_problems(seed: int, budget: int, often: list[float]) -> None:
+    levels = measured(seed)
+    values = [[VALUES["l2"](row.change) for row in level.rows] for level in levels.values()]
+    sizes = [row.numel for row in levels["jpeg-10"].rows]
+    if sum(often) == 0 or min(sizes) > budget:
+        return
+    told = {"frequencies": dict(zip(LEVELS, often, strict=True))}
+    criterion = Criterion(value="l2")
+    plain = {
+        "one-memory": (one_memory(values, sizes, budget, often), {}),
+        "shared-layers": (shared_layers(values, sizes, budget, often), {}),
+        "few-layers": (few_layers(values, sizes, budget, 2, often), {"distinct": 2}),
+        "few-adaptors": (few_adaptors(values, sizes, budget, 2, often), {"adaptors": 2}),
+    }
+    for problem, (joint, more) in plain.items():
+        if not joint.objective:
+            continue  # then nothing can be stored, which these criteria refuse
+        coupling = Coupling(problem=problem, **told, **more)  # type: ignore[arg-type]
+        found = select_together(levels, TENSORS, criterion, coupling, budget)
+        for level, selection in found.items():
+            assert selection["objective"] == pytest.approx(joint.objective)
+            assert selection["bound"] >= selection["objective"]
+            assert selection["used"] == sum(r.numel for r in levels[level].rows if r.layer in selection["layers"])
+        chosen = [tuple(LAYERS.index(layer) for layer in s["layers"]) for s in found.values()]
+        if problem.startswith("few"):
+            assert chosen == list(joint.chosen)
+        if problem != "few-adaptors":
+            assert not any("shared_by" in s for s in found.values())
+            continue
+        for (level, s), adaptor in zip(found.items(), joint.adaptor_of, strict=True):
+            group = [name for name, other in zip(LEVELS, joint.adaptor_of, strict=True) if other == adaptor]
+            assert list(s.get("shared_by", [level])) == (group if s["layers"] else [level])
+
+
+def test_a_level_that_never_occurs_is_given_nothing_and_nothing_that_fits_nothing() -> None:
+    levels = measured(1)
+    often = Coupling(problem="one-memory", frequencies={"jpeg-20": 0.0})
+    found = select_together(levels, TENSORS, Criterion(), often, 100)
+    assert found["jpeg-20"]["layers"] == []
+    assert found["jpeg-20"]["used"] == 0
+    assert found["jpeg-10"]["layers"]
+    still = {
+        name: Measured([replace(row, mean_abs_change=0.0) for row in level.rows]) for name, level in levels.items()
+    }
+    one = select_together(still, TENSORS, Criterion(), Coupling(problem="few-adaptors", adaptors=1), 100)
+    assert all(s["layers"] == [] and "shared_by" not in s for s in one.values()), "an empty adaptor is each level's own"
+    with pytest.raises(UserError, match="4 bytes hold none of the levels' choices by tensor as int8: the smallest"):
+        select_together(measured(1, CODED), TENSORS, Criterion(codes=("int8",)), Coupling(problem="one-memory"), 1)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
+def test_shares_are_small_whole_numbers_in_proportion(often: list[float]) -> None:
+    shares = _shares(often)
+    assert math.gcd(*shares) == 1
+    assert min(shares) > 0
+    assert max(shares) <= 60
+    close = [abs(share / max(shares) - f / max(often)) for share, f in zip(shares, often, strict=True)]
+    assert max(close) <= 1 / 60
+    assert _shares([3 * f for f in often]) == pytest.approx(shares, abs=1)
+
+
+def test_shares_and_turns() -> None:
+    assert _shares([7.0, 7.0, 7.0]) == [1, 1, 1]
+    assert _shares([3000, 1000, 0]) == [3, 1, 0]
+    assert _shares([0.5, 0.2]) == [5, 2]
+    turns = in_turn({"a": 6, "b": 2, "c": 0, "d": 1})
+    assert Counter(turns) == {"a": 6, "b": 2, "d": 1}
+    assert Counter(turns[:5])["a"] == 3  # spread evenly
+    assert in_turn({"a": 1, "b": 1}) == ["a", "b"]
+
+
+# ── the stages, without Ray ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    tiny.write_folder(folder / "data")
+    tiny.write_weights(folder / "weights.safetensors")
+    return folder
+
+
+RECIPE = Recipe(epochs=3, learning_rate=0.05, batch_size=4, crop=24, precision="float32")
+FEW = Coupling(problem="few-adaptors", adaptors=1, frequencies={"jpeg-10": 3.0})
+BUDGET = 300
+
+
+@pytest.fixture(scope="module")
+def work(folder: Path) -> Work:
+    work = Work(
+        store=str(folder / "store"),
+        cache=str(folder / "cache"),
+        network=Network("tests.nets:small", tiny.CLASSES, NORMALISATION),
+        data=open_dataset("folder", str(folder / "data"), num_classes=tiny.CLASSES),
+        recipe=RECIPE,
+        budget=BUDGET,
+        seed=0,
+        coupling=FEW,
+    )
+    return replace(work, base=publish_given_base(work, str(folder / "weights.safetensors")).digest)
+
+
+def mute(_: object) -> None:
+    pass
+
+
+def chosen_of(work: Work, *levels: str) -> dict[str, dict[str, Any]]:
+    return choose_together(work, {level: sense_own(work, level, mute)[0] for level in levels}, mute)
+
+
+def judged(store: Store, base: Mapping[str, Tensor], change: Mapping[str, Tensor], work: Work, level: str) -> float:
+    model = build_model("tests.nets:small", tiny.CLASSES)
+    model.load_state_dict({**base, **change})
+    return evaluate(model, *validation_data(work, level), work.network.normalisation, "float32")
+
+
+TWO = ("brightness-0.4", "jpeg-10")
+
+
+def test_one_adaptor_for_two_levels_is_trained_once_on_both(work: Work) -> None:
+    selections = chosen_of(work, *reversed(TWO))
+    assert selections == chosen_of(work, *TWO)
+    assert [s["shared_by"] for s in selections.values()] == [{"brightness-0.4": 1, "jpeg-10": 3}] * 2
+    said: list[Any] = []
+    found = adapt_together(work, (TWO, selections["jpeg-10"]), said.append)
+    assert [e.level for e in said if e.kind == "finished"] == ["brightness-0.4"]
+    one, other = found
+    assert (one.level, other.level) == TWO
+    assert one.digest == other.digest
+    store = Store(work.store)
+    base, adaptor = store.get_state(work.base), store.get_state(one.digest or "")
+    for result in found:
+        assert result.adaptor == judged(store, base, adaptor, work, result.level)
+        assert result.adaptor > result.original
+    # of itself alone, and of other shares, it is another
+    alone = adapt_together(work, (("jpeg-10",), {**selections["jpeg-10"], "shared_by": {}}), mute)[0]
+    evenly = {**selections["jpeg-10"], "shared_by": dict.fromkeys(TWO, 1)}
+    assert len({one.digest, alone.digest, adapt_together(work, (TWO, evenly), mute)[0].digest}) == 3
+    assert known(adapt_together, work, (TWO, selections["jpeg-10"]), mute) == found
+    # who draws nothing of a level sees nothing of it
+    never = {**selections["jpeg-10"], "shared_by": {"brightness-0.4": 0, "jpeg-10": 1}}
+    only = {**selections["jpeg-10"], "shared_by": {"jpeg-10": 1}}
+    assert (
+        adapt_together(work, (TWO, never), mute)[0].digest == adapt_together(work, (("jpeg-10",), only), mute)[0].digest
+    )
+
+
+def test_a_group_of_one_is_that_levels_own_adaptor(work: Work) -> None:
+    own = replace(work, coupling=Coupling(problem="few-adaptors", adaptors=2))
+    selections = chosen_of(own, *TWO)
+    assert not any("shared_by" in s for s in selections.values())
+    found = {level: adapt_together(own, ((level,), selections[level]), mute)[0] for level in TWO}
+    said: list[Any] = []
+    for level in TWO:
+        plain = run_level(own, level, said.append)
+        assert plain.digest == found[level].digest
+    assert {e.stage for e in said if e.kind == "finished"} == {"selection"}, "the fine-tunes are the same stages"
+
+
+def test_the_joint_problem_is_kept_under_what_it_is_made_of(work: Work) -> None:
+    measured_ = {level: sense_own(work, level, mute)[0] for level in TWO}
+    asked: list[dict[str, Any]] = [
+        {}, {"budget": 200}, {"coupling": replace_(FEW, frequencies={})}, {"coupling": Coupling(problem="one-memory")},
+        {"coupling": Coupling(problem="few-layers", distinct=1)}, {"coupling": Coupling(problem="few-layers", distinct=2)},
+        {"criterion": Criterion(value="l2")},
+    ]  # fmt: skip
+    folder = Path(work.store) / "stages"
+    choose_together(work, measured_, mute)
+    before = set(folder.iterdir())
+    for changes in asked[1:]:
+        choose_together(replace(work, **changes), measured_, mute)
+    assert len(set(folder.iterdir()) - before) == len(asked) - 1
+    # the frequency of a level that is not there, or another order, is no other problem; other measurements are
+    said: list[Any] = []
+    choose_together(
+        replace(work, coupling=replace_(FEW, frequencies={"jpeg-10": 3.0, "jpeg-99": 2.0})), measured_, said.append
+    )
+    assert [e.kind for e in said] == ["reused"]
+    assert [e.level for e in said] == ["all"]
+    other = replace(work, budget=201)
+    for order, kind in ((measured_, "finished"), (dict(reversed(measured_.items())), "reused")):
+        choose_together(other, order, said.append)
+        assert said[-1].kind == kind
+    changed = {**measured_, "jpeg-10": measured_["brightness-0.4"]}
+    choose_together(work, changed, said.append)
+    assert said[-1].kind == "finished"
+
+
+def replace_(coupling: Coupling, **changes: Any) -> Coupling:
+    return coupling.model_copy(update=changes)
+
+
+def levels_here(
+    work: Work, levels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, broken: str = ""
+) -> tuple[dict[str, LevelResult], dict[str, str]]:
+    """The job's two waves with a loop in Ray's place; the adaptor of `broken` comes to nothing."""
+
+    def run_all(
+        resources: object, work: Work, board: object, relay: object, step: Any, whats: Mapping[str, Any]
+    ) -> Any:
+        results, failed = {}, {}
+        for name, what in whats.items():
+            try:
+                if step is adapt_together and name == broken:
+                    raise TrainingFailedError("it is broken")
+                results[name] = step(work, what, mute)
+            except (TrainingFailedError, UserError) as error:
+                failed[name] = str(error)
+        return results, failed
+
+    choose = SimpleNamespace(remote=lambda work, measured, board: lambda: choose_together(work, measured, mute))
+    monkeypatch.setattr(pipeline, "_run_all", run_all)
+    monkeypatch.setattr(pipeline, "_choose_together", choose)
+    config = SplitConfig(levels=levels)
+    return pipeline._levels(config, work, None, SimpleNamespace(wait=lambda made: made()))  # type: ignore[arg-type]
+
+
+def test_a_level_that_cannot_be_sensed_is_left_out_and_named(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    dark = replace(
+        work,
+        network=replace(work.network, name="tests.nets:afraid_of_the_dark"),
+        coupling=Coupling(problem="one-memory"),
+    )
+    results, failed = levels_here(dark, ("clean", "brightness-0.01", *TWO), monkeypatch)
+    assert list(failed) == ["brightness-0.01"]
+    assert "the loss became nan" in failed["brightness-0.01"]
+    assert set(results) == {"clean", *TWO}
+    assert results["clean"].adaptor is None
+    alone, none = levels_here(dark, TWO, monkeypatch)
+    assert none == {}
+    assert all(alone[level] == results[level] for level in TWO), "chosen as if it had not been asked for"
+    assert 0 < sum(results[level].floats for level in TWO) <= BUDGET
+
+
+def test_what_fails_for_all_is_said_of_each(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    for broken in sorted(TWO):
+        results, failed = levels_here(work, ("clean", *TWO), monkeypatch, broken)
+        # one adaptor for both, which bears the name of the first
+        assert set(failed) == (set(TWO) if broken == "brightness-0.4" else set())
+        assert set(results) == {"clean", *TWO} - set(failed)
+    little = replace(work, coupling=Coupling(problem="one-memory"), criterion=Criterion(codes=("int8",)), budget=1)
+    results, failed = levels_here(little, ("clean", *TWO), monkeypatch)
+    assert set(results) == {"clean"}
+    assert set(failed) == set(TWO)
+    assert all("4 bytes hold none of the levels' choices" in reason for reason in failed.values())
+
+
+@pytest.mark.parametrize("problem", ["one-memory", "shared-layers"])
+def test_codes_and_modules_are_chosen_together_too(work: Work, problem: str) -> None:
+    criterion = Criterion(value="sum-abs", granularity="module", codes=("float32", "int8", "rank-1"))
+    own = replace(work, criterion=criterion, coupling=Coupling(problem=problem), budget=220)  # type: ignore[arg-type]
+    selections = chosen_of(own, *TWO)
+    store = Store(own.store)
+    stored, found = [], []
+    for level in TWO:
+        result = adapt_together(own, ((level,), selections[level]), mute)[0]
+        state = store.get_state(result.digest or "")
+        stored.append(sum(t.numel() * t.element_size() for t in state.values()))
+        found.append({layer: selections[level]["codes"].get(layer, "float32") for layer in result.layers})
+        assert math.ceil(stored[-1] / 4) == selections[level]["used"]
+        assert {name: code for name, code in codes_of(state).items() if code != "float32"} == result.codes
+        change = decode(store.get_state(own.base), state)
+        assert result.adaptor == judged(store, store.get_state(own.base), change, own, level)
+    assert any(set(each.values()) - {"float32"} for each in found)
+    if problem == "shared-layers":
+        assert found[0] == found[1]
+        assert max(stored) <= 4 * 220
+    else:
+        assert found[0] != found[1]
+        assert 0.8 * 4 * 220 < sum(stored) <= 4 * 220
+
+
+def test_an_empty_adaptor_is_the_base(work: Work) -> None:
+    own = replace(work, coupling=Coupling(problem="one-memory", frequencies={"jpeg-10": 0.0}))
+    result = adapt_together(own, (("jpeg-10",), chosen_of(own, *TWO)["jpeg-10"]), mute)[0]
+    assert (result.adaptor, result.layers, result.floats) == (result.original, (), 0)
+    assert Store(own.store).get_state(result.digest or "?") == {}
+
+
+def test_an_evaluation_takes_the_adaptor_as_released(work: Work) -> None:
+    whole = replace(work, keep_full=True)
+    result = adapt_together(work, (TWO, chosen_of(work, *TWO)["jpeg-10"]), mute)[1]
+    entry = {"digest": result.digest, "layers": list(result.layers), "floats": result.floats}
+    main = released_main(whole, "jpeg-10", entry, mute)
+    assert main.gearnn == {BUDGET: Weights(result.digest, result.floats)}
+    assert main.layers == result.layers
+    assert Store(work.store).has_blob(main.switching.digest or "?")
+    other = released_main(replace(whole, seed=1), "jpeg-10", None, mute)
+    assert other.gearnn == {}
+    assert other.switching.digest != main.switching.digest
+
+
+def test_rivals_get_an_equal_part_of_one_memory(work: Work) -> None:
+    released = ("clean", *LEVELS)
+    assert _budget_of_each(replace(work, budget=301), released) == 301
+    assert _budget_of_each(replace(work, budget=301, coupling=Coupling(problem="one-memory")), released) == 100
+
+
+def test_what_a_release_says_of_its_problem(work: Work) -> None:
+    told = {"levels": TWO, "selection": {"problem": "one-memory", "frequencies": {"jpeg-10": 2}}}
+    kept = _config_to_keep(SplitConfig(**told))["selection"]  # type: ignore[arg-type]
+    assert kept["problem"] == "one-memory"
+    assert SplitConfig(levels=TWO, selection=kept).selection.frequencies == {"jpeg-10": 2}
+    # others' manifests, and so their digests, are what they were
+    assert set(_config_to_keep(SplitConfig())["selection"]) == {"value", "granularity", "codes"}
+
+
+# ── releases, from a real Ray ────────────────────────────────────────────────────────────────────────────────────
+
+# every process of these tests knows it from the environment
+DOOMED = Path(os.environ.setdefault("GEARNN_TEST_DOOMED", f"{tempfile.gettempdir()}/gearnn-doomed-{os.getpid()}"))
+
+
+class _Mortal(Small):
+    """Kills its process in the third epoch of a partial fine-tune where a file says so, once."""
+
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.steps += 1
+            frozen = sum(not parameter.requires_grad for parameter in self.parameters())
+            if self.steps == 7 and frozen > 1 and DOOMED.exists():
+                DOOMED.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def mortal(num_classes: int) -> nn.Module:
+    return _Mortal(num_classes)
+
+
+def run(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], job: Any = run_split
+) -> tuple[int, list[dict[str, Any]]]:
+    capsys.readouterr()
+    code = job([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, tiny.events(out)
+
+
+def told(folder: Path, store: str, problem: str, **changes: Any) -> list[str]:
+    seen = {"model.mean": list(NORMALISATION.mean), "model.std": list(NORMALISATION.std)}
+    return tiny.options(folder, store=folder / store, **{"selection.problem": problem, **seen} | changes)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_release_of_fewer_adaptors_than_levels_through_a_kill(
+    folder: Path, work: Work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {
+        "selection.adaptors": 1,
+        "selection.frequencies": ["jpeg-10", 3],
+        "levels": ["clean", *TWO],
+        "budget": BUDGET,
+    }
+    arguments = told(folder, "few", "few-adaptors", **more, **{"model.name": "tests.test_together:mortal"})
+    DOOMED.touch()
+    code, lines = run(arguments, capsys)
+    assert code == 0
+    assert not DOOMED.exists()
+    stages = Counter((e["event"], e["stage"]) for e in lines if "stage" in e and e["event"] in ("started", "finished"))
+    assert (stages["started", "full"], stages["finished", "full"]) == (2, 2)
+    assert stages["finished", "selection"] == 1
+    assert (stages["started", "partial"], stages["finished", "partial"]) == (2, 1)  # it had been killed
+    partial = [e for e in lines if e.get("stage") == "partial" and e["event"] == "progress"]
+    assert {e["epoch"] for e in partial} == {1, 2, 3}
+    assert tiny.epochs_run(partial) <= 4
+
+    store = Store(folder / "few")
+    release = store.pull("tiny")
+    entries = {level: release.manifest["levels"][level] for level in TWO}
+    assert release.manifest["config"]["selection"]["problem"] == "few-adaptors"
+    assert len({entry["digest"] for entry in entries.values()}) == 1
+    for level, entry in entries.items():
+        adaptor = release.adaptor_state(level)
+        assert 0 < sum(t.numel() for t in adaptor.values()) <= BUDGET
+        assert entry["scores"]["adaptor"] == judged(store, release.base_state(), adaptor, work, level)
+    # what came of it is what comes of the same without a kill, or Ray
+    undisturbed = adapt_together(work, (TWO, chosen_of(work, *TWO)["jpeg-10"]), mute)
+    assert entries["jpeg-10"]["digest"] == undisturbed[0].digest
+
+    # an evaluation judges it as it is
+    again = ["--store", str(folder / "few"), "--release", "tiny", "--data.cache", str(folder / "cache"), "--methods"]
+    code, lines = run(again, capsys, run_evaluate)
+    assert (code, lines[-1]["failed"]) == (0, {})
+    rows = [row for row in lines[-1]["accuracy"] if row["level"] != "clean"]
+    assert {row["method"] for row in rows} == {"original", "switching", "gearnn"}
+    for row in rows:
+        entry = entries[row["level"]]
+        if row["method"] == "gearnn":
+            assert (row["value"], row["floats"]) == (pytest.approx(entry["scores"]["adaptor"]), entry["floats"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_memory_for_the_levels_that_can_be_sensed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = ["brightness-0.01", "jpeg-10", "jpeg-20", "jpeg-30"]
+    more = {"model.name": "tests.nets:afraid_of_the_dark", "selection.frequencies": ["jpeg-20", 0, "jpeg-30", 5]}
+    codes = {"selection.codes": ["float32", "int8"], "selection.value": "sum-abs", "recipe.epochs": 1}
+    arguments = told(folder, "one", "one-memory", levels=levels, budget=200, **more, **codes)
+    code, lines = run(arguments, capsys)
+    assert code == 1
+    assert list(lines[-1]["failed"]) == ["brightness-0.01"]
+    store = Store(folder / "one")
+    release = store.pull("tiny")
+    assert release.levels == ("jpeg-10", "jpeg-20", "jpeg-30")
+    assert release.adaptor_state("jpeg-20") == {}, "the base itself"
+    scores = release.manifest["levels"]["jpeg-20"]["scores"]
+    assert scores["adaptor"] == scores["original"]
+    stored = [store.get_state(release.manifest["levels"][level]["digest"]).values() for level in release.levels]
+    bytes_ = [sum(t.numel() * t.element_size() for t in each) for each in stored]
+    assert sum(bytes_) <= 4 * 200
+    assert bytes_[2] > 4 * 200 / 3, "more than an equal part"
+
+    # a sweep chooses them together again, under every budget
+    told_sweep = ["--store", str(folder / "one"), "--release", "tiny", "--data.cache", str(folder / "cache")]
+    code, found = run([*told_sweep, "--budgets", "100", "200", "--within", "100"], capsys, run_sweep)
+    assert (code, found[-1]["failed"]) == (0, {})
+    points = {point["floats"]: point for point in found[-1]["points"]}
+    assert set(points) == {100, 200}
+    assert points[200]["levels"] == {level: e["scores"]["adaptor"] for level, e in release.manifest["levels"].items()}
+    recommended = store.pull("tiny:recommended").manifest
+    assert recommended["budget"]["floats"] == 100
+    assert recommended["config"]["selection"]["frequencies"] == {"jpeg-20": 0, "jpeg-30": 5}
+    assert run_sweep([*told_sweep, "--levels", "jpeg-10"]) == 2
+    assert "levels lacks jpeg-20" in capsys.readouterr().err
