@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What it costs to switch to another level, ten ways of holding ten levels, in turns, one run.
+"""What it costs to switch to another level, ten ways of holding ten levels, and to hold them under codes; in turns, one run.
 
 uv run --group benchmarks benchmarks/switch.py [--store STORE --release NAME:TAG]
 """
@@ -17,11 +17,14 @@ import torch
 from peft_lora import lora_network
 from releases import add_options, from_options
 
-from gearnn_ray import build_model
+from gearnn_ray import Release, build_model, codes
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.online.adaptive import AdaptiveModel
+from gearnn_ray.online.modules import AdaptiveConv
 
 ROUNDS = 400  # of the fast ways; a slow one gets what fits a few seconds
+PASSES = 5  # of one size and one way of using levels
+SIZES = ((360, 480), (180, 240), (90, 120))
 
 
 def main() -> None:
@@ -74,12 +77,58 @@ def main() -> None:
                 start = time.perf_counter()
                 switch(level)
                 seconds[way].append(time.perf_counter() - start)
-    extra = adaptive.weight_bytes / sum(t.nbytes for t in base.values()) - 1
-    print(f"{len(levels) + 1} levels on {adaptive.device}; AdaptiveModel holds the base + {extra:.2%}")
+    print(
+        f"{len(levels) + 1} levels on {adaptive.device}; AdaptiveModel holds the base + {extra(adaptive, release):.2%}"
+    )
     print(f"{'way':36}{'p50 µs':>12}{'p99 µs':>12}")
     for way, took in seconds.items():
         p99 = statistics.quantiles(took, n=100)[98]
         print(f"{way:36}{1e6 * statistics.median(took):12.1f}{1e6 * p99:12.1f}")
+    compare_codes(adaptive, release, levels)
+
+
+def extra(model: AdaptiveModel, release: Release) -> float:
+    """What a model holds above the base, as a share of it."""
+    return model.weight_bytes / sum(t.nbytes for t in release.base_state().values()) - 1
+
+
+def coded(release: Release) -> Release:
+    """The release under the smallest codes that a split job offers: int8, and bfloat16 for running statistics."""
+    base, stored = release.base_state(), {}
+    for level in release.levels:
+        adaptor = release.adaptor_state(level)
+        smallest = {name: "bfloat16" if ".running_" in name else "int8" for name in adaptor}
+        applying = {name: code for name, code in smallest.items() if codes.applies(code, base[name].shape)}
+        stored[level] = codes.encode(base, adaptor, applying)
+    return Release(release.manifest, release.digest, base, stored)
+
+
+def compare_codes(plain: AdaptiveModel, release: Release, levels: list[str]) -> None:
+    """One thread's CPU time of a pass with the adaptors coded over that of one as they are released, and what is held."""
+    models = {"released": plain, "coded": AdaptiveModel(coded(release))}
+    convolutions = [[m for m in model.modules() if isinstance(m, AdaptiveConv)] for model in models.values()]
+    for ours, its in zip(*convolutions, strict=True):  # the same kernels in both
+        its.eager_method = ours.eager_method
+    for code, model in models.items():
+        print(f"adaptors as {code}: the base + {extra(model, release):.2%}", end="")
+        model.set_level(levels[0])
+        model(torch.randn(1, 3, *SIZES[-1]))
+        print(f", with one set by set_level {extra(model, release):.2%}")
+    print(f"{'a pass as coded / as released':36}{'set_level':>12}{'given':>12}{'two levels':>12}")
+    for size in SIZES:
+        shares = []
+        for given in (None, levels[:1], levels[:2]):
+            images = torch.randn(len(given or "1"), 3, *size)
+            took: dict[str, list[float]] = {code: [] for code in models}
+            for turn in range(PASSES + 1):
+                for code in sorted(models, reverse=bool(turn % 2)):
+                    start = time.thread_time()
+                    models[code](images, given)
+                    took[code].append(time.thread_time() - start)
+            shares.append(
+                statistics.median(c / f for c, f in zip(took["coded"][1:], took["released"][1:], strict=True))
+            )
+        print(f"{f'{size[0]} x {size[1]}':36}" + "".join(f"{share:12.3f}" for share in shares))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 # Between a tensor's name and its part. No name has it: torch lets no module or tensor have an empty name or a dot in it.
 _SEPARATOR = ".."
 _PARTS = {("",): "float32", ("bfloat16",): "bfloat16", ("int8", "scale"): "int8", ("left", "right"): "rank"}
+_NAMES = {code: parts for parts, code in _PARTS.items()}
 
 
 def check_code(name: str) -> str:
@@ -123,11 +124,9 @@ def decode(base: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str
     ValueError for anything that does not fit the base, is incomplete or not finite.
     """
     state: dict[str, Tensor] = {}
-    for name, code in codes_of(stored).items():
+    for name, (code, parts) in parts_of(stored).items():
         before = _tensor(base, name)
-        layout = _layout(code, before.shape, before.dtype)
-        parts = {part: stored[_key(name, part)] for part in layout}
-        for part, (shape, dtype) in layout.items():
+        for part, (shape, dtype) in _layout(code, before.shape, before.dtype).items():
             _check_fits(_key(name, part), parts[part], shape, dtype)
         state[name] = parts[""] if code == "float32" else _restore(name, before, code, parts)
     return state
@@ -136,6 +135,40 @@ def decode(base: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str
 def restored(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], codes: Mapping[str, str]) -> dict[str, Tensor]:
     """What comes back of `changed` after it was stored under `codes`. Raises ValueError as `encode` does."""
     return decode(base, encode(base, changed, codes))
+
+
+def difference_of(code: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """The difference [*shape] that parts (as in the table above, of any code but float32) stand for, in float32.
+
+    Parts may be those of many tensors [*shape], side by side in leading dimensions: so are the differences then.
+    """
+    if code == "bfloat16":
+        return parts["bfloat16"].float()
+    if code == "int8":
+        steps, scale = parts["int8"], parts["scale"]
+        return (steps * scale.reshape(*scale.shape, *(1,) * (len(shape) - 1))).reshape(steps.shape)
+    left, right = parts["left"], parts["right"]
+    difference = left[..., :1] * right[..., :1, :]
+    for r in range(1, left.shape[-1]):
+        difference = difference + left[..., r : r + 1] * right[..., r : r + 1, :]
+    return difference.reshape(*left.shape[:-2], *shape)
+
+
+def added(name: str, before: Tensor, difference: Tensor) -> Tensor:
+    """What the tensor `name` [*shape] of the base becomes by differences [..., *shape], in its type; finite or not."""
+    after = before + difference
+    if name.rpartition(".")[2] == "running_var":
+        after = after.clamp(min=0)
+    # -0.0 + 0.0 would be 0.0: no change keeps even that bit
+    return torch.where(difference == 0, before, after.to(before.dtype))
+
+
+def parts_of(stored: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """The code and the parts of every tensor, by its name in the base; "" is float32's only part. Raises as `codes_of`."""
+    return {
+        name: (code, {part: stored[_key(name, part)] for part in _NAMES[code.partition("-")[0]]})
+        for name, code in codes_of(stored).items()
+    }
 
 
 def codes_of(stored: Mapping[str, Tensor]) -> dict[str, str]:
@@ -203,21 +236,7 @@ def _restore(name: str, before: Tensor, code: str, parts: Mapping[str, Tensor]) 
     """base + difference, in the base's type. Raises ValueError for integers, and unless all of it is finite."""
     if not before.is_floating_point():
         raise ValueError(f"{name!r} is of {before.dtype}: expected a floating-point type for {code}")
-    if code == "bfloat16":
-        difference = parts["bfloat16"].float()
-    elif code == "int8":
-        difference = parts["int8"].float().reshape(_matrix(before.shape)) * parts["scale"][:, None]
-    else:
-        left, right = parts["left"], parts["right"]
-        difference = left[:, :1] * right[:1]
-        for r in range(1, left.shape[1]):
-            difference = difference + left[:, r : r + 1] * right[r : r + 1]
-    difference = difference.reshape(before.shape)
-    after = before + difference
-    if name.rpartition(".")[2] == "running_var":
-        after = after.clamp(min=0)
-    # -0.0 + 0.0 would be 0.0: no change keeps even that bit
-    after = torch.where(difference == 0, before, after.to(before.dtype))
+    after = added(name, before, difference_of(code, parts, before.shape))
     return _finite(f"{name!r}, restored from {code},", after)
 
 

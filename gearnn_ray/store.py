@@ -60,7 +60,7 @@ class Release:
     manifest: dict[str, Any]
     digest: str  # of the manifest
     _base: Mapping[str, Tensor] = field(repr=False)
-    _adaptors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    _adaptors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)  # as they are stored
 
     @property
     def name(self) -> str:
@@ -76,7 +76,14 @@ class Release:
         return dict(self._base)
 
     def adaptor_state(self, level: str) -> dict[str, Tensor]:
-        """What a level changes: `{**base, **adaptor}` is its network. Raises UserError for others."""
+        """What a level changes: `{**base, **adaptor}` is its network. Raises UserError for others.
+
+        Tensors that are stored under a code (`codes.py`) are restored anew at each call.
+        """
+        return decode(self._base, self.stored_state(level))
+
+    def stored_state(self, level: str) -> dict[str, Tensor]:
+        """What a level changes, as it is stored: `codes.decode` gives `adaptor_state`. Raises UserError for others."""
         if level not in self._adaptors:
             raise UserError(f"{self.name} has no level {level!r}, it has {', '.join(self.levels) or 'none'}")
         return dict(self._adaptors[level])
@@ -137,8 +144,9 @@ class Store(BlobStore):
             content, manifest = self._manifest(name, digest)
             base = self._state(manifest.base)
             stored = {level: self._state(entry) for level, entry in manifest.levels.items()}
-        adaptors = {level: _adaptor(level, entry, stored[level], base) for level, entry in manifest.levels.items()}
-        return Release(content, digest, base, adaptors)
+        for level, entry in manifest.levels.items():
+            _check_adaptor(level, entry, stored[level], base)
+        return Release(content, digest, base, stored)
 
     def manifest(self, ref: str) -> tuple[str, dict[str, Any]]:
         """Digest and content of a release's manifest, without its blobs. `ref` and errors as in `pull`."""
@@ -285,13 +293,9 @@ def _parse_manifest(content: Any, digest: str) -> _Manifest:
     return manifest
 
 
-def _adaptor(
-    level: str, entry: _LevelEntry, stored: dict[str, Tensor], base: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The restored tensors of a level's blob.
-
-    Raises CorruptStoreError unless it is coded as the manifest says, every tensor fits one of the base, and together
-    they count `floats`.
+def _check_adaptor(level: str, entry: _LevelEntry, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raise CorruptStoreError unless a level's blob is coded as the manifest says, every restored tensor fits one of the
+    base, and together they count `floats`.
     """
     what = f"{entry.digest}, the adaptor of {level},"
     adaptor = _decoded(what, entry.codes, stored, base) if entry.codes else stored
@@ -304,7 +308,6 @@ def _adaptor(
     count = sum(tensor.numel() for tensor in adaptor.values())
     if count != entry.floats:
         raise CorruptStoreError(f"{what} holds {count:,} numbers, the manifest says {entry.floats:,}")
-    return adaptor
 
 
 def _decoded(

@@ -5,12 +5,13 @@
     logits = model(images, levels=["jpeg-10", "jpeg-80"])  # or given
     model.set_level("jpeg-10")                             # or one for all until told otherwise
 
-Holds the base and all adaptors once, to the byte. Knows nothing of HTTP, Ray, or how a release was made.
+Holds the base and all adaptors once, to the byte, each as it is stored: a tensor under a code is restored when it is used.
+Knows nothing of HTTP, Ray, or how a release was made.
 """
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
+from gearnn_ray.codes import parts_of
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import CLEAN
 from gearnn_ray.models import build_model
 from gearnn_ray.online import convolution
-from gearnn_ray.online.batch import Mixture, Selection, Table
+from gearnn_ray.online.batch import CodedTable, Mixture, Selection, Table
 from gearnn_ray.online.detection import Detected, Detector, Reference
 from gearnn_ray.online.frames import evidence_of
 from gearnn_ray.online.jpeg import quality_of_pixels
@@ -41,12 +43,12 @@ _USUAL_SIZE = (360, 480)  # height and width where a release does not say on wha
 class _Choice:
     """The level that `set_level` chose; a plain object, because a Module's attributes take microseconds to get and set."""
 
-    __slots__ = ("level", "lock", "set_all")
+    __slots__ = ("hold", "level", "lock", "set_all")
 
     def __init__(self, selection: Selection) -> None:
         self.level: str | None = None
         self.lock = threading.Lock()
-        self.set_all = selection.set_all
+        self.hold, self.set_all = selection.hold, selection.set_all
 
 
 class AdaptiveModel(nn.Module):
@@ -123,7 +125,8 @@ class AdaptiveModel(nn.Module):
     def set_level(self, level: str | None) -> None:
         """Use this level of the release for every image from now on; None: detect again.
 
-        No weight is moved: two pointers change, and where the network is compiled an index is written before its next run.
+        No weight is moved: pointers change, and where the network is compiled an index is written before its next run. What
+        is stored of the level under codes is restored by the first run of the plain network and held until the next `set_level`.
         """
         number = None if level is None else self._number.get(level)
         if number is None and level is not None:
@@ -131,6 +134,7 @@ class AdaptiveModel(nn.Module):
         choice = self._choice
         with choice.lock:
             choice.level = level
+            choice.hold(number)
             if number is not None:
                 choice.set_all(number)
 
@@ -153,7 +157,9 @@ class AdaptiveModel(nn.Module):
         twin = copy.copy(self)
         twin._modules = {}
         tensors = {id(tensor): tensor for tensor in _weights_of(self._network)}
-        twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
+        with self._choice.lock:
+            twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
+        twin._selection.hold(None)
         twin._run, twin._choice = twin._network, _Choice(twin._selection)
         return twin
 
@@ -169,9 +175,12 @@ class AdaptiveModel(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """What the weights occupy: exactly the base's bytes and those of all adaptors."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _weights_of(self._network)}
-        return sum(storages.values())
+        """What the weights occupy: exactly the base's bytes and those of all adaptors as they are stored.
+
+        Where `set_level` holds a level under codes, also those of what was restored of it.
+        """
+        tensors = [*_weights_of(self._network), *self._selection.host.restored.values()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def methods(self) -> dict[str, tuple[str, str]]:
         """How modules with weights per sample compute: by path, the method in eager execution and in a compiled graph."""
@@ -253,9 +262,10 @@ def _assemble(
     release: Release, levels: Sequence[str], device: torch.device, mixes: bool
 ) -> tuple[nn.Module, Selection]:
     network = _base_network(release, device)
-    adaptors = {level: release.adaptor_state(level) for level in levels if level in release.levels}
+    adaptors = {level: parts_of(release.stored_state(level)) for level in levels if level in release.levels}
     adapted = [name for name in network.state_dict() if any(name in a for a in adaptors.values())]
-    rows = {name: tuple(_rows(name, levels, adaptors)) for name in adapted}
+    coded = {name: _by_code(name, adaptors) for name in adapted}
+    rows = {name: _rows(coded[name], levels) for name in adapted}
     maps = list(dict.fromkeys(rows.values())) or [(0,) * len(levels)]
     selection = Selection(maps, mixes, device)
     tables: dict[str, Table] = {}
@@ -264,13 +274,12 @@ def _assemble(
         owner, leaf = _owner(network, name)
         base = getattr(owner, leaf)
         if id(base) not in made:
-            stacked = [base, *(a[name].to(device) for level in levels if name in (a := adaptors.get(level, {})))]
-            made[id(base)] = Table(torch.stack([t.detach() for t in stacked]), maps.index(rows[name]), selection)
+            made[id(base)] = _table(name, base.detach(), coded[name], maps.index(rows[name]), selection)
         tables[name] = made[id(base)]
     for name, table in tables.items():
         # the plain network goes on to hold the base, in row 0: no tensor is kept twice
         owner, leaf = _owner(network, name)
-        _replace(owner, leaf, table.values[0])
+        _replace(owner, leaf, table.row(0))
     size = _training_size(release.manifest)
     alone: set[str] = set()  # paths of modules that run as a whole, once per level
     while True:
@@ -282,7 +291,7 @@ def _assemble(
                 raise UserError(f"{release.name} cannot be served: its network takes no batch of images") from error
             alone.add(_around(network, error.path))
             continue
-        if "" in alone or _agrees(network, built, selection, tables, rows, size):
+        if "" in alone or _agrees(network, built, selection, tables, size):
             break
         alone.add("")
     _measure(built)
@@ -302,7 +311,6 @@ def _agrees(
     built: nn.Module,
     selection: Selection,
     tables: Mapping[str, Table],
-    rows: Mapping[str, tuple[int, ...]],
     size: tuple[int, int],
 ) -> bool:
     """Whether the adaptive network gives what the plain one gives with each level's tensors, mixed and alone.
@@ -318,7 +326,7 @@ def _agrees(
             with torch.no_grad():
                 want = []
                 for sample, level in enumerate(levels):
-                    picked = {table: table.values[rows[name][level]] for name, table in tables.items()}
+                    picked = {table: table.row(selection.row(table.map_index, level)) for table in tables.values()}
                     state = {name: picked[table] for name, table in tables.items()}
                     want.append(_logits_with(network, state, images[[sample]]))
                 selection.set_each([Mixture(level) for level in levels])
@@ -370,13 +378,41 @@ def _base_network(release: Release, device: torch.device) -> nn.Module:
     return network.eval().requires_grad_(False).to(device)
 
 
-def _rows(name: str, levels: Sequence[str], adaptors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[int]:
-    """The row of the table of `name` that each level uses: 0, the base's, where its adaptor does not hold it."""
-    used = 0
-    for level in levels:
-        holds = name in adaptors.get(level, {})
-        used += holds
-        yield used if holds else 0
+_Parts = Mapping[str, Tensor]
+
+
+def _by_code(name: str, adaptors: Mapping[str, Mapping[str, tuple[str, _Parts]]]) -> dict[str, dict[str, _Parts]]:
+    """By code, float32 first, and level: the parts of the tensor `name` in every adaptor that holds it."""
+    coded: dict[str, dict[str, _Parts]] = {"float32": {}}
+    for level, adaptor in adaptors.items():
+        if name in adaptor:
+            code, parts = adaptor[name]
+            coded.setdefault(code, {})[level] = parts
+    return coded
+
+
+def _rows(coded: Mapping[str, Mapping[str, _Parts]], levels: Sequence[str]) -> tuple[int, ...]:
+    """The row that each level uses of the table of these parts: 0, the base's, where its adaptor does not hold it."""
+    holding = [level for its in coded.values() for level in its]
+    return tuple(holding.index(level) + 1 if level in holding else 0 for level in levels)
+
+
+def _table(
+    name: str, base: Tensor, coded: Mapping[str, Mapping[str, _Parts]], map_index: int, selection: Selection
+) -> Table:
+    """The table of the tensor `name` of the base, on its device."""
+    stacked = {
+        code: {
+            part: torch.stack([parts[part].to(base.device) for parts in its.values()])
+            for part in next(iter(its.values()))
+        }
+        for code, its in coded.items()
+        if code != "float32"
+    }
+    values = torch.stack([base, *(parts[""].to(base.device) for parts in coded["float32"].values())])
+    if not stacked:
+        return Table(values, map_index, selection)
+    return CodedTable(values, stacked, name, map_index, selection)
 
 
 def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -477,4 +513,4 @@ def _measure(network: nn.Module) -> None:
         if isinstance(module, AdaptiveConv) and (table := module.table("weight")) is not None and module.seen:
             shape = torch.Size((_MEASURED_BATCH, *module.seen[1:]))
             conv: Any = module.module
-            module.eager_method, module.compiled_method = convolution.fastest(conv, table.values, shape)
+            module.eager_method, module.compiled_method = convolution.fastest(conv, table, shape)

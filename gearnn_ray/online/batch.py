@@ -1,19 +1,23 @@
 """One tensor at every level, and which of its rows each sample of a batch uses.
 
 A table holds a tensor of the base in row 0 and, below, one row for every level that changes it: base plus adaptors, to
-the byte. Switching a level writes indices and copies no weight. Knows nothing of modules, releases or level names:
-a level is a number, 0 the base.
+the byte. Rows that are stored under a code (`codes.py`) are held as they are stored and restored when they are used; those
+of one level, at most, stay restored. Switching a level writes indices and copies no weight. Knows nothing of modules, releases
+or level names: a level is a number, 0 the base.
 
 Legend: n samples of a batch, L levels, M maps (distinct ways in which the tables give rows to levels), R rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from gearnn_ray.codes import added, difference_of
+from gearnn_ray.layers import same_bits
 
 _CAPACITY = 64  # samples; a larger batch makes the index grow once
 
@@ -30,13 +34,16 @@ class Mixture:
 class _Host:
     """What the host knows of the batch; a plain object, because a Module's attributes take microseconds to set."""
 
-    __slots__ = ("indices", "mixed", "rows", "unwritten")
+    __slots__ = ("held", "holds", "indices", "mixed", "restored", "rows", "unwritten")
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
         self.rows: NDArray[np.int64] | None = None  # [M, n] or, where all samples agree, [M, 1]; None: not known
         self.mixed = False  # whether a sample of this batch stands between two levels
         self.unwritten: Tensor | None = None  # [M, 1]: what `indices` is to hold, where it does not yet
+        self.held: int | None = None  # the level whose tensors are kept once they are restored, and these
+        self.restored: dict[Table, Tensor] = {}
+        self.holds = False  # whether all samples of this batch use it
 
 
 class Selection(nn.Module):
@@ -83,6 +90,16 @@ class Selection(nn.Module):
         host = self.host
         host.unwritten, host.rows = self._columns[level]
         host.mixed = False
+        host.holds = level == host.held
+
+    def hold(self, level: int | None) -> None:
+        """Keep what coded tables restore of this level, so that each `set_all` to it finds it, and let another's go.
+
+        None: keep nothing.
+        """
+        host = self.host
+        if level != host.held:
+            host.held, host.restored, host.holds = level, {}, False
 
     def write(self) -> None:
         """Let the device know of the last `set_all`, as a compiled graph must: one write of indices."""
@@ -102,7 +119,7 @@ class Selection(nn.Module):
         rows_Mn = self._maps_ML[:, [mixture.level for mixture in mixtures]]
         self.rows[:, :n].copy_(torch.from_numpy(rows_Mn))
         self.host.rows, self.host.mixed = rows_Mn, any(mixture.weight for mixture in mixtures)
-        self.host.unwritten = None
+        self.host.unwritten, self.host.holds = None, False
         if self.mixes:
             rows_Mn = self._maps_ML[:, [mixture.neighbour for mixture in mixtures]]
             self.neighbours[:, :n].copy_(torch.from_numpy(rows_Mn))
@@ -126,6 +143,10 @@ class Selection(nn.Module):
             return None
         return int(self.host.rows.shape[1])
 
+    def row(self, map_index: int, level: int) -> int:
+        """The row that a level uses."""
+        return int(self._maps_ML[map_index, level])
+
     def on_host(self, map_index: int) -> list[int] | None:
         """Rows of the samples ([row] where all agree), or None where the graph must not depend on them."""
         if torch.compiler.is_compiling() or self.host.rows is None or self.host.mixed:
@@ -146,16 +167,101 @@ class Table(nn.Module):
         self.map_index = map_index
         self.selection = selection
 
+    def __len__(self) -> int:
+        """R."""
+        return len(self.values)
+
     def rows(self) -> list[int] | None:
         """Which row each sample uses, if the host may know; [row] where all use the same."""
         return self.selection.on_host(self.map_index)
 
+    def row(self, row: int) -> Tensor:
+        """[*shape]: the tensor in one row."""
+        return self.values[row]
+
+    def take(self, rows_n: Tensor) -> Tensor:
+        """[n, *shape]: the tensors in these rows."""
+        return self.values[rows_n]
+
     def gather(self, n: int) -> Tensor:
         """[n, *shape]: each sample's own."""
         selection = self.selection
-        values = self.values[selection.rows[self.map_index, :n]]
+        values = self.take(selection.rows[self.map_index, :n])
         if not selection.mixes:
             return values
-        others = self.values[selection.neighbours[self.map_index, :n]]
+        others = self.take(selection.neighbours[self.map_index, :n])
         weights = selection.weights[:n].view(n, *(1 for _ in values.shape[1:]))
         return torch.lerp(values, others, weights)
+
+
+class _Coded(nn.Module):
+    """Rows of a table that are stored under one code: each of its parts [k, *shape of one], for k rows."""
+
+    def __init__(self, name: str, code: str, parts: Mapping[str, Tensor], base: Tensor) -> None:
+        super().__init__()
+        self.name, self.code, self.shape = name, code, base.shape
+        for part, tensor in parts.items():
+            self.register_buffer(f"stored_{part}", tensor)
+        self._parts = tuple(parts)
+        self.count = len(next(iter(parts.values())))
+        # Nearly always a sum alone gives the right bits: where the base has no -0.0 and no variance falls below 0.
+        differences = (self._differences(place) for place in range(self.count))
+        self.is_sum = all(same_bits(base + each, added(name, base, each)) for each in differences)
+
+    def _differences(self, at: int | Tensor) -> Tensor:
+        return difference_of(self.code, {part: getattr(self, f"stored_{part}")[at] for part in self._parts}, self.shape)
+
+    def restore(self, base: Tensor, at: int | Tensor) -> Tensor:
+        """[*shape], or [n, *shape] at places [n]: what `codes.decode` gives, bit for bit. base: broadcasts to that."""
+        difference = self._differences(at)
+        return base + difference if self.is_sum else added(self.name, base, difference)
+
+
+class CodedTable(Table):
+    """A table whose last rows are coded: after those of `values` come those of each code in turn."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        coded: Mapping[str, Mapping[str, Tensor]],
+        name: str,
+        map_index: int,
+        selection: Selection,
+    ) -> None:
+        """coded: per code, the parts of its rows (`codes.difference_of`), stacked. name: in the base's state dict."""
+        super().__init__(values, map_index, selection)
+        self.coded = nn.ModuleList(_Coded(name, code, parts, values[0]) for code, parts in coded.items())
+
+    def __len__(self) -> int:
+        return len(self.values) + sum(rows.count for rows in self._groups())
+
+    def _groups(self) -> Iterator[_Coded]:
+        return iter(self.coded)  # type: ignore[arg-type]
+
+    def row(self, row: int) -> Tensor:
+        values, host = self.values, self.selection.host
+        if row < len(values):
+            return values[row]
+        if not host.holds:
+            return self._restored(row)
+        if self not in host.restored:
+            host.restored[self] = self._restored(row)
+        return host.restored[self]
+
+    def _restored(self, row: int) -> Tensor:
+        row -= len(self.values)
+        for rows in self._groups():
+            if row < rows.count:
+                return rows.restore(self.values[0], row)
+            row -= rows.count
+        raise IndexError("no level has this row")
+
+    def take(self, rows_n: Tensor) -> Tensor:
+        base, start = self.values[:1], len(self.values)
+        taken = self.values[rows_n.clamp(max=start - 1)]
+        for rows in self._groups():
+            here = rows_n >= start  # or further on, which comes next
+            restored = rows.restore(base, (rows_n - start).clamp(0, rows.count - 1))
+            taken = torch.where(here.view(-1, *(1 for _ in base.shape[1:])), restored, taken)
+            start += rows.count
+        return taken

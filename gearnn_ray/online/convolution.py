@@ -5,6 +5,7 @@ Knows nothing of levels: it gets one weight per sample, or rows of a table.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +77,23 @@ BY_ROW = "by_row"
 """For eager execution: the samples that share a row go through one convolution together."""
 
 
-def by_row(x: Tensor, conv: Conv, values: Tensor, rows: Sequence[int]) -> Tensor:
-    """One convolution per distinct row, over the samples that use it. values: [R, *shape], rows: one per sample."""
+class Rows(Protocol):
+    """Weights [*shape] in numbered rows."""
+
+    def __len__(self) -> int: ...
+    def row(self, row: int) -> Tensor:
+        """[*shape]."""
+
+    def take(self, rows_n: Tensor) -> Tensor:
+        """[n, *shape]."""
+
+
+def by_row(x: Tensor, conv: Conv, weights: Rows, rows: Sequence[int]) -> Tensor:
+    """One convolution per distinct row, over the samples that use it. rows: one per sample."""
     samples: dict[int, list[int]] = {}
     for sample, row in enumerate(rows):
         samples.setdefault(row, []).append(sample)
-    parts = [plain(x[members], conv, values[row], None) for row, members in samples.items()]
+    parts = [plain(x[members], conv, weights.row(row), None) for row, members in samples.items()]
     order = [member for members in samples.values() for member in members]
     y = parts[0].new_empty(x.shape[0], *parts[0].shape[1:])
     start = 0
@@ -100,17 +112,18 @@ def methods_for(conv: Conv) -> tuple[str, ...]:
     return tuple(names)
 
 
-def fastest(conv: Conv, values: Tensor, shape: torch.Size) -> tuple[str, str]:
+def fastest(conv: Conv, weights: Rows, shape: torch.Size) -> tuple[str, str]:
     """The fastest method in eager execution, and the fastest whose graph does not depend on the levels.
 
-    Measured on random input [n, C, *size] = `shape` with the table's rows dealt out in turn, on the table's device.
+    Measured on random input [n, C, *size] = `shape` with the rows dealt out in turn, on the weights' device.
     """
-    x = torch.randn(shape, device=values.device)
-    rows = [i % len(values) for i in range(shape[0])]
-    index = torch.tensor(rows, device=values.device)
+    device = conv.weight.device
+    x = torch.randn(shape, device=device)
+    rows = [i % len(weights) for i in range(shape[0])]
+    index = torch.tensor(rows, device=device)
 
     def run(name: str, x: Tensor) -> Tensor:
-        return by_row(x, conv, values, rows) if name == BY_ROW else METHODS[name](x, conv, values[index])
+        return by_row(x, conv, weights, rows) if name == BY_ROW else METHODS[name](x, conv, weights.take(index))
 
     # a compiler lays images out with the channels last: there a method that wants them first pays for the turning
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)

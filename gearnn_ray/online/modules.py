@@ -58,7 +58,7 @@ class Adaptive(nn.Module):
         if table is None:
             return getattr(self.module, leaf, None), False
         if (rows := table.rows()) is not None and len(rows) == 1:
-            return table.values[rows[0]], False
+            return table.row(rows[0]), False
         return table.gather(n), True
 
     def check(self, x: Any) -> None:
@@ -136,11 +136,11 @@ class AdaptiveConv(Adaptive):
         table = self.table("weight")
         rows = None if table is None else table.rows()
         if table is None or (rows is not None and len(rows) == 1):
-            weight = conv.weight if table is None or rows is None else table.values[rows[0]]
+            weight = conv.weight if table is None or rows is None else table.row(rows[0])
             y = convolution.plain(x, conv, weight, None if bias_each else bias)
             return y if not bias_each or bias is None else y + _over_pixels(bias, y)
         if rows is not None and self.eager_method == convolution.BY_ROW:
-            y = convolution.by_row(x, conv, table.values, rows)
+            y = convolution.by_row(x, conv, table, rows)
         else:
             name = self.compiled_method if rows is None else self.eager_method
             y = convolution.METHODS[name](x, conv, table.gather(n))
@@ -261,7 +261,7 @@ class PerLevel(Adaptive):
             groups.setdefault(rows, []).append(i)
         made = []
         for rows, samples in groups.items():
-            picked = {table: table.values[row] for table, row in zip(known, rows, strict=True)}
+            picked = {table: table.row(row) for table, row in zip(known, rows, strict=True)}
             made.append((samples, {leaf: picked[table] for leaf, table in tables.items()}))
         return made
 
