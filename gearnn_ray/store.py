@@ -143,7 +143,9 @@ class Store(BlobStore):
             name, digest = self._resolve(ref)
             content, manifest = self._manifest(name, digest)
             base = self._state(manifest.base)
-            stored = {level: self._state(entry) for level, entry in manifest.levels.items()}
+            # an adaptor that levels share is read, and held, once
+            states = {entry.digest: self._state(entry) for entry in manifest.levels.values()}
+            stored = {level: states[entry.digest] for level, entry in manifest.levels.items()}
         for level, entry in manifest.levels.items():
             _check_adaptor(level, entry, stored[level], base)
         return Release(content, digest, base, stored)

@@ -250,7 +250,7 @@ def test_without_codes_tables_are_plain_and_nothing_is_made_anew() -> None:
         assert all(stored[name] is tensor for name, tensor in state.items())
 
 
-def test_from_a_store(tmp_path: Path, release: Release) -> None:
+def test_from_a_store(tmp_path: Path, release: Release, images: Tensor) -> None:
     store = Store(tmp_path)
     base = store.put_state(release.base_state())
     levels: dict[str, dict[str, object]] = {}
@@ -277,5 +277,17 @@ def test_from_a_store(tmp_path: Path, release: Release) -> None:
             assert ours.keys() == its.keys()
             assert all(same_bits(ours[name], its[name]) for name in its)
     assert AdaptiveModel(pulled).weight_bytes == held(release)
+
+    # levels that share an adaptor: it is read and held once
+    shared = {level: levels[LEVELS[0]] if level in LEVELS else entry for level, entry in levels.items()}
+    store.publish({**manifest, "levels": shared, "budget": {}, "recipe": {}, "versions": {}}, {})
+    pulled = store.pull("made")
+    alike = [pulled.stored_state(level) for level in LEVELS]
+    assert all(tensor is alike[0][name] for state in alike for name, tensor in state.items())
+    model_of_all = AdaptiveModel(pulled)
+    assert model_of_all.weight_bytes == nbytes(release.base_state(), alike[0])
+    answers = [model_of_all(images, [level] * len(images)) for level in (*LEVELS, "clean")]
+    assert all(torch.equal(answers[0], answer) for answer in answers[1 : len(LEVELS)])
+    assert not torch.equal(answers[0], answers[-1])
     with pytest.raises(UserError, match="no level 'jpeg-99'"):
         pulled.stored_state("jpeg-99")

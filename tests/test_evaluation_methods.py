@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.evaluation import methods
-from gearnn_ray.evaluation.methods import Mixture, Subset
+from gearnn_ray.evaluation.methods import reestimate_statistics
 from gearnn_ray.layers import layers_of, network_state, same_bits
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import Forward, cross_entropy, fine_tune, reestimate_statistics
+from gearnn_ray.offline.finetune import Forward, cross_entropy, fine_tune
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.mixture import Mixture, Subset, mixed_batches
 from gearnn_ray.tasks.segmentation import Image
 from tests.conftest import NORMALISATION
 
@@ -94,7 +95,7 @@ def epoch(
     levels, labels = coded(count, sizes)
     mixture = Mixture(levels, crop=10)
     crop = segmentation.crop_size(mixture, 10)
-    return list(methods.mixed_batches(mixture, labels, batch_size, crop, seed, **more))
+    return list(mixed_batches(mixture, labels, batch_size, crop, seed, **more))
 
 
 def indices(x: Tensor) -> list[int]:
@@ -463,9 +464,12 @@ def test_auto_rgn_without_a_gradient_chooses_nothing(model: nn.Module) -> None:
 # ── without training ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def batch_of(images: Iterable[Image]) -> Tensor:
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+
+
 def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Module, pictures: Pictures) -> None:
-    images = [*pictures[0][:5], *(image[:16, :24] for image in pictures[0][5:8]), *pictures[0][8:10]]
-    by_hand = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]]  # of two at least, and of one size
+    batches = [batch_of(pictures[0][:3]), batch_of(image[:16, :24] for image in pictures[0][3:8])]
     norm_1, norm_2 = model.get_submodule("bn1"), model.get_submodule("bn2")
     assert isinstance(norm_1, nn.BatchNorm2d)
     assert isinstance(norm_2, nn.BatchNorm2d)
@@ -478,15 +482,15 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
 
     sums: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        for members in by_hand:
-            x = NORMALISATION(torch.from_numpy(np.stack([images[i] for i in members])).permute(0, 3, 1, 2))
+        for batch in batches:
+            x = NORMALISATION(batch)
             y = model.conv1(x)  # type: ignore[operator]
             inner = F.relu(F.batch_norm(y, None, None, norm_1.weight, norm_1.bias, training=True))
             z = model.conv2(inner)  # type: ignore[operator]
             sums.append((y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))
     expected = [torch.stack(each).mean(0) for each in zip(*sums, strict=True)]
 
-    reestimate_statistics(model, images, NORMALISATION, 2, "float32")
+    reestimate_statistics(model, batches, NORMALISATION, "float32")
     found = [norm_1.running_mean, norm_1.running_var, norm_2.running_mean, norm_2.running_var]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     after = network_state(model)
@@ -496,9 +500,9 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
 
 
 def test_what_the_statistics_were_before_does_not_matter(model: nn.Module, pictures: Pictures) -> None:
-    reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
+    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
     once = network_state(model)
-    reestimate_statistics(model, pictures[0], NORMALISATION, 4, "float32")
+    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
     assert all(same_bits(once[name], tensor) for name, tensor in network_state(model).items())
 
 
@@ -654,7 +658,7 @@ def test_a_fine_tune_on_a_mixture_learns_every_level(model: nn.Module, pictures:
     recipe = RECIPE.model_copy(update={"epochs": 12})
     reports: list[int] = []
     run: Callable[[], dict[str, Tensor]] = lambda: tuned(  # noqa: E731
-        model, mixture, labels, recipe=recipe, batches=methods.mixed_batches, progress=lambda p: reports.append(p.step)
+        model, mixture, labels, recipe=recipe, batches=mixed_batches, progress=lambda p: reports.append(p.step)
     )
     first, second = run(), run()
     assert all(same_bits(first[name], tensor) for name, tensor in second.items())

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from gearnn_ray.data import open_dataset
 from gearnn_ray.evaluation import methods, stages
 from gearnn_ray.evaluation.frequency import frequency_response
-from gearnn_ray.evaluation.methods import Subset
+from gearnn_ray.evaluation.methods import reestimate_statistics
 from gearnn_ray.evaluation.stages import Judged, Making, Weights
 from gearnn_ray.layers import layers_of, network_state, same_bits, tensors_of
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.events import Event
-from gearnn_ray.offline.finetune import evaluate, fine_tune, reestimate_statistics
+from gearnn_ray.offline.finetune import evaluate, fine_tune
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.stages import (
     Network,
@@ -32,6 +32,7 @@ from gearnn_ray.offline.stages import (
 )
 from gearnn_ray.store import Store
 from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.mixture import Subset
 from gearnn_ray.tasks.segmentation import Image
 from tests import tiny
 from tests.conftest import NORMALISATION
@@ -360,7 +361,8 @@ def test_statistics_are_those_of_the_levels_training_images(
     work: Work, made: dict[str, Made], base: dict[str, Tensor]
 ) -> None:
     model = network(base)
-    reestimate_statistics(model, training_data(work, LEVEL)[0], NORMALISATION, 4, "float32")
+    batches = segmentation.training_batches(*training_data(work, LEVEL), 4, (24, 24), (SEED, 0))
+    reestimate_statistics(model, (x for x, _ in batches), NORMALISATION, "float32")
     by_hand = network_state(model)
     assert all(same_bits(by_hand[name], tensor) for name, tensor in made["bn-statistics"].network.items())
 

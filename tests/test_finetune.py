@@ -11,7 +11,7 @@ from gearnn_ray.adaptors import take_adaptor
 from gearnn_ray.errors import TrainingFailedError
 from gearnn_ray.layers import network_state, same_bits
 from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune, reestimate_statistics, resolve_precision
+from gearnn_ray.offline.finetune import Progress, evaluate, fine_tune, resolve_precision
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks.segmentation import Image
 from tests.conftest import NORMALISATION
@@ -118,24 +118,6 @@ def test_the_last_steps_weights_are_averaged(
     torch.testing.assert_close(tuned["conv1.weight"].double(), torch.stack(seen[-steps:]).mean(0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chosen", [None, ("conv1.weight", "bn1.running_stats")])
-def test_statistics_are_estimated_anew_for_the_final_weights(
-    model: nn.Module, pictures: tuple[list[Image], list[Image]], chosen: tuple[str, ...] | None
-) -> None:
-    base = network_state(model)
-    recipe = RECIPE.model_copy(update={"averaged": 0.5})
-    running = tune(model, pictures, recipe=recipe, chosen=chosen)
-    reestimate_statistics(model, pictures[0], NORMALISATION, RECIPE.batch_size, "float32", chosen)
-    expected = network_state(model)
-    assert not same_bits(expected["bn1.running_mean"], running["bn1.running_mean"])
-
-    model.load_state_dict(base)
-    found = tune(model, pictures, recipe=recipe.model_copy(update={"statistics": "re-estimated"}), chosen=chosen)
-    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
-    if chosen is not None:
-        take_adaptor(model, base, chosen)  # nothing else moved
-
-
 def low_rank(model: nn.Module, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors of conv2's change that begin at no change."""
     generator = torch.Generator().manual_seed(rank)
@@ -223,7 +205,6 @@ def test_what_a_recipe_gained_later_changes_no_key_until_it_is_used() -> None:
     }  # fmt: skip
     assert Recipe().inputs() == before
     assert Recipe(averaged=0.5).inputs() == before | {"averaged": 0.5}
-    assert Recipe(statistics="re-estimated").inputs() == before | {"statistics": "re-estimated"}
 
 
 def test_a_torn_checkpoint_begins_again(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:

@@ -1,6 +1,7 @@
 """What a sweep makes of its points: front, knee, recommendation, rows, sentence."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,14 @@ from gearnn_ray.sweep.findings import Point, knee, pareto_front, recommended, ro
 def point(size: int, score: float, complete: bool = True, budget: str = "", value: str = "mean-abs") -> Point:
     """Two levels whose mean is `score` and whose bytes add up to `size`."""
     levels = [("jpeg-10", score - 1, size // 2), ("jpeg-20", score + 1, size - size // 2)]
-    results = [LevelResult(n, 40.0, full=60.0, adaptor=s, digest="d", bytes=b, layers=("a",)) for n, s, b in levels]
+    results = [LevelResult(n, 40.0, full=60.0, adaptor=s, digest=n, bytes=b, layers=("a",)) for n, s, b in levels]
     return Point(budget or f"{size}B", size // 4, value, tuple(results), complete)
+
+
+def test_an_adaptor_that_levels_share_is_counted_once() -> None:
+    own = point(10, 50.0)
+    shared = tuple(replace(result, digest="one", bytes=7) for result in own.results)
+    assert (own.bytes, replace(own, results=shared).bytes) == (10, 7)
 
 
 sizes_and_scores = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20), st.booleans()), max_size=8)

@@ -258,7 +258,9 @@ def _notes(config: EvaluateConfig, plan: Plan, found: Found) -> list[str]:
         f"All fine-tunes share the {count} training images, {recipe.epochs} epochs, batches of {recipe.batch_size}, crops of "
         f"{recipe.crop} pixels, SGD with momentum {recipe.momentum:g} and a {recipe.schedule} learning rate.",
     ]
-    rates = ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in found.rates.items())
+    together = work.coupling.together
+    tuned = {method: rate for method, rate in found.rates.items() if not (together and method == "gearnn")}
+    rates = ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in tuned.items())
     if len(config.learning_rates) > 1:
         notes.append(
             f"Each method's learning rate was chosen once, at {found.tuning_level}, on the last {methods.held_back(count)} "
@@ -266,7 +268,17 @@ def _notes(config: EvaluateConfig, plan: Plan, found: Found) -> list[str]:
             "chosen on all; random layers were tuned with their first draw."
         )
     else:
-        notes.append(f"One learning rate for all methods, which was not tuned: {found.rates['gearnn']:g}.")
+        notes.append(f"One learning rate for all methods, which was not tuned: {found.rates['switching']:g}.")
+    if together:
+        notes.append(
+            f"GearNN's adaptors are the release's own, made at {recipe.learning_rate:g}; its layers were chosen for all "
+            f"levels together ({work.coupling.problem})."
+            + (
+                " A level's adaptor may have more floats than its part of the one memory, which is what the other methods get."
+                if work.coupling.problem == "one-memory"
+                else ""
+            )
+        )
     if work.criterion.codes != PAPERS.codes:
         notes.append(
             f"GearNN's layers are stored as {', '.join(work.criterion.codes)}; floats are of four bytes, so under codes they are "
@@ -293,7 +305,8 @@ def _notes(config: EvaluateConfig, plan: Plan, found: Found) -> list[str]:
         )
     if "bn-statistics" in asked:
         notes.append(
-            "AdaBN re-estimates running mean and variance on the level's whole training images, without their labels."
+            "AdaBN re-estimates running mean and variance over one epoch's batches of the level's images, cropped as in "
+            "training, without their labels."
         )
     if "first-block" in asked:
         notes.append("Surgical first block: the layers nearest to the input, up to the first that does not fit into M.")

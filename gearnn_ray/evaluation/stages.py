@@ -23,7 +23,6 @@ from gearnn_ray.codes import decode
 from gearnn_ray.errors import TrainingFailedError
 from gearnn_ray.evaluation import methods
 from gearnn_ray.evaluation.frequency import frequency_response
-from gearnn_ray.evaluation.methods import Mixture, Subset
 from gearnn_ray.layers import network_state
 from gearnn_ray.levels import LEVELS_VERSION, codec_versions, parse_level
 from gearnn_ray.models import build_model
@@ -36,7 +35,6 @@ from gearnn_ray.offline.finetune import (
     cross_entropy,
     evaluate,
     fine_tune,
-    reestimate_statistics,
     resolve_precision,
 )
 from gearnn_ray.offline.stages import (
@@ -50,6 +48,7 @@ from gearnn_ray.offline.stages import (
 )
 from gearnn_ray.store import Store
 from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.mixture import Mixture, Subset, mixed_batches
 from gearnn_ray.tasks.segmentation import Image
 
 EVALUATION_VERSION = 1
@@ -233,6 +232,8 @@ def _change(store: Store, base: Mapping[str, Tensor], digest: str | None) -> dic
 
 
 def _key(work: Work, stage: str, making: Making, **more: Any) -> str:
+    if making.method == "bn-statistics":
+        more["images"] = "crops"  # once they were whole
     return stage_key(
         f"evaluation-{stage}",
         evaluation=EVALUATION_VERSION,
@@ -298,11 +299,13 @@ def _train(
         parts = [training_data(work, name) for name in making.levels]
         labels: Sequence[Image] = Subset(parts[0][1], range(count))
         images = Mixture([Subset(part, range(count)) for part, _ in parts], recipe.crop)
-        batches = methods.mixed_batches
+        batches = mixed_batches
     else:
         images, labels = (Subset(part, range(count)) for part in training_data(work, _trained_at(making)))
     if method == "bn-statistics":
-        reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision)
+        sides = segmentation.crop_size(images, recipe.crop)
+        drawn = segmentation.training_batches(images, labels, recipe.batch_size, sides, (making.seed, 0))
+        methods.reestimate_statistics(model, (x for x, _ in drawn), normalisation, recipe.precision)
         return methods.statistics_layers(model)
     if method == "stability":
         assert making.alpha is not None

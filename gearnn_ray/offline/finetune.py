@@ -14,17 +14,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from gearnn_ray.errors import TrainingFailedError
-from gearnn_ray.layers import set_trainable, set_training_mode, statistics_of
+from gearnn_ray.layers import set_trainable, set_training_mode
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Image, Normalisation
@@ -207,8 +205,6 @@ def fine_tune(
         each.put()
         for factor, mine in zip(given, (each.left, each.right), strict=True):
             factor.copy_(mine.detach())
-    if recipe.statistics == "re-estimated":
-        reestimate_statistics(model, images, normalisation, recipe.batch_size, recipe.precision, chosen)
     return Outcome(time.perf_counter() - started, epochs - first_epoch, precision)
 
 
@@ -274,53 +270,6 @@ class _LowRank:
     def put(self) -> None:
         """The factors as they are now become the weight."""
         self._weight.copy_(self._start + (self.left @ self.right).view(self._start.shape))
-
-
-def reestimate_statistics(
-    model: nn.Module,
-    images: Sequence[Image],
-    normalisation: Normalisation,
-    batch_size: int,
-    precision: str,
-    chosen: Collection[str] | None = None,
-) -> None:
-    """Batch normalisations' running statistics become the mean over these images' batches, whole and unlabelled.
-
-    images: uint8 [H, W, 3]; those of equal size share batches. chosen: layers, those whose statistics are among them
-    (None: all). Weights stay as they are. Leaves the network in evaluation mode.
-    """
-    device = next(model.parameters()).device
-    precision = resolve_precision(precision, device)
-    model.to(memory_format=torch.channels_last)
-    model.eval()
-    norms = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.track_running_stats
-        and (chosen is None or statistics_of(path) in chosen)
-    ]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    shapes = getattr(images, "shapes", None) or [image.shape for image in images]
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        by_shape.setdefault(tuple(shape), []).append(index)
-    for members in by_shape.values():
-        # a few left over join the others: a batch of one would have no variance in some networks
-        for part in np.array_split(members, max(1, len(members) // batch_size)):
-            batch = np.stack([images[int(index)] for index in part])
-            x = normalisation(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
-            with torch.no_grad(), autocast(precision, device):
-                segmentation.logits_of(model, x.contiguous(memory_format=torch.channels_last))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> None:

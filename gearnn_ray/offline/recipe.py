@@ -29,13 +29,10 @@ class Recipe(BaseModel):
     """auto: bfloat16 autocast where the processor gains from it (AMX, CUDA from compute capability 8), else float32"""
     averaged: float = Field(0, ge=0, le=1)
     """share of the steps, the last ones, whose weights are averaged; 0: the last step's weights"""
-    statistics: Literal["running", "re-estimated"] = "running"
-    """trained statistics of batch normalisations: as training leaves them, or estimated anew at the end"""
 
     def inputs(self) -> dict[str, Any]:
         """What of it a stage's key has: all, but what came later and is as it was before it came."""
-        later = ("averaged", "statistics")
-        return {k: v for k, v in self.model_dump().items() if k not in later or v != type(self).model_fields[k].default}
+        return self.model_dump(exclude=None if self.averaged else {"averaged"})
 
 
 Value = Literal["mean-abs", "sum-abs", "l2", "relative", "first-order", "fisher"]

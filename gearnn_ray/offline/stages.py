@@ -31,7 +31,6 @@ from gearnn_ray.codes import factors as directions
 from gearnn_ray.data import Dataset
 from gearnn_ray.data.images import PackedImages, level_images, split_labels
 from gearnn_ray.errors import UserError
-from gearnn_ray.evaluation.methods import Mixture, mixed_batches
 from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
@@ -45,6 +44,7 @@ from gearnn_ray.offline.together import Measured, choose_options, in_turn, selec
 from gearnn_ray.offline.values import FLOAT_BYTES, layers_and_codes, problem
 from gearnn_ray.store import Blob, Store, digest_of, encode_state
 from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.mixture import Mixture, mixed_batches
 from gearnn_ray.tasks.segmentation import Normalisation
 
 T = TypeVar("T")
@@ -620,7 +620,7 @@ class LevelRun:
             batches = mixed_batches
         if stop_after is not None:
             # what a recipe does at its end is for networks that are used
-            recipe = recipe.model_copy(update={"averaged": 0.0, "statistics": "running"})
+            recipe = recipe.model_copy(update={"averaged": 0.0})
         outcome = fine_tune(
             model, images, labels, recipe, self.work.network.normalisation, stop_after=stop_after,
             chosen=chosen, seed=self.work.seed, checkpoint=StoredCheckpoint(self.store, key),

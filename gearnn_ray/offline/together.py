@@ -21,9 +21,9 @@ from gearnn_ray.offline.values import (
     VALUES,
     Groups,
     Option,
-    _options,
-    _unchanged,
+    as_float32,
     layers_and_codes,
+    options_of,
     problem,
 )
 
@@ -109,11 +109,11 @@ def _shared_options(
 ) -> Groups:
     """Options that all levels take alike, worth what they are to all; the best may be one that no level would take alone."""
     rows = [{row.layer: row for row in each.rows} for each in levels.values()]
-    held = [{(c.layer, c.code): c for c in (*map(_unchanged, each.rows), *each.coded)} for each in levels.values()]
+    held = [{(c.layer, c.code): c for c in (*map(as_float32, each.rows), *each.coded)} for each in levels.values()]
 
     def options(names: Sequence[str]) -> Iterator[Option]:
         own = (
-            _options([r[n] for n in names], h, criterion.value, criterion.codes)
+            options_of([r[n] for n in names], h, criterion.value, criterion.codes)
             for r, h in zip(rows, held, strict=True)
         )
         for alike in zip(*own, strict=True):

@@ -75,21 +75,23 @@ def problem(
     if value not in VALUES:
         raise ValueError(f"there is no value {value!r}: give one of {', '.join(VALUES)}")
     by_layer = {row.layer: row for row in rows}
-    held = {(one.layer, one.code): one for one in (*map(_unchanged, rows), *coded)}
+    held = {(one.layer, one.code): one for one in (*map(as_float32, rows), *coded)}
     return tuple(
-        _efficient([option for names in group for option in _options([by_layer[n] for n in names], held, value, codes)])
+        _efficient(
+            [option for names in group for option in options_of([by_layer[n] for n in names], held, value, codes)]
+        )
         for group in alternatives
     )
 
 
-def _unchanged(row: Sensitivity) -> Coded:
+def as_float32(row: Sensitivity) -> Coded:
     """float32 loses nothing of its layer's floats."""
     zero = None if row.first_order_change is None else 0.0
     error = replace(row.change, sum_abs=0.0, sum_sq=0.0, first_order=zero, fisher=zero)
     return Coded(row.layer, "float32", FLOAT_BYTES * row.numel, error)
 
 
-def _options(
+def options_of(
     rows: Sequence[Sensitivity], held: Mapping[tuple[str, str], Coded], value: str, codes: Sequence[str]
 ) -> list[Option]:
     """An alternative under every combination of codes."""

@@ -262,10 +262,11 @@ def _assemble(
     release: Release, levels: Sequence[str], device: torch.device, mixes: bool
 ) -> tuple[nn.Module, Selection]:
     network = _base_network(release, device)
-    adaptors = {level: parts_of(release.stored_state(level)) for level in levels if level in release.levels}
+    made_for = _made_for(release, levels)
+    adaptors = {level: parts_of(release.stored_state(level)) for level in made_for.values() if level in release.levels}
     adapted = [name for name in network.state_dict() if any(name in a for a in adaptors.values())]
     coded = {name: _by_code(name, adaptors) for name in adapted}
-    rows = {name: _rows(coded[name], levels) for name in adapted}
+    rows = {name: _rows(coded[name], list(made_for.values())) for name in adapted}
     maps = list(dict.fromkeys(rows.values())) or [(0,) * len(levels)]
     selection = Selection(maps, mixes, device)
     tables: dict[str, Table] = {}
@@ -389,6 +390,15 @@ def _by_code(name: str, adaptors: Mapping[str, Mapping[str, tuple[str, _Parts]]]
             code, parts = adaptor[name]
             coded.setdefault(code, {})[level] = parts
     return coded
+
+
+def _made_for(release: Release, levels: Sequence[str]) -> dict[str, str]:
+    """For each level the first whose adaptor is the same: one that levels share is held once."""
+    first: dict[str, str] = {}
+    adaptor_of = {level: release.manifest["levels"][level].get("digest") or level for level in release.levels}
+    for level, adaptor in adaptor_of.items():
+        first.setdefault(adaptor, level)
+    return {level: first[adaptor_of[level]] if level in adaptor_of else level for level in levels}
 
 
 def _rows(coded: Mapping[str, Mapping[str, _Parts]], levels: Sequence[str]) -> tuple[int, ...]:

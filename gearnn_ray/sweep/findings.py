@@ -33,8 +33,8 @@ class Point:
 
     @property
     def bytes(self) -> int:
-        """What its levels' adaptors take in the store, beside the base."""
-        return sum(result.bytes for result in self.results)
+        """What its levels' adaptors take in the store, beside the base; one that levels share is there once."""
+        return sum({result.digest: result.bytes for result in self.results}.values())
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
