@@ -13,7 +13,7 @@ import argparse
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -134,6 +134,12 @@ def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], riv
     return figure_png(drawn)
 
 
+def spread(scores: Mapping[int, float | None]) -> str:
+    """Mean ± standard deviation over seeds."""
+    known = [score for score in scores.values() if score is not None]
+    return (f"{fmean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")) if known else "-"
+
+
 def jaccard(row: Row) -> float:
     """Of the layers chosen and those of the first variant under the same budget, level and seed."""
     others = of_first[row.budget, row.level, row.seed]
@@ -219,24 +225,22 @@ for name, budget in itertools.product(names, study["budgets"]):
     cells = [found.get((name, budget, level), []) for level in study["levels"]]
     if not any(cells):
         continue
-    texts = [
-        (
-            f"{fmean(s):.2f}" + (f" ± {stdev(s):.2f}" if len(s) > 1 else "")
-            if (s := [row.score for row in cell])
-            else "-"
-        )
-        for cell in cells
-    ]
+    texts = [spread({row.seed: row.score for row in cell}) for cell in cells]
     size = fmean(row.bytes for cell in cells for row in cell)
     print(" ".join([f"{name:<28}{budget:>7}{size:>10,.0f}", *(f"{text:>20}" for text in texts)]))
 
-print("\n" + " ".join([f"{'original, full network':<45}", *(f"{level:>20}" for level in study["levels"])]))
-texts = []
-for level in study["levels"]:
-    mine = [row for row in rows if row.variant == first and row.level == level]
-    wholes = {row.seed: row.full for row in mine if row.full is not None}
-    texts.append(f"{mine[0].original:.2f}, {fmean(wholes.values()):.2f}" if wholes else "-")
-print(" ".join([" " * 45, *(f"{text:>20}" for text in texts)]))
+print("\n" + " ".join([f"{'whole network':<45}", *(f"{level:>20}" for level in study["levels"])]))
+originals = {row.level: row.original for row in rows}
+print(" ".join([f"{'original':<45}", *(f"{originals[level]:>20.2f}" for level in study["levels"])]))
+said = set[tuple[str, ...]]()
+for name in study["variants"]:
+    texts = [
+        spread({row.seed: row.full for row in rows if (row.variant, row.level) == (name, level)})
+        for level in study["levels"]
+    ]
+    if tuple(texts) not in said and set(texts) != {"-"}:  # of one recipe they are the same
+        print(" ".join([f"{name:<45}", *(f"{text:>20}" for text in texts)]))
+    said.add(tuple(texts))
 
 print(
     "\n"

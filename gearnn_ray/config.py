@@ -134,6 +134,10 @@ class SelectionConfig(Coupling, Criterion):
         return Coupling(**{name: getattr(self, name) for name in Coupling.model_fields})
 
 
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"sensitivity": {"epochs": 0.125}, "recipe": {"epochs": 3}}}
+"""By name, what `preset` sets of a `SplitConfig` where nothing else does; docs/budget.md says what it costs."""
+
+
 class SplitConfig(_Section):
     """GearNN's Algorithm 1 over a set of distortion levels."""
 
@@ -160,6 +164,21 @@ class SplitConfig(_Section):
     base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
     """how the base is trained where no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: object) -> object:
+        """`preset` is no option of its own: a configuration holds what it stands for."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        told = dict(values)
+        name = told.pop("preset")
+        if name not in PRESETS:
+            raise ValueError(f"the preset {name!r} is unknown: expected {' or '.join(PRESETS)}")
+        for section, settings in PRESETS[name].items():
+            own = told.get(section, {})
+            told[section] = {**settings, **own} if isinstance(own, dict) else own
+        return told
 
     @field_validator("name", "tags")
     @classmethod
@@ -559,6 +578,8 @@ class JobOptions(BaseModel):
 
     config: str | None = None
     """YAML file with any of the options below; the command line wins over it"""
+    preset: str | None = None
+    """of jobs/split.py: fast"""
     json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False
     """one JSON object per line instead of text, for machines"""
 
@@ -569,7 +590,10 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
     Raises UserError with one sentence for anything wrong; `--help` prints and exits 0.
     """
     options, rest = _own_options(arguments)
-    base = from_mapping(kind, read_yaml(options.config), options.config) if options.config else kind()
+    told = read_yaml(options.config) if options.config else {}
+    if options.preset is not None and isinstance(told, dict):
+        told = {**told, "preset": options.preset}
+    base = from_mapping(kind, told, options.config or "the command line")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
@@ -579,7 +603,11 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
                 args=rest,
                 prog=Path(sys.argv[0]).name,
                 description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line wins. "
-                "--json: one JSON object per line, for machines.",
+                "--json: one JSON object per line, for machines."
+                + (
+                    f" --preset {' or '.join(PRESETS)}: fewer epochs, where nothing else says how many."
+                    * (kind is SplitConfig)
+                ),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
@@ -594,22 +622,23 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
-    config: str | None = None
+    after = {"config": "the path of a YAML file", "preset": " or ".join(PRESETS)}
+    found: dict[str, str] = {}
     json_lines = False
     rest: list[str] = []
     pending = iter(arguments)
     for argument in pending:
+        option, equals, value = argument.removeprefix("--").partition("=")
         if argument == "--json":
             json_lines = True
-        elif argument == "--config":
-            config = next(pending, None)
-            if config is None:
-                raise UserError("--config stands alone: expected the path of a YAML file after it")
-        elif argument.startswith("--config="):
-            config = argument.removeprefix("--config=")
+        elif argument.startswith("--") and option in after:
+            given = value if equals else next(pending, None)
+            if given is None:
+                raise UserError(f"--{option} stands alone: expected {after[option]} after it")
+            found[option] = given
         else:
             rest.append(argument)
-    return JobOptions(config=config, json_lines=json_lines), rest
+    return JobOptions(**found, json_lines=json_lines), rest
 
 
 def _plain(box: str) -> str:

@@ -15,6 +15,7 @@ from gearnn_ray.config import (
     ModelConfig,
     SplitConfig,
     budget_floats,
+    from_mapping,
     normalisation_values,
     parse_command_line,
 )
@@ -91,6 +92,8 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
         (["--name", "../x"], "'../x' is no safe name"),
         (["--model.std", "1", "1", "1"], r"line: only one of model\.mean and model\.std is given"),
         (["--config"], "--config stands alone"),
+        (["--preset"], "--preset stands alone: expected fast after it"),
+        (["--preset", "slow"], "the preset 'slow' is unknown: expected fast"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["stray"], "stray"),
     ],
@@ -257,3 +260,16 @@ def test_help_is_made_from_the_same_types_and_needs_no_ray() -> None:
     ):
         assert option in done.stdout
     assert "ray._raylet" not in done.stderr
+
+
+def test_a_preset_fills_in_what_nothing_else_says(tmp_path: Path) -> None:
+    fast = parse("--preset", "fast")
+    assert (fast.sensitivity.epochs, fast.recipe.epochs) == (0.125, 3)
+    assert fast.recipe == SplitConfig().recipe.model_copy(update={"epochs": 3})
+    (tmp_path / "my.yaml").write_text("preset: fast\nrecipe: {epochs: 2}\n")
+    for arguments in (["--config", str(tmp_path / "my.yaml")], ["--preset=fast", "--recipe.epochs", "2"]):
+        told = parse(*arguments)
+        assert (told.sensitivity.epochs, told.recipe.epochs) == (0.125, 2)
+    assert from_mapping(SplitConfig, told.model_dump(), "a manifest") == told  # which knows of no preset
+    with pytest.raises(UserError, match="recipe is 3"):
+        from_mapping(SplitConfig, {"preset": "fast", "recipe": 3}, "my.yaml")
