@@ -14,9 +14,7 @@ from gearnn_ray.offline.selection import (
     few_adaptors,
     few_layers,
     integers,
-    one_memory,
     select,
-    shared_layers,
 )
 
 Values = NDArray[np.float64]
@@ -90,22 +88,6 @@ def instance(seed: int, levels: int = 3, n: int = 5) -> tuple[np.random.Generato
 
 
 # ---- small instances: all choices
-
-
-@pytest.mark.parametrize("seeds", [range(30), range(30, 60)])
-def test_one_memory_and_shared_layers_agree_with_brute_force(seeds: range) -> None:
-    for seed in seeds:
-        rng, v, sizes, budget = instance(seed, levels=2, n=4)
-        f = rng.integers(0, 4, 2)
-        weighted = v * f[:, None]
-        memory = one_memory(v, sizes, budget, f)
-        check(memory, weighted, sizes, budget)
-        assert memory.used <= budget
-        check_optimal(memory, knapsack(weighted.ravel(), np.tile(sizes, 2), budget), weighted)
-        shared = shared_layers(v, sizes, budget, f)
-        check(shared, weighted, sizes, budget)
-        assert len(set(shared.chosen)) == 1
-        check_optimal(shared, knapsack(weighted.sum(axis=0), sizes, budget), weighted)
 
 
 @pytest.mark.parametrize("seeds", [range(40), range(40, 80)])
@@ -182,9 +164,7 @@ def test_a_limit_that_does_not_bind_leaves_the_levels_apart() -> None:
     assert (many.used, many.adaptor_of) == (sum(f.used for f in apart), (0, 1, 2, 3))
     for found in (many, few_adaptors(v, sizes, budget, 4), few_adaptors(v, sizes, budget, 99)):
         assert found.chosen == tuple(f.chosen for f in apart)
-    assert shared_layers(v[:1], sizes, budget).chosen == (apart[0].chosen,)
-    assert few_adaptors(v, sizes, budget, 1).chosen == shared_layers(v, sizes, budget).chosen
-    assert one_memory(v[:1], sizes, budget).chosen == (apart[0].chosen,)
+    assert few_adaptors(v, sizes, budget, 1).chosen == (select(v.sum(axis=0), sizes, budget).chosen,) * 4
 
 
 def test_more_freedom_is_never_worse() -> None:
@@ -243,16 +223,15 @@ def test_equal_input_gives_an_equal_result(solve: Solve) -> None:
     assert found == solve(v.tolist(), sizes.tolist(), 40, 4) == solve(v, sizes, 40, 4, np.ones(5))
 
 
-@pytest.mark.parametrize("solve", [one_memory, shared_layers, *FEW])
+@pytest.mark.parametrize("solve", FEW)
 def test_edges(solve: Solve) -> None:
-    more = (1,) if solve in FEW else ()
     for v, sizes in ((np.zeros((2, 3)), [1, 2, 3]), (np.ones((2, 0)), []), (np.ones((2, 2)), [7, 8])):
-        found = solve(v, np.array(sizes, dtype=int), 6, *more)
+        found = solve(v, np.array(sizes, dtype=int), 6, 1)
         assert (found.chosen, found.objective, found.bound) == (((), ()), 0.0, 0.0)
         assert (found.status, found.used) == ("OPTIMAL", 0)
-    found = solve([[1.0, 1e-30], [1.0, 1e-30]], [2**40, 0], 2**50, *((2,) if more else ()))
+    found = solve([[1.0, 1e-30], [1.0, 1e-30]], [2**40, 0], 2**50, 2)
     assert found.chosen == ((0, 1), (0, 1)), "what weighs nothing is taken where there is room"
-    assert solve([[1.0, 5.0], [0.0, 9.0]], [1, 1], 1, *more, [1, 0]).objective == 5.0
+    assert solve([[1.0, 5.0], [0.0, 9.0]], [1, 1], 1, 1, [1, 0]).objective == 5.0
     for values, sizes, limit, frequencies, said in (
         ([[1.0], [math.nan]], [1], 1, None, "value nan of layer 0 at level 1"),
         ([[1.0, -1.0]], [1, 1], 1, None, "value -1.0 of layer 1 at level 0"),
@@ -267,7 +246,7 @@ def test_edges(solve: Solve) -> None:
         ([[1e300]], [1], 1, [1e300], "weighted value inf"),
     ):
         with pytest.raises(ValueError, match=said):
-            solve(values, sizes, limit, *more, frequencies)
+            solve(values, sizes, limit, 1, frequencies)
 
 
 def test_wrong_limits_are_refused() -> None:

@@ -33,7 +33,7 @@ from gearnn_ray.offline import pipeline
 from gearnn_ray.offline.finetune import evaluate
 from gearnn_ray.offline.recipe import Coupling, Criterion, Recipe
 from gearnn_ray.offline.release import _config_to_keep
-from gearnn_ray.offline.selection import few_adaptors, few_layers, one_memory, shared_layers
+from gearnn_ray.offline.selection import few_adaptors, few_layers, select
 from gearnn_ray.offline.sensitivity import Change, Coded, Sensitivity
 from gearnn_ray.offline.stages import (
     LevelResult,
@@ -184,9 +184,9 @@ def test_tensors_as_they_are_are_the_plain_problems(seed: int, budget: int, ofte
         return
     told = {"frequencies": dict(zip(LEVELS, often, strict=True))}
     criterion = Criterion(value="l2")
-    plain = {
-        "one-memory": (one_memory(values, sizes, budget, often), {}),
-        "shared-layers": (shared_layers(values, sizes, budget, often), {}),
+    plain: dict[str, tuple[Any, dict[str, int]]] = {
+        "one-memory": (select(np.multiply(values, np.transpose([often])).ravel(), sizes * 3, budget), {}),
+        "shared-layers": (select(np.dot(often, values), sizes, budget), {}),
         "few-layers": (few_layers(values, sizes, budget, 2, often), {"distinct": 2}),
         "few-adaptors": (few_adaptors(values, sizes, budget, 2, often), {"adaptors": 2}),
     }

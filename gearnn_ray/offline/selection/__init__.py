@@ -5,7 +5,7 @@ levels' at once, where they share memory, layers or adaptors. `integers` keeps b
 and know nothing of networks, tensors, files or Ray.
 """
 
-from gearnn_ray.offline.selection.coupled import Joint, few_adaptors, few_layers, one_memory, shared_layers
+from gearnn_ray.offline.selection.coupled import Joint, few_adaptors, few_layers
 from gearnn_ray.offline.selection.knapsack import Choice, Selection, choose, select
 
 __all__ = [
@@ -15,7 +15,5 @@ __all__ = [
     "choose",
     "few_adaptors",
     "few_layers",
-    "one_memory",
     "select",
-    "shared_layers",
 ]

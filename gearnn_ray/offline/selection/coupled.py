@@ -1,8 +1,9 @@
-"""Eq. (2) for all levels at once, where memory, layers or adaptors are shared between them.
+"""Eq. (2) for all levels at once, where few layers or few adaptors are to serve them.
 
-Algorithm 1 gives every level a budget of its own, so its levels are chosen apart. Here one thing couples them: the
-memory of all adaptors together, the layers they may change, or how many adaptors there are. A level counts as often as
-it occurs: its values v_i^q are multiplied by its frequency f_q. One that never occurs may be given nothing.
+Algorithm 1 gives every level a budget of its own, so its levels are chosen apart. Here one thing couples them: how many
+layers they may change between them, or how many adaptors there are. (One memory or one set of layers for all is a single
+knapsack over other values: `offline/together.py`.) A level counts as often as it occurs: its values v_i^q are multiplied by
+its frequency f_q. One that never occurs may be given nothing.
 All values, sizes and budgets are as in `select`, and so is what `OPTIMAL` and `bound` mean, with the rounding of a
 problem of Q·n layers; so are the errors.
 """
@@ -39,36 +40,6 @@ class Joint:
     bound: float
     status: Literal["OPTIMAL", "FEASIBLE"]
     used: int
-
-
-def one_memory(values: ArrayLike, sizes: ArrayLike, total: int, frequencies: ArrayLike | None = None) -> Joint:
-    """One memory for the adaptors of all levels: Σ_q Σ_i N_i x_i^q ≤ total. A knapsack of Q·n layers.
-
-    values: [Q, n] ≥ 0. sizes: [n]. frequencies: [Q] ≥ 0, all 1 by default.
-    """
-    v, s = _weighted(values, sizes, frequencies)
-    levels, n = v.shape
-    found = select(v.ravel(), np.tile(s, levels), total)
-    chosen = [tuple(i - q * n for i in found.chosen if i // n == q) for q in range(levels)]
-    return Joint(tuple(chosen), tuple(range(levels)), found.objective, found.bound, found.status, found.used)
-
-
-def shared_layers(values: ArrayLike, sizes: ArrayLike, budget: int, frequencies: ArrayLike | None = None) -> Joint:
-    """The same layers at every level, each with weights of its own: x_i^q = x_i, Σ_i N_i x_i ≤ budget. A knapsack.
-
-    values: [Q, n] ≥ 0. sizes: [n]. frequencies: [Q] ≥ 0, all 1 by default.
-    """
-    v, s = _weighted(values, sizes, frequencies)
-    levels = len(v)
-    found = select(_together(v), s, budget)
-    return Joint(
-        (found.chosen,) * levels,
-        tuple(range(levels)),
-        found.objective,
-        found.bound,
-        found.status,
-        levels * found.used,
-    )
 
 
 def few_layers(
