@@ -26,6 +26,7 @@ import yaml
 
 from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.cluster import Board, Relay, cluster, mute
+from gearnn_ray.codes import decode
 from gearnn_ray.config import ReleaseDataConfig, budget_floats
 from gearnn_ray.evaluation import stages as evaluation
 from gearnn_ray.offline import stages
@@ -70,8 +71,8 @@ def adapt(work: Work, level: str, name: str, budget: str, sensed: Any) -> Row:
 
 
 @ray.remote(num_cpus=1)
-def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name: str, budget: str) -> Row:
-    """A level's adaptor that begins at its neighbour's, in the same layers: no full fine-tune of its own."""
+def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name: str, budget: str, _: Row) -> Row:
+    """A level's adaptor that begins at its neighbour's, which is there, in the same layers: no full fine-tune of its own."""
     prepare_process(1)
     r = stages.run_level(origin, neighbour, mute)
     assert r.digest is not None
@@ -79,7 +80,8 @@ def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name:
 
     def tune(_: str) -> dict[str, Any]:
         model, normalisation = run.network(), work.network.normalisation
-        put_adaptor(model, run.store.get_state(work.base), run.store.get_state(cast(str, r.digest)))
+        base = run.store.get_state(work.base)
+        put_adaptor(model, base, decode(base, run.store.get_state(cast(str, r.digest))))
         images, labels = stages.training_data(work, level)
         fine_tune(model, images, labels, work.recipe, normalisation, chosen=r.layers, seed=work.seed)
         return {"score": evaluate(model, *stages.validation_data(work, level), normalisation, work.recipe.precision)}
@@ -116,13 +118,14 @@ def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], riv
                 marker="osv^D<>phX*"[number % 11], color=f"C{number % 10}", linestyle="--" if name in rivals else "-",
             )  # fmt: skip
         mine = [row for row in rows if row.level == level]
-        wholes = [fmean(row.full for row in mine if row.full is not None)]
-        for score, what in ((mine[0].original, "original"), (wholes[0], "whole network")):
+        wholes = [row.full for row in mine if row.full is not None]
+        lines = {"original": mine[0].original} | ({"whole network": fmean(wholes)} if wholes else {})
+        for what, score in lines.items():
             axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
             axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         # what lies far below says no more about the others than that
         scores = sorted(row.score for row in mine)
-        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, max(scores[-1], *wholes) + 1)
+        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, max(scores[-1], *lines.values()) + 1)
         axis.set(xscale="log", title=level, xlabel="adaptor, kB")
         sizes = sorted({round(row.bytes / 1000, -1 if row.bytes > 20_000 else 1) for row in mine})
         ticks = [size for last, size in zip([0.0, *sizes], sizes, strict=False) if size > 1.3 * last]
@@ -171,6 +174,7 @@ with cluster():
         epochs = told.get("sensitivity_epochs")
         variants[name] = replace(own, sensitivity_epochs=None if epochs is None else float(epochs))
     running: list[Any] = []
+    begun = dict[tuple[str, str, int], Any]()  # neighbours' adaptors
     for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
         # what variants share is made once: their tasks wait for it
         shared = defaultdict[Any, list[Work]](list)
@@ -188,7 +192,10 @@ with cluster():
                 own = replace(work, budget=floats, seed=seed)
                 if near := (study["variants"][name] or {}).get("neighbours"):
                     origin = replace(next(iter(variants.values())), budget=floats, seed=seed)
-                    running.append(adapt_neighbours.remote(own, level, origin, near[level], name, budget))
+                    if (near[level], budget, seed) not in begun:
+                        begun[near[level], budget, seed] = adapt.remote(origin, near[level], name, budget, None)
+                    first = begun[near[level], budget, seed]
+                    running.append(adapt_neighbours.remote(own, level, origin, near[level], name, budget, first))
                     continue
                 running.append(adapt.remote(own, level, name, budget, sensed[work.recipe, work.sensitivity_epochs]))
             for name, told in study.get("rivals", {}).items():

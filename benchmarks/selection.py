@@ -21,9 +21,7 @@ from gearnn_ray.offline.selection import (
     choose,
     few_adaptors,
     few_layers,
-    one_memory,
     select,
-    shared_layers,
 )
 
 REPEATS = 5
@@ -59,8 +57,8 @@ def coupled_problems() -> Iterator[tuple[str, int, Solve]]:
     values = 10.0 ** (rng.uniform(-5, -3, n) + rng.normal(0, 0.3, (LEVELS, n)))
     gains = values[:, None] * 10.0 ** -np.abs(rng.normal(0, 0.3, (LEVELS, LEVELS, n)))
     for name, budget in (("0.2%", model_size(model) * 2 // 1000), ("0.03%", model_size(model) // 3000)):
-        yield f"one memory, {name}", n, partial(one_memory, values, sizes, LEVELS * budget)
-        yield f"shared layers, {name}", n, partial(shared_layers, values, sizes, budget)
+        yield f"one memory, {name}", n, partial(select, values.ravel(), np.tile(sizes, LEVELS), LEVELS * budget)
+        yield f"shared layers, {name}", n, partial(select, values.sum(axis=0), sizes, budget)
         for distinct in (20, 40):
             yield f"{distinct} layers, {name}", n, partial(few_layers, values, sizes, budget, distinct)
         for adaptors in (2, 5):

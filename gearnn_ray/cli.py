@@ -175,7 +175,7 @@ def _show(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
                 f"chosen together ({config.selection.problem}): {sum(held.values()):,} bytes in {len(held)} adaptors",
                 highlight=False,
             )
-        if shares := [result.share_changed for result in outcome.results if result.sensitivity]:
+        if shares := [result.share_changed for result in outcome.results if result.full is not None]:
             lie, moved = (f"{min(part):.1%} to {max(part):.1%}" for part in zip(*shares, strict=True))
             console.print(
                 f"the full fine-tunes moved {moved} of the weights by more than 2e-4;\n"

@@ -173,7 +173,7 @@ class SplitConfig(_Section):
             return values
         told = dict(values)
         name = told.pop("preset")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"the preset {name!r} is unknown: expected {' or '.join(PRESETS)}")
         for section, settings in PRESETS[name].items():
             own = told.get(section, {})
@@ -228,6 +228,11 @@ class SplitConfig(_Section):
         if unknown is not None:
             raise ValueError(
                 f"selection.frequencies has {unknown}, which levels has not: add it there or take it out here"
+            )
+        unsaid = next((name for name in distorted if selection.frequencies and name not in selection.frequencies), None)
+        if unsaid is not None:
+            raise ValueError(
+                f"selection.frequencies says nothing of {unsaid}: give it for every distorted level, 0 too"
             )
         if selection.together and not sum(selection.frequencies.get(name, 1.0) for name in distorted):
             raise ValueError(

@@ -109,7 +109,7 @@ def test_levels_are_chosen_together_by_name(tmp_path: Path) -> None:
     assert not parse().selection.together
     config = parse(
         "--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--selection.frequencies", "jpeg-10", "120",
-        "jpeg-80", "0.5", "--selection.value", "l2",
+        "jpeg-80", "0.5", "--selection.value", "l2", "--levels", "clean", "jpeg-10", "jpeg-80",
     )  # fmt: skip
     selection = config.selection
     assert (selection.criterion, selection.coupling.adaptors) == (Criterion(value="l2"), 2)
@@ -144,6 +144,10 @@ MANY = [f"jpeg-{quality}" for quality in range(10, 23)]
         (["problem", "one-memory", "frequencies", "jpeg-10", "nan"], "nan"),
         (["problem", "few-layers", "distinct", "3", "codes", "int8"], "few-layers, which chooses tensors as float32"),
         (["problem", "few-adaptors", "adaptors", "3", "granularity", "module"], "few-adaptors, which chooses tensors"),
+        (
+            ["problem", "one-memory", "frequencies", "jpeg-10", "3"],
+            "frequencies says nothing of jpeg-20: give it for every",
+        ),
         (["problem", "one-memory", "LEVELS", "clean"], "one-memory and no distorted level occurs"),
         (["problem", "few-adaptors", "adaptors", "3", "LEVELS", *MANY], "13 distorted levels: expected at most 12"),
     ],
@@ -271,5 +275,7 @@ def test_a_preset_fills_in_what_nothing_else_says(tmp_path: Path) -> None:
         told = parse(*arguments)
         assert (told.sensitivity.epochs, told.recipe.epochs) == (0.125, 2)
     assert from_mapping(SplitConfig, told.model_dump(), "a manifest") == told  # which knows of no preset
+    with pytest.raises(UserError, match="preset \\['fast'\\] is unknown"):
+        from_mapping(SplitConfig, {"preset": ["fast"]}, "my.yaml")
     with pytest.raises(UserError, match="recipe is 3"):
         from_mapping(SplitConfig, {"preset": "fast", "recipe": 3}, "my.yaml")

@@ -475,10 +475,10 @@ def test_rivals_get_an_equal_part_of_one_memory(work: Work) -> None:
 
 
 def test_what_a_release_says_of_its_problem(work: Work) -> None:
-    told = {"levels": TWO, "selection": {"problem": "one-memory", "frequencies": {"jpeg-10": 2}}}
+    told = {"levels": TWO, "selection": {"problem": "one-memory", "frequencies": {"jpeg-10": 2, "brightness-0.4": 1}}}
     kept = _config_to_keep(SplitConfig(**told))["selection"]  # type: ignore[arg-type]
     assert kept["problem"] == "one-memory"
-    assert SplitConfig(levels=TWO, selection=kept).selection.frequencies == {"jpeg-10": 2}
+    assert SplitConfig(levels=TWO, selection=kept).selection.frequencies == {"jpeg-10": 2, "brightness-0.4": 1}
     # others' manifests, and so their digests, are what they were
     assert set(_config_to_keep(SplitConfig())["selection"]) == {"value", "granularity", "codes"}
 
@@ -529,7 +529,7 @@ def test_a_release_of_fewer_adaptors_than_levels_through_a_kill(
 ) -> None:
     more = {
         "selection.adaptors": 1,
-        "selection.frequencies": ["jpeg-10", 3],
+        "selection.frequencies": ["jpeg-10", 3, "brightness-0.4", 1],
         "levels": ["clean", *TWO],
         "budget": BUDGET,
     }
@@ -574,7 +574,8 @@ def test_a_release_of_fewer_adaptors_than_levels_through_a_kill(
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_memory_for_the_levels_that_can_be_sensed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     levels = ["brightness-0.01", "jpeg-10", "jpeg-20", "jpeg-30"]
-    more = {"model.name": "tests.nets:afraid_of_the_dark", "selection.frequencies": ["jpeg-20", 0, "jpeg-30", 5]}
+    often = ["brightness-0.01", 1, "jpeg-10", 1, "jpeg-20", 0, "jpeg-30", 5]
+    more = {"model.name": "tests.nets:afraid_of_the_dark", "selection.frequencies": often}
     codes = {"selection.codes": ["float32", "int8"], "selection.value": "sum-abs", "recipe.epochs": 1}
     arguments = told(folder, "one", "one-memory", levels=levels, budget=200, **more, **codes)
     code, lines = run(arguments, capsys)
@@ -600,6 +601,6 @@ def test_one_memory_for_the_levels_that_can_be_sensed(folder: Path, capsys: pyte
     assert points[200]["levels"] == {level: e["scores"]["adaptor"] for level, e in release.manifest["levels"].items()}
     recommended = store.pull("tiny:recommended").manifest
     assert recommended["budget"]["floats"] == 100
-    assert recommended["config"]["selection"]["frequencies"] == {"jpeg-20": 0, "jpeg-30": 5}
+    assert recommended["config"]["selection"]["frequencies"] == {"jpeg-10": 1, "jpeg-20": 0, "jpeg-30": 5}
     assert run_sweep([*told_sweep, "--levels", "jpeg-10"]) == 2
     assert "levels lacks jpeg-20" in capsys.readouterr().err

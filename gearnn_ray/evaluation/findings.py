@@ -165,14 +165,18 @@ def publish(store: Store, config: EvaluateConfig, plan: Plan, found: Found, comm
         by_layer, by_weight = share_of_weights_changed([Sensitivity(**row) for row in main.sensitivity])
         shares.append({"level": level, "by_layer": by_layer, "by_weight": by_weight})
     actual: dict[str, dict[str, int]] = {}
+    counted = set[tuple[str, str | None]]()
     for cell, _ in whole:
         if (
             cell.method not in CONSTANT
             and not cell.method.startswith("gearnn-")
             and not parse_level(cell.level).is_clean
         ):
-            # of several seeds or draws one is held
-            actual.setdefault(cell.method, {}).setdefault(cell.level, cell.weights.floats)
+            # of several seeds or draws one is held, and what levels share is held once
+            own = 0 if (cell.method, cell.weights.digest) in counted else cell.weights.floats
+            if cell.level not in actual.setdefault(cell.method, {}):
+                actual[cell.method][cell.level] = own
+                counted.add((cell.method, cell.weights.digest))
     held = {method: list(floats.values()) for method, floats in actual.items()}
     whole_networks = [method for method in CONSTANT if any(cell.method == method for cell, _ in whole)]
     rows = {

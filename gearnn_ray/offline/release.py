@@ -68,7 +68,7 @@ def manifest_of(
         }
         if result.codes:
             levels[result.level]["codes"] = result.codes
-        if result.sensitivity:
+        if result.full is not None:
             by_layer, by_weight = result.share_changed
             # the paper's Fig. 5 fact, of the full fine-tune: floats in layers whose mean moved by more, floats that did
             levels[result.level]["share_above_2e_4"] = {"by_layer": by_layer, "by_weight": by_weight}

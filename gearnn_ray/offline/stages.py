@@ -35,7 +35,7 @@ from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model, load_weights, read_weights
 from gearnn_ray.offline.events import Event, Say, StageName
-from gearnn_ray.offline.finetune import BatchSource, Progress, evaluate, fine_tune
+from gearnn_ray.offline.finetune import BatchSource, Progress, evaluate, fine_tune, resolve_precision
 from gearnn_ray.offline.gradients import Gradients, gradients
 from gearnn_ray.offline.recipe import PAPERS, PER_LEVEL, Coupling, Criterion, Recipe
 from gearnn_ray.offline.selection import Choice, Selection, select
@@ -438,7 +438,7 @@ class LevelRun:
                 # by hand: running statistics, which no optimizer moves, have a gradient here too
                 step = {name: self._base[name] - recipe.learning_rate * g[name] for name in g}
                 model.load_state_dict({**self._start, **self._base, **step})
-            outcome = time.perf_counter() - started, str(recipe.precision)
+            outcome = time.perf_counter() - started, resolve_precision(recipe.precision, device())
         else:
             outcome = self._fine_tune(model, None, key, "full")
         seconds, precision = outcome
@@ -461,7 +461,7 @@ class LevelRun:
         """Step 1: the record of the full fine-tune, from the store or made now.
 
         Where fewer epochs are enough to choose layers by, it ends there and is not judged ("score" None); where none are, it
-        is one step along the level's gradient at the base, as long as the recipe's first.
+        is one step of the recipe's learning rate against the level's mean gradient at the base.
         """
         return self.stage("full", self.key("full"), self._fine_tune_all, self._is_complete)
 
@@ -616,7 +616,8 @@ class LevelRun:
         batches: BatchSource = segmentation.training_batches
         if shares:
             # every image at a level drawn anew in each epoch, as often as the level's share says
-            images = Mixture([training_data(self.work, name)[0] for name in in_turn(shares)], recipe.crop)
+            opened = {name: training_data(self.work, name)[0] for name in shares}
+            images = Mixture([opened[name] for name in in_turn(shares)], recipe.crop)
             batches = mixed_batches
         if stop_after is not None:
             # what a recipe does at its end is for networks that are used

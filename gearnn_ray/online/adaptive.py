@@ -156,8 +156,9 @@ class AdaptiveModel(nn.Module):
         """Another model over the same weights with a level of its own, for another thread or stream; not compiled."""
         twin = copy.copy(self)
         twin._modules = {}
-        tensors = {id(tensor): tensor for tensor in _weights_of(self._network)}
+        tensors: dict[int, Any] = {id(tensor): tensor for tensor in _weights_of(self._network)}
         with self._choice.lock:
+            tensors[id(self._selection.host.restored)] = {}
             twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
         twin._selection.hold(None)
         twin._run, twin._choice = twin._network, _Choice(twin._selection)
