@@ -4,7 +4,6 @@ It knows nothing about the project but that its tests come in kinds: each tool r
 `pyproject.toml`.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,12 +13,10 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(*check: str, out: IO[str] | None = None, nice: int = 0) -> "subprocess.Popen[str]":
+def start(*check: str, out: IO[str] | None = None) -> "subprocess.Popen[str]":
     print("$", *check, flush=True)
     command = [sys.executable, "-m", *check]
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=out, stderr=out and subprocess.STDOUT, preexec_fn=lambda: os.nice(nice)
-    )
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=out, stderr=out and subprocess.STDOUT)
 
 
 def ended(check: "subprocess.Popen[str]") -> int:
@@ -33,10 +30,9 @@ for check in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy
         sys.exit(code)
 if arguments := sys.argv[1:]:
     sys.exit(ended(start("pytest", *arguments)))
-# Tests on a Ray wait for processes most of the time. The others, also those with a Ray of their own, fill that time at a low
-# priority, and take little of it.
+# Tests on a Ray wait for processes much of the time, which the others fill, also those with a Ray of their own.
 with tempfile.TemporaryFile("w+") as said:
-    others = start("pytest", "-m", "not ray", out=said, nice=10)
+    others = start("pytest", "-m", "not ray", out=said)
     codes = [ended(start("pytest", "-m", "ray")), ended(others)]
     said.seek(0)
     print("$ pytest -m not ray (beside it)", said.read(), sep="\n", end="", flush=True)
