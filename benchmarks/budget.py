@@ -33,7 +33,7 @@ from gearnn_ray.offline import stages
 from gearnn_ray.offline.finetune import evaluate, fine_tune, prepare_process
 from gearnn_ray.offline.recipe import Criterion
 from gearnn_ray.offline.reopen import make_images, reopen
-from gearnn_ray.offline.stages import Work
+from gearnn_ray.offline.work import Work, training_data, validation_data
 from gearnn_ray.report import figure_png, new_figure
 from gearnn_ray.store import Store
 
@@ -54,7 +54,13 @@ class Row:
 
 
 @ray.remote(num_cpus=1)
-def sense(work: Work, level: str, criteria: list[Criterion]) -> None:
+def control(work: Work) -> None:
+    prepare_process(1)
+    stages.fine_tune_fully(work, "clean", mute)
+
+
+@ray.remote(num_cpus=1)
+def sense(work: Work, level: str, criteria: list[Criterion], _: Any) -> None:
     prepare_process(1)
     stages.sense_level(work, level, criteria, mute)
 
@@ -82,9 +88,9 @@ def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name:
         model, normalisation = run.network(), work.network.normalisation
         base = run.store.get_state(work.base)
         put_adaptor(model, base, decode(base, run.store.get_state(cast(str, r.digest))))
-        images, labels = stages.training_data(work, level)
+        images, labels = training_data(work, level)
         fine_tune(model, images, labels, work.recipe, normalisation, chosen=r.layers, seed=work.seed)
-        return {"score": evaluate(model, *stages.validation_data(work, level), normalisation, work.recipe.precision)}
+        return {"score": evaluate(model, *validation_data(work, level), normalisation, work.recipe.precision)}
 
     score = run.stage("partial", run.key("partial", chosen=r.layers, start=r.digest), tune)["score"]
     original = run.stage("original", run.key("original"), run.judge_original)["score"]
@@ -174,6 +180,7 @@ with cluster():
         epochs = told.get("sensitivity_epochs")
         variants[name] = replace(own, sensitivity_epochs=None if epochs is None else float(epochs))
     running: list[Any] = []
+    controls = dict[Any, Any]()  # of each recipe and seed one, for all levels
     begun = dict[tuple[str, str, int], Any]()  # neighbours' adaptors
     for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
         # what variants share is made once: their tasks wait for it
@@ -185,7 +192,11 @@ with cluster():
         # weights that any of them looks at again are kept from the start
         sensed = dict[Any, Any]()
         for key, works in shared.items():
-            sensed[key] = sense.remote(works[0], level, [work.criterion for work in works])
+            against = next((work for work in works if work.criterion.against == "clean"), None)
+            if against and (key, seed) not in controls:
+                controls[key, seed] = control.remote(against)
+            criteria = [work.criterion for work in works]
+            sensed[key] = sense.remote(works[0], level, criteria, controls.get((key, seed)))
         for budget in (budget for budget, seeds in study["budgets"].items() if seed < seeds):
             floats = budget_floats(budget, release.facts.floats)
             for name, work in variants.items():

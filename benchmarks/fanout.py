@@ -54,27 +54,29 @@ def bare(arguments: argparse.Namespace) -> float:
     from gearnn_ray.config import budget_floats, normalisation_values
     from gearnn_ray.data import open_dataset
     from gearnn_ray.models import read_weights
-    from gearnn_ray.offline import stages
+    from gearnn_ray.offline.base import check_network, publish_given_base
     from gearnn_ray.offline.finetune import prepare_process
+    from gearnn_ray.offline.stages import run_level
+    from gearnn_ray.offline.work import Network, Work, prepare_images
     from gearnn_ray.tasks.segmentation import Normalisation
 
     prepare_process(1)
     told = config(arguments, arguments.work / "bare")
     data = open_dataset("camvid", told.data.path)
     about = dict(read_weights(arguments.weights).about)
-    network = stages.Network("drn_d_22", data.num_classes, Normalisation(*normalisation_values(told.model, about)))
-    facts = stages.check_network(network, arguments.weights)
-    work = stages.Work(
+    network = Network("drn_d_22", data.num_classes, Normalisation(*normalisation_values(told.model, about)))
+    facts = check_network(network, arguments.weights)
+    work = Work(
         store=told.store, cache=told.data.cache, network=network, data=data, recipe=told.recipe,
         budget=budget_floats(told.budget, facts.floats), seed=0,
     )  # fmt: skip
     for level in told.levels:
         for part in ("train", "val"):
-            stages.prepare_images(work, level, part)
-    work = replace(work, base=stages.publish_given_base(work, arguments.weights).digest)
+            prepare_images(work, level, part)
+    work = replace(work, base=publish_given_base(work, arguments.weights).digest)
     started = time.perf_counter()
     for level in told.levels:
-        stages.run_level(work, level, lambda _: None)
+        run_level(work, level, lambda _: None)
     return time.perf_counter() - started
 
 

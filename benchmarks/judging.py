@@ -21,7 +21,7 @@ from gearnn_ray.layers import network_state
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.finetune import autocast, prepare_process, resolve_precision
 from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.stages import Network, Work, validation_data
+from gearnn_ray.offline.work import Network, Work, validation_data
 from gearnn_ray.tasks.segmentation import Normalisation, logits_of
 
 METHODS = 10

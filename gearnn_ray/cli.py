@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from gearnn_ray.config import (
-    ConfigT,
-    EvaluateConfig,
-    JobOptions,
-    ServeConfig,
-    SplitConfig,
-    SweepConfig,
-    parse_command_line,
-)
+from gearnn_ray.config import EvaluateConfig, ServeConfig, SplitConfig, SweepConfig
 from gearnn_ray.errors import UserError
 from gearnn_ray.levels import parse_level
+from gearnn_ray.options import ConfigT, JobOptions, parse_command_line
 from gearnn_ray.progress import reporter, split_plan
 from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 from gearnn_ray.store import Store
@@ -54,7 +47,7 @@ def run_split(arguments: Sequence[str]) -> int:
     def run(config: SplitConfig, options: JobOptions) -> bool:
         from gearnn_ray.offline import pipeline
 
-        with reporter(split_plan(config.levels), options.json_lines) as say:
+        with reporter(split_plan(config.levels, config.selection.against == "clean"), options.json_lines) as say:
             outcome = pipeline.split(config, say)
         _show(config, outcome, options.json_lines)
         return not outcome.failed

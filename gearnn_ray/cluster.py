@@ -15,10 +15,10 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gearnn_ray.config import read_yaml
 from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.offline.events import Event, Say
 from gearnn_ray.offline.resources import autoscaler_ceiling
+from gearnn_ray.options import read_yaml
 
 POLL_SECONDS = 0.5
 _BOOTSTRAP = Path.home() / "ray_bootstrap_config.yaml"

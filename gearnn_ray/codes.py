@@ -4,7 +4,6 @@
     float32     name                            (the tensor itself, whatever its type)
     bfloat16    name..bfloat16                  as it is, rounded
     int8        name..int8, name..scale         int8 · scale, with one scale per output channel
-    rank-R      name..left, name..right         Σ_r left[:, r] · right[r], over R singular directions
 
 The difference is seen as a matrix [m, rest] of the first dimension and all others; a tensor of fewer than two dimensions
 is one row. Restored is base + difference in float32, by single elementwise IEEE operations: neither a matrix product, whose
@@ -13,7 +12,6 @@ these are the base's. Knows nothing of levels, training or stores.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -21,29 +19,23 @@ from torch import Tensor
 
 # Between a tensor's name and its part. No name has it: torch lets no module or tensor have an empty name or a dot in it.
 _SEPARATOR = ".."
-_PARTS = {("",): "float32", ("bfloat16",): "bfloat16", ("int8", "scale"): "int8", ("left", "right"): "rank"}
+_PARTS = {("",): "float32", ("bfloat16",): "bfloat16", ("int8", "scale"): "int8"}
 _NAMES = {code: parts for parts, code in _PARTS.items()}
 
 
 def check_code(name: str) -> str:
-    """The name, if it is one of a code: float32, bfloat16, int8 or rank-R for a whole number R ≥ 1. Raises ValueError."""
-    if not re.fullmatch(r"float32|bfloat16|int8|rank-[1-9][0-9]{0,8}", name):
-        raise ValueError(f"{name!r} is not a code: expected float32, bfloat16, int8 or rank-R, such as rank-4")
+    """The name, if it is one of a code: float32, bfloat16 or int8. Raises ValueError."""
+    if name not in _NAMES:
+        raise ValueError(f"{name!r} is not a code: expected float32, bfloat16 or int8")
     return name
 
 
 def applies(code: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of this shape is smaller under a code than as float32, which itself always applies.
 
-    Rank codes are so for R < m · rest / (m + rest) alone: never with fewer than two dimensions, nor for R ≥ min(m, rest).
     Raises ValueError for what is no code.
     """
     return code == "float32" or stored_bytes(code, [shape]) < stored_bytes("float32", [shape])
-
-
-def is_rank(code: str) -> bool:
-    """Whether a code stores factors, which a fine-tune can train themselves."""
-    return _rank(check_code(code)) > 0
 
 
 def stored_bytes(code: str, shapes: Iterable[Sequence[int]]) -> int:
@@ -79,46 +71,8 @@ def encode(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], codes: Map
     return stored
 
 
-def encode_factors(name: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """What is stored of a change that is left [m, R] · right [R, rest] already, both float32. Raises ValueError."""
-    _check_name(name)
-    if left.dim() != 2 or right.dim() != 2 or not 0 < left.shape[1] == right.shape[0]:
-        raise ValueError(
-            f"factors {list(left.shape)} and {list(right.shape)} of {name!r}: expected [m, R] and [R, rest]"
-        )
-    stored = {_key(name, "left"): left.detach(), _key(name, "right"): right.detach()}
-    for key, factor in stored.items():
-        _check_fits(key, factor, tuple(factor.shape), torch.float32)
-        _finite(repr(key), factor)
-    return stored
-
-
-def factors(code: str, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """The R largest singular directions of a difference [m, …], as float32: left [m, R] and right [R, rest].
-
-    Singular values are split evenly between them: no factor leaves the range of float32 where the difference does not, and
-    training moves both alike. The largest entry of a direction's shorter vector is positive. Raises ValueError unless `code`
-    is a rank that applies, and for NaN or infinity.
-    """
-    rank = _rank(check_code(code))
-    if not rank:
-        raise ValueError(f"{code} has no factors: expected rank-R")
-    _check_applies(code, difference.shape)
-    matrix = _finite("the difference", difference).detach().double().reshape(_matrix(difference.shape))
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # The shorter side's Gram matrix is a fraction of an SVD's work. What squaring loses in float64, singular values below 1e-8
-    # of the largest, float32 would not show.
-    short = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)
-    short = short * short.gather(0, short.abs().argmax(0, keepdim=True)).sign()
-    long = short.T @ wide
-    root = long.norm(dim=1).sqrt()
-    short, long = short * root, long / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
-    left, right = (short, long) if wide is matrix else (long.T, short.T)
-    return left.float().contiguous(), right.float().contiguous()
-
-
 def decode(base: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The restored tensors of what `encode` or `encode_factors` made: names, shapes and types are the base's.
+    """The restored tensors of what `encode` made: names, shapes and types are the base's.
 
     A restored `running_var` is at least 0: rounding could take a small variance below, and its root would be NaN. Raises
     ValueError for anything that does not fit the base, is incomplete or not finite.
@@ -144,14 +98,8 @@ def difference_of(code: str, parts: Mapping[str, Tensor], shape: Sequence[int]) 
     """
     if code == "bfloat16":
         return parts["bfloat16"].float()
-    if code == "int8":
-        steps, scale = parts["int8"], parts["scale"]
-        return (steps * scale.reshape(*scale.shape, *(1,) * (len(shape) - 1))).reshape(steps.shape)
-    left, right = parts["left"], parts["right"]
-    difference = left[..., :1] * right[..., :1, :]
-    for r in range(1, left.shape[-1]):
-        difference = difference + left[..., r : r + 1] * right[..., r : r + 1, :]
-    return difference.reshape(*left.shape[:-2], *shape)
+    steps, scale = parts["int8"], parts["scale"]
+    return (steps * scale.reshape(*scale.shape, *(1,) * (len(shape) - 1))).reshape(steps.shape)
 
 
 def added(name: str, before: Tensor, difference: Tensor) -> Tensor:
@@ -166,7 +114,7 @@ def added(name: str, before: Tensor, difference: Tensor) -> Tensor:
 def parts_of(stored: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
     """The code and the parts of every tensor, by its name in the base; "" is float32's only part. Raises as `codes_of`."""
     return {
-        name: (code, {part: stored[_key(name, part)] for part in _NAMES[code.partition("-")[0]]})
+        name: (code, {part: stored[_key(name, part)] for part in _NAMES[code]})
         for name, code in codes_of(stored).items()
     }
 
@@ -179,26 +127,14 @@ def codes_of(stored: Mapping[str, Tensor]) -> dict[str, str]:
         if key != _key(name, part):
             name, part = key, ""
         found.setdefault(name, []).append(part)
-    return {name: _code_of(name, tuple(parts), stored) for name, parts in found.items()}
-
-
-def _code_of(name: str, parts: tuple[str, ...], stored: Mapping[str, Tensor]) -> str:
-    code = _PARTS.get(parts)
-    if code == "rank":
-        left = stored[_key(name, "left")]
-        code = f"rank-{left.shape[1]}" if left.dim() == 2 and left.shape[1] else None
-    if code is None:
-        raise ValueError(f"{name!r} is stored as {', '.join(map(repr, parts))}: expected the parts of one code")
-    return code
+    for name, parts in found.items():
+        if tuple(parts) not in _PARTS:
+            raise ValueError(f"{name!r} is stored as {', '.join(map(repr, parts))}: expected the parts of one code")
+    return {name: _PARTS[tuple(parts)] for name, parts in found.items()}
 
 
 def _key(name: str, part: str) -> str:
     return f"{name}{_SEPARATOR}{part}" if part else name
-
-
-def _rank(code: str) -> int:
-    """R of rank-R, 0 of other codes."""
-    return int(code.removeprefix("rank-")) if code.startswith("rank-") else 0
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -208,28 +144,21 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def _layout(code: str, shape: Sequence[int], own: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every part that a tensor of this shape, and a type of its own, is stored in."""
-    m, rest = _matrix(shape)
     if code == "float32":
         return {"": (tuple(shape), own)}
     if code == "bfloat16":
         return {"bfloat16": (tuple(shape), torch.bfloat16)}
-    if code == "int8":
-        return {"int8": (tuple(shape), torch.int8), "scale": ((m,), torch.float32)}
-    rank = _rank(code)
-    return {"left": ((m, rank), torch.float32), "right": ((rank, rest), torch.float32)}
+    return {"int8": (tuple(shape), torch.int8), "scale": ((_matrix(shape)[0],), torch.float32)}
 
 
 def _parts(code: str, difference: Tensor) -> dict[str, Tensor]:
     """A difference in the parts of `_layout`."""
     if code == "bfloat16":
         return {"bfloat16": difference.bfloat16()}
-    if code == "int8":
-        rows = difference.double().reshape(_matrix(difference.shape))
-        scale = (rows.abs().amax(1) / 127).float()
-        steps = (rows / scale.double()[:, None]).nan_to_num(0, 0, 0)  # a scale of 0 restores the base
-        return {"int8": steps.round().clamp(-127, 127).to(torch.int8).reshape(difference.shape), "scale": scale}
-    left, right = factors(code, difference)
-    return {"left": left, "right": right}
+    rows = difference.double().reshape(_matrix(difference.shape))
+    scale = (rows.abs().amax(1) / 127).float()
+    steps = (rows / scale.double()[:, None]).nan_to_num(0, 0, 0)  # a scale of 0 restores the base
+    return {"int8": steps.round().clamp(-127, 127).to(torch.int8).reshape(difference.shape), "scale": scale}
 
 
 def _restore(name: str, before: Tensor, code: str, parts: Mapping[str, Tensor]) -> Tensor:

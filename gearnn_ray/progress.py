@@ -34,14 +34,15 @@ TITLES: dict[str, str] = {
 _SHARES: dict[str, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
 
 
-def split_plan(levels: Sequence[str]) -> Plan:
-    """What the split job does; the undistorted level is only judged."""
-    return {
+def split_plan(levels: Sequence[str], control: bool = False) -> Plan:
+    """What the split job does; the undistorted level is only judged, and fine-tuned where it is the others' control."""
+    plan = {
         (level, stage): part
         for level in levels
         for stage, part in _SHARES.items()
         if stage == "original" or not parse_level(level).is_clean
     }
+    return plan | ({("clean", "full"): _SHARES["full"]} if control else {})
 
 
 @dataclass

@@ -52,8 +52,12 @@ SELECTION = _schema(
     [
         ("level", pa.string(), "distortion level q"),
         ("layer", pa.string(), "state-dict name"),
-        ("numel", pa.int64(), "N_i, floats in the layer"),
-        ("value", pa.float64(), "v_i^q: Eq. (1), or the value function that the release was made with"),
+        ("numel", pa.int64(), "N_i, floats in the layer; folded into others, an adaptor holds none of them"),
+        (
+            "value",
+            pa.float64(),
+            "v_i^q: Eq. (1), or the value function that the release was made with, of the change that it measures",
+        ),
         ("selected", pa.bool_(), "whether the layer is in S^q"),
         (
             "budget",
@@ -70,7 +74,7 @@ SELECTION = _schema(
         (
             "code",
             pa.string(),
-            "how the layer is stored: float32, bfloat16, int8 or rank-R; null where it is not selected",
+            "how the layer is stored: float32, bfloat16 or int8, or folded into its normalisation; null where it is not selected",
         ),
     ],
 )

@@ -36,6 +36,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_recompile() -> Iterator[None]:
+    """One graph must do: a second one is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def pictures() -> tuple[list[Image], list[Image]]:
     """Twelve images [32, 40, 3] whose three classes differ in colour, with their labels."""

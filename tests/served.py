@@ -19,15 +19,15 @@ MEAN, STD = (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)
 ADAPTED = ("bn2.weight", "head.weight", "head.bias")
 
 
-def publish(store: Store, name: str = "tiny", seed: int = 0, tags: tuple[str, ...] = ()) -> str:
-    """A release with a network of random weights; every level has its own head. Returns its digest."""
+def publish(store: Store, name: str = "tiny", seed: int = 0, tags: tuple[str, ...] = (), shared: bool = False) -> str:
+    """A release with a network of random weights; every level has its own head, or shares one. Returns its digest."""
     torch.manual_seed(seed)
     network = build_model("tests.nets:small", CLASSES)
     state = network_state(network)
     base = store.put_state(state)
     levels: dict[str, Any] = {"clean": {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}}}
-    for level in LEVELS:
-        adaptor = {key: torch.randn_like(state[key]) for key in ADAPTED}
+    adaptors = [{key: torch.randn_like(state[key]) for key in ADAPTED} for _ in LEVELS]
+    for level, adaptor in zip(LEVELS, adaptors[:1] * len(LEVELS) if shared else adaptors, strict=True):
         blob = store.put_state(adaptor)
         floats = sum(tensor.numel() for tensor in adaptor.values())
         entry = {"floats": floats, "layers": list(ADAPTED), "scores": {}}

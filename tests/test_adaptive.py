@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -243,14 +242,6 @@ def test_between_two_levels(release: Release, images: Tensor) -> None:
     mixed = model(images, levels=["jpeg-15", *MIXED[1:]])
     assert far(mixed, torch.cat([want[:1], wanted(release, images, MIXED)[1:]])) < 1e-5
     assert far(model(images, levels=MIXED), wanted(release, images, MIXED)) < 1e-5
-
-
-@pytest.fixture
-def no_recompile() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("no_recompile")

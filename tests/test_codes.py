@@ -1,6 +1,5 @@
 """Codes: what is stored comes back to the bit that plain numpy computes, within the code's error, or is refused."""
 
-import re
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
@@ -18,15 +17,13 @@ from gearnn_ray.codes import (
     codes_of,
     decode,
     encode,
-    encode_factors,
-    factors,
     restored,
     stored_bytes,
 )
 from gearnn_ray.layers import same_bits
 from gearnn_ray.store import decode_state, encode_state
 
-CODES = ("bfloat16", "int8", "rank-1", "rank-2", "rank-5")
+CODES = ("bfloat16", "int8")
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
@@ -52,14 +49,9 @@ def by_numpy(base: Tensor, stored: dict[str, Tensor]) -> np.ndarray[Any, np.dtyp
         if "w..bfloat16" in stored:  # the upper half of a float32
             bits = stored["w..bfloat16"].view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << np.uint32(16)
             difference = bits.view(np.float32)
-        elif "w..int8" in stored:
+        else:
             scale, steps = stored["w..scale"].numpy(), stored["w..int8"].numpy().astype(np.float32)
             difference = np.stack([steps.reshape(rows, -1)[i] * scale[i] for i in range(rows)])
-        else:
-            left, right = stored["w..left"].numpy(), stored["w..right"].numpy()
-            difference = np.outer(left[:, 0], right[0])
-            for r in range(1, left.shape[1]):
-                difference = difference + np.outer(left[:, r], right[r])
         difference = difference.reshape(start.shape)
         assert difference.dtype == np.float32
         return np.where(difference == 0, start, start + difference)
@@ -69,11 +61,10 @@ def by_numpy(base: Tensor, stored: dict[str, Tensor]) -> np.ndarray[Any, np.dtyp
 
 
 def test_the_names_of_codes() -> None:
-    for name in ("float32", "bfloat16", "int8", "rank-1", "rank-10", "rank-512"):
+    for name in ("float32", "bfloat16", "int8"):
         assert check_code(name) == name
-    for name in ("", "int4", "INT8", "int8 ", "int8\n", "rank", "rank-", "rank-0", "rank-04", "rank--1", "rank-1.5",
-                 "rank-²", "rank-" + "9" * 5000):  # fmt: skip
-        with pytest.raises(ValueError, match="is not a code: expected float32, bfloat16, int8 or rank-R"):
+    for name in ("", "int4", "INT8", "int8 ", "int8\n", "rank-1", "folded"):
+        with pytest.raises(ValueError, match="is not a code: expected float32, bfloat16 or int8"):
             check_code(name)
 
 
@@ -84,7 +75,6 @@ def test_the_names_of_codes() -> None:
         ("bfloat16", (512, 512, 3, 3), 2 * 512 * 4608),
         ("int8", (512, 512, 3, 3), 512 * 4608 + 4 * 512),
         ("int8", (512,), 512 + 4),
-        ("rank-4", (512, 512, 3, 3), 4 * 4 * (512 + 4608)),
         ("bfloat16", (), 2),
     ],
 )
@@ -104,12 +94,6 @@ def test_a_code_applies_where_it_is_smaller() -> None:
     assert applies("int8", (2,))
     assert not applies("int8", (16, 1))  # a scale for every number
     assert applies("int8", (16, 2))
-    assert not applies("rank-1", (100,))
-    assert not applies("rank-1", (100, 1))
-    assert not applies("rank-1", (2, 2))  # as large
-    assert applies("rank-1", (2, 3))
-    assert applies("rank-2", (100, 3))
-    assert not applies("rank-3", (100, 3))
     assert applies("float32", (0,))
     for call in (lambda: applies("int4", (2,)), lambda: stored_bytes("int4", [(2,)])):
         with pytest.raises(ValueError, match="int4"):
@@ -124,7 +108,6 @@ def test_a_code_applies_where_it_is_smaller() -> None:
 @given(shapes, st.sampled_from(CODES), st.lists(floats, min_size=1), st.lists(floats, min_size=1), seeds)
 @example((4, 3), "int8", [0.0], [1e-45, -3e-45, 0.0], 0)  # steps of the smallest float there is
 @example((4, 3), "bfloat16", [-0.0, 0.0], [1e-45, -1e-40], 0)
-@example((2, 3, 5), "rank-1", [1.0], [3e38, -3e38], 0)
 def test_what_comes_back(shape: tuple[int, ...], code: str, old: list[float], new: list[float], seed: int) -> None:
     assume(applies(code, shape))
     base, changed = {"w": drawn(shape, old, seed)}, {"w": drawn(shape, new, seed + 1)}
@@ -189,12 +172,11 @@ def test_one_scale_per_output_channel_and_one_for_a_vector() -> None:
 def test_other_floating_point_types_come_back_as_such(dtype: torch.dtype) -> None:
     base = {"w": normal(8, 16).to(dtype)}
     changed = {"w": base["w"] + normal(8, 16, scale=0.01, seed=1).to(dtype)}
-    for code in ("bfloat16", "int8", "rank-2"):
+    for code in CODES:
         assert same_bits(restored(base, base, {"w": code})["w"], base["w"])
         back = restored(base, changed, {"w": code})["w"]
         assert back.dtype == dtype
-        if code != "rank-2":
-            assert torch.allclose(back, changed["w"], rtol=0.01, atol=0.001)
+        assert torch.allclose(back, changed["w"], rtol=0.01, atol=0.001)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -231,7 +213,7 @@ names = st.text(st.sampled_from("a.@/#:-_ ü\0\n"), max_size=6).filter(lambda na
 
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(names, st.sampled_from(("float32", *CODES)), max_size=5), seeds)
-@example({"a": "int8", "a.": "int8", ".a": "float32", "": "rank-2", ".": "bfloat16"}, 0)
+@example({"a": "int8", "a.": "int8", ".a": "float32", "": "int8", ".": "bfloat16"}, 0)
 def test_every_tensor_under_its_own_code_and_name(codes: dict[str, str], seed: int) -> None:
     base = {name: normal(8, 5, 4, seed=seed) for name in (*codes, "elsewhere")}
     changed = {name: base[name] + normal(8, 5, 4, scale=0.01, seed=7) for name in codes}
@@ -256,54 +238,6 @@ def test_float32_stores_the_tensors_themselves() -> None:
     assert all(same_bits(back[name], changed[name]) for name in changed)
 
 
-# ── factors ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (20, 20), (8, 3, 5, 5), (60, 4, 3)])
-@pytest.mark.parametrize("rank", [1, 2, 7])
-def test_factors_are_the_largest_singular_directions(shape: tuple[int, ...], rank: int) -> None:
-    change = normal(*shape, scale=0.01)
-    left, right = factors(f"rank-{rank}", change)
-    matrix = change.double().reshape(shape[0], -1).numpy()
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose((left @ right).numpy(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-6 * s[0])
-    np.testing.assert_allclose(left.norm(dim=0).numpy(), np.sqrt(s[:rank]), rtol=1e-5)
-    np.testing.assert_allclose(right.norm(dim=1).numpy(), np.sqrt(s[:rank]), rtol=1e-5)
-    assert left.dtype == right.dtype == torch.float32
-    assert left.shape == (shape[0], rank)
-    assert right.shape == (rank, matrix.shape[1])
-
-    back = restored({"w": torch.zeros(shape)}, {"w": change}, {"w": f"rank-{rank}"})["w"]
-    np.testing.assert_allclose(back.reshape(shape[0], -1).numpy(), (left @ right).numpy(), atol=1e-6 * s[0])
-    shorter = left if shape[0] <= matrix.shape[1] else right.T
-    assert (shorter.gather(0, shorter.abs().argmax(0, keepdim=True)) > 0).all()
-
-
-def test_a_change_of_lower_rank_comes_back_without_noise() -> None:
-    change = torch.outer(torch.arange(1.0, 9), torch.arange(3.0, 40))
-    for matrix in (change, change.T):
-        assert torch.allclose(torch.mm(*factors("rank-3", matrix)), matrix, rtol=1e-5, atol=1e-4)
-    for flat in factors("rank-3", torch.zeros(8, 30)):
-        assert not flat.any()
-
-
-def test_factors_hold_differences_as_large_and_small_as_float32() -> None:
-    for size in (1e38, 1e-38, 1e-44):
-        change = torch.full((8, 30), size)
-        assert torch.allclose(torch.mm(*factors("rank-1", change)), change, rtol=1e-5, atol=3e-45)
-
-
-def test_trained_factors_come_back_as_they_are() -> None:
-    left, right = normal(6, 3, scale=0.1), normal(3, 20, scale=0.1, seed=1)
-    base = {"w": normal(6, 5, 2, 2, seed=2)}
-    stored = encode_factors("w", left.requires_grad_(), right)
-    assert codes_of(stored) == {"w": "rank-3"}
-    assert not any(each.requires_grad for each in stored.values())
-    back = decode(base, stored)["w"]
-    assert same_bits(back, torch.from_numpy(by_numpy(base["w"], stored)))
-    assert torch.allclose(back, base["w"] + (left @ right).detach().reshape(6, 5, 2, 2))
-
-
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────
 
 NAN, INF = float("nan"), float("inf")
@@ -323,7 +257,7 @@ def one(value: float) -> Tensor:
         ({"w": one(0)}, {"v": one(1)}, {}, "'v' is changed but not in the base"),
         ({"w": one(0)}, {"w": one(1)[:2]}, {}, r"'w' is \[2, 6\] of torch.float32: expected \[4, 6\]"),
         ({"w": one(0)}, {"w": one(1).half()}, {"w": "int8"}, "torch.float16: expected .* torch.float32"),
-        ({"w": one(0)}, {"w": one(1)}, {"w": "rank-4"}, r"rank-4 does not apply to a tensor \[4, 6\]"),
+        ({"w": one(0)[:, :1]}, {"w": one(1)[:, :1]}, {"w": "int8"}, r"int8 does not apply to a tensor \[4, 1\]"),
         ({"w": torch.zeros(0)}, {"w": torch.zeros(0)}, {"w": "bfloat16"}, "does not apply"),
         ({"w": one(0).int()}, {"w": one(1).int()}, {"w": "int8"}, "'w' is of torch.int32"),
         ({"a..b": one(0)}, {"a..b": one(1)}, {}, r"'a\.\.b' holds '\.\.'"),
@@ -332,7 +266,7 @@ def one(value: float) -> Tensor:
         *[
             ({"w": one(old)}, {"w": one(new)}, {"w": code}, "the change of 'w' holds NaN or infinity")
             for old, new in ((0, NAN), (0, -INF), (NAN, 0), (INF, 0), (INF, INF))
-            for code in ("bfloat16", "int8", "rank-2")
+            for code in CODES
         ],
     ],
 )
@@ -348,7 +282,6 @@ def damaged() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any], str]]:
     """A code, what is done to the parts of "w" under it, and what is said of that."""
     yield "int8", lambda s: s.pop("w..scale"), "'w' is stored as 'int8': expected the parts of one code"
     yield "int8", lambda s: s.pop("w..int8"), "'w' is stored as 'scale'"
-    yield "rank-2", lambda s: s.pop("w..left"), "'w' is stored as 'right'"
     yield "int8", lambda s: s.update({"w": one(0)}), "'w' is stored as '', 'int8', 'scale'"
     yield "int8", lambda s: s.update({"w..bfloat16": one(0).bfloat16()}), "'bfloat16', 'int8', 'scale'"
     yield "int8", lambda s: s.update({"w..int4": one(0)}), "'int4', 'int8', 'scale'"
@@ -363,10 +296,6 @@ def damaged() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any], str]]:
     yield "int8", lambda s: s["w..scale"].fill_(NAN), "'w', restored from int8, holds NaN or infinity"
     yield "bfloat16", lambda s: s["w..bfloat16"].fill_(INF), "'w', restored from bfloat16, holds NaN or infinity"
     yield "bfloat16", lambda s: s.update({"w..bfloat16": one(0).half()}), "float16: expected .* torch.bfloat16"
-    yield "rank-2", lambda s: s.update({"w..left": torch.ones(4, 3)}), r"'w\.\.right' is \[2, 6\] .*: expected \[3, 6\]"
-    yield "rank-2", lambda s: s.update({"w..left": torch.ones(4, 0)}), "'w' is stored as 'left', 'right'"
-    yield "rank-2", lambda s: s.update({"w..left": torch.ones(8)}), "'w' is stored as 'left', 'right'"
-    yield "rank-2", lambda s: s.update({"w..left": torch.ones(3, 2)}), r"\[3, 2\] .*: expected \[4, 2\]"
     yield "float32", lambda s: s.update({"w": one(0).half()}), "float16: expected .* torch.float32"
 
 
@@ -385,22 +314,3 @@ def test_a_code_of_whole_numbers_is_refused() -> None:
     stored = encode({"w": one(0)}, {"w": one(1)}, {"w": "bfloat16"})
     with pytest.raises(ValueError, match=r"'w' is of torch\.int64"):
         decode({"w": one(0).long()}, stored)
-
-
-def test_factors_that_are_none_are_refused() -> None:
-    left, right = torch.ones(4, 2), torch.ones(2, 6)
-    for pair in ((left, left), (left[:, 0], right), (left[:, :0], right[:0])):
-        with pytest.raises(ValueError, match=re.escape("expected [m, R] and [R, rest]")):
-            encode_factors("w", *pair)
-    with pytest.raises(ValueError, match="float64"):
-        encode_factors("w", left.double(), right)
-    with pytest.raises(ValueError, match=r"'w\.\.right' holds NaN"):
-        encode_factors("w", left, right / 0)
-    with pytest.raises(ValueError, match=r"holds '\.\.'"):
-        encode_factors("a..b", left, right)
-    with pytest.raises(ValueError, match="int8 has no factors"):
-        factors("int8", one(1))
-    with pytest.raises(ValueError, match="does not apply"):
-        factors("rank-4", one(1))
-    with pytest.raises(ValueError, match="the difference holds NaN"):
-        factors("rank-2", one(NAN))

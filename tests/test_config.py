@@ -15,14 +15,13 @@ from gearnn_ray.config import (
     ModelConfig,
     SplitConfig,
     budget_floats,
-    from_mapping,
     normalisation_values,
-    parse_command_line,
 )
 from gearnn_ray.errors import UserError
 from gearnn_ray.evaluation.methods import TITLES
 from gearnn_ray.offline.recipe import Criterion
 from gearnn_ray.offline.selection import few_adaptors
+from gearnn_ray.options import from_mapping, parse_command_line
 from tests.conftest import ROOT
 
 
@@ -65,6 +64,7 @@ def test_a_budget_in_a_file_may_be_a_number(tmp_path: Path) -> None:
         ("levels: [jpeg-0]", "jpeg-0"),
         ("levels: []", "no level is given"),
         ("budget: 101%", "more than the whole network"),
+        ("selection: {against: noise}", r"selection\.against is 'noise': input should be 'base' or 'clean'"),
         ("data: {kind: coco}", r"data\.kind is 'coco'"),
         ("model: {mean: [1, 1, 1]}", "give both or neither"),
         ("resources: {gpus: 1.5}", "1.5 GPUs cannot be reserved"),
@@ -91,8 +91,12 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
         (["--data.kind", "coco"], "'coco'"),
         (["--name", "../x"], "'../x' is no safe name"),
         (["--model.std", "1", "1", "1"], r"line: only one of model\.mean and model\.std is given"),
+        (
+            ["--selection.against", "noise"],
+            "invalid choice 'noise' for argument '--selection.against'. Expected one of",
+        ),
         (["--config"], "--config stands alone"),
-        (["--preset"], "--preset stands alone: expected fast after it"),
+        (["--preset"], "--preset stands alone: expected fast or compact after it"),
         (["--preset", "slow"], "the preset 'slow' is unknown: expected fast"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["stray"], "stray"),
@@ -117,7 +121,20 @@ def test_levels_are_chosen_together_by_name(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse("--config", str(tmp_path / "c.yaml")) == config
     # what is part of stages' keys is what it was before
-    assert list(selection.criterion.model_dump()) == ["value", "granularity", "codes"]
+    assert list(selection.criterion.inputs()) == ["value", "granularity", "codes"]
+
+
+def test_changes_may_be_measured_against_the_undistorted_fine_tune(tmp_path: Path) -> None:
+    assert parse().selection.against == "base"
+    config = parse("--selection.against", "clean", "--selection.granularity", "module")
+    assert config.selection.criterion == Criterion(granularity="module", against="clean")
+    assert config.selection.criterion.inputs() == config.selection.criterion.model_dump()
+    (tmp_path / "c.yaml").write_text("selection: {against: clean}\n")
+    assert parse("--config", str(tmp_path / "c.yaml")).selection.criterion == Criterion(against="clean")
+    # its weights, and those of modules, are looked at again
+    plain = {Criterion(): False, Criterion(value="l2"): False, Criterion(value="fisher"): True}
+    more = {Criterion(against="clean"): True, Criterion(granularity="module"): True, Criterion(codes=("int8",)): True}
+    assert {criterion: criterion.needs_weights for criterion in plain | more} == plain | more
 
 
 MANY = [f"jpeg-{quality}" for quality in range(10, 23)]

@@ -18,13 +18,14 @@ from PIL import Image
 from gearnn_ray import Store, tables
 from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.cli import run_evaluate, run_split
-from gearnn_ray.config import EvaluateConfig, budget_floats, parse_command_line
+from gearnn_ray.config import EvaluateConfig, budget_floats
 from gearnn_ray.evaluation import findings, memory, methods, pipeline
 from gearnn_ray.evaluation.methods import CONSTANT, TITLES
 from gearnn_ray.levels import parse_level
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.events import Event
 from gearnn_ray.offline.finetune import evaluate as judge
+from gearnn_ray.options import parse_command_line
 from gearnn_ray.progress import Plan
 from gearnn_ray.tasks.segmentation import Normalisation
 from tests import tiny
@@ -494,6 +495,28 @@ def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(work: Path
         worst
     }
     assert Store(tmp_path / "store").get_table("tables/tiny/tuning.parquet").num_rows == 0
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_control_is_made_once_per_seed_before_the_levels(work: Path, tmp_path: Path) -> None:
+    options = tiny.options(work, levels=["jpeg-10", "jpeg-60"], seed=SEED, budget=BUDGET, store=tmp_path / "store")
+    assert run_split([*options, "--selection.against", "clean", "--selection.granularity", "module", "--json"]) == 0
+    changes = {"levels": ["jpeg-10", "jpeg-60"], "rival-levels": ["jpeg-10"], "methods": None, "learning-rates": None}
+    changes |= {"untrained": None, "tuning-level": None, "data.cache": work / "cache"}
+    outcome, said = evaluate([*told(tmp_path, **changes), "--methods"])
+    assert outcome.failed == {}
+    control = [event.kind for event in said.events if (event.level, event.stage) == ("clean", "full")]
+    assert sorted(kind for kind in control if kind != "progress") == ["finished", "reused", "started"]
+    assert ("clean", "full") in said.plan
+    fulls = {
+        (e.level, e.stage) for e in said.events if e.kind == "started" and e.stage.startswith(("full", "switching"))
+    }
+    assert fulls == {("clean", "full"), ("jpeg-10", f"switching seed {SEED + 1}")}
+    levels = Store(tmp_path / "store").manifest("tiny")[1]["levels"]
+    for row in outcome.accuracy:
+        if row["method"] == "gearnn" and row["seed"] == SEED:
+            entry = levels[row["level"]]
+            assert (row["value"], row["floats"]) == (pytest.approx(entry["scores"]["adaptor"]), entry["floats"])
 
 
 @pytest.mark.usefixtures("plain")

@@ -19,17 +19,12 @@ from gearnn_ray.evaluation.methods import reestimate_statistics
 from gearnn_ray.evaluation.stages import Judged, Making, Weights
 from gearnn_ray.layers import layers_of, network_state, same_bits, tensors_of
 from gearnn_ray.models import build_model
+from gearnn_ray.offline.base import publish_given_base
 from gearnn_ray.offline.events import Event
 from gearnn_ray.offline.finetune import evaluate, fine_tune
-from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.stages import (
-    Network,
-    Work,
-    publish_given_base,
-    run_level,
-    training_data,
-    validation_data,
-)
+from gearnn_ray.offline.recipe import Criterion, Recipe
+from gearnn_ray.offline.stages import run_level
+from gearnn_ray.offline.work import Network, Work, training_data, validation_data
 from gearnn_ray.store import Store
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.mixture import Subset
@@ -623,6 +618,39 @@ def test_what_the_split_job_made_is_found(fresh: Callable[[], Work]) -> None:
     assert stages.make_main(full, own, LEVEL, [BUDGET], said.append).switching != main.switching
     assert ("started", "switching") in kinds(said)
     assert ("started", "selection") in kinds(said)
+
+
+def test_the_full_fine_tune_is_whole_however_short_a_one_chose_the_layers(fresh: Callable[[], Work]) -> None:
+    """Switching and the share of changed weights are of it; GearNN's layers and adaptor are the split's."""
+    own = fresh()
+    whole = run_level(own, LEVEL, quiet)
+    short = replace(own, sensitivity_epochs=0.5)
+    split = run_level(replace(short, keep_full=False), LEVEL, quiet)
+    assert split.sensitivity != whole.sensitivity
+    main = stages.make_main(short, short, LEVEL, [BUDGET], quiet)
+    assert main.gearnn == {BUDGET: Weights(split.digest, split.floats)}
+    assert main.layers == split.layers
+    for each in (main, stages.released_main(short, LEVEL, None, quiet)):
+        assert each.switching.digest == whole.full_digest
+        assert each.sensitivity == whole.sensitivity
+
+
+def test_with_a_control_gearnn_is_the_splits_too(fresh: Callable[[], Work]) -> None:
+    """It is made before the tasks of levels, each of which would make it; also where a shorter look chose the layers."""
+    for changes in ({}, {"sensitivity_epochs": 0.5}):
+        own = replace(fresh(), criterion=Criterion(against="clean", granularity="module"), **changes)  # type: ignore[arg-type]
+        said: list[Event] = []
+        stages.make_control(own, said.append)
+        assert [(e.level, e.stage) for e in said if e.kind == "finished"] == [("clean", "full")]
+        said.clear()
+        main = stages.make_main(own, own, LEVEL, [BUDGET], said.append)
+        assert {e.level for e in said if e.kind in ("started", "progress", "finished")} == {LEVEL}
+        assert main.layers == stages.choose_layers(own, LEVEL, quiet)
+        said.clear()
+        split = run_level(own, LEVEL, said.append)
+        assert {kind for kind, stage in kinds(said) if stage != "original"} == {"reused"}
+        assert main.gearnn == {BUDGET: Weights(split.digest, split.floats)}
+        assert main.sensitivity != split.judged
 
 
 def test_a_split_finds_what_an_evaluation_made(fresh: Callable[[], Work]) -> None:

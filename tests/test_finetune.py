@@ -118,62 +118,6 @@ def test_the_last_steps_weights_are_averaged(
     torch.testing.assert_close(tuned["conv1.weight"].double(), torch.stack(seen[-steps:]).mean(0), rtol=1e-5, atol=1e-6)
 
 
-def low_rank(model: nn.Module, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors of conv2's change that begin at no change."""
-    generator = torch.Generator().manual_seed(rank)
-    return {"conv2.weight": (torch.zeros(8, rank), torch.randn(rank, 72, generator=generator))}
-
-
-@pytest.mark.parametrize("averaged", [0, 0.5])
-def test_factors_are_trained_in_a_weights_place(
-    model: nn.Module, pictures: tuple[list[Image], list[Image]], averaged: float
-) -> None:
-    """The oracle writes the weight as base + left · right and leaves every gradient to autograd."""
-    base, recipe = network_state(model), RECIPE.model_copy(update={"averaged": averaged})
-    factors = low_rank(model, 2)
-
-    class Sum(nn.Module):
-        def __init__(self, start: Tensor) -> None:
-            super().__init__()
-            self.register_buffer("start", start.clone())
-            self.left, self.right = (nn.Parameter(factor.clone()) for factor in factors["conv2.weight"])
-
-        def forward(self, _: Tensor) -> Tensor:
-            return self.get_buffer("start") + (self.left @ self.right).view(8, 8, 3, 3)
-
-    other = build_model("tests.nets:small", num_classes=3)
-    other.load_state_dict(base)
-    nn.utils.parametrize.register_parametrization(other.get_submodule("conv2"), "weight", Sum(base["conv2.weight"]))
-    parts = tuple(f"conv2.parametrizations.weight.0.{side}" for side in ("left", "right"))
-    fine_tune(other, *pictures, recipe, NORMALISATION, chosen=("conv1.weight", *parts), seed=7)
-    expected = network_state(other)
-
-    tuned = tune(model, pictures, recipe=recipe, chosen=("conv1.weight", "conv2.weight"), factors=factors)
-    take_adaptor(model, base, ("conv1.weight", "conv2.weight"))  # nothing else moved
-    for factor, name in zip(factors["conv2.weight"], parts, strict=True):
-        torch.testing.assert_close(factor, expected[name], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(tuned["conv1.weight"], expected["conv1.weight"], rtol=1e-4, atol=1e-5)
-    left, right = factors["conv2.weight"]
-    change = (tuned["conv2.weight"] - base["conv2.weight"]).reshape(8, 72)
-    assert change.norm() > 0.01
-    torch.testing.assert_close(change, left @ right, rtol=1e-4, atol=1e-6)
-
-
-def test_factors_resumed_end_with_the_same_bits(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
-    start, chosen = network_state(model), ("conv2.weight", "bn1.running_stats")
-    recipe, factors = RECIPE.model_copy(update={"averaged": 0.9}), low_rank(model, 2)
-    undisturbed = tune(model, pictures, recipe=recipe, chosen=chosen, factors=factors)
-    model.load_state_dict(start)
-    dying = Memory(die_after=1)
-    with pytest.raises(KeyboardInterrupt):
-        tune(model, pictures, recipe=recipe, chosen=chosen, factors=low_rank(model, 2), checkpoint=dying)
-    model.load_state_dict(start)
-    again = low_rank(model, 2)
-    resumed = tune(model, pictures, recipe=recipe, chosen=chosen, factors=again, checkpoint=Memory(dying.data))
-    assert all(same_bits(undisturbed[name], tensor) for name, tensor in resumed.items())
-    assert all(map(same_bits, factors["conv2.weight"], again["conv2.weight"]))
-
-
 @pytest.mark.parametrize("epochs", [0.1, 1.0, 1.67, 3.0, 9.0])
 def test_stopped_early_it_is_the_same_fine_tune_so_far(
     model: nn.Module, pictures: tuple[list[Image], list[Image]], epochs: float, monkeypatch: pytest.MonkeyPatch

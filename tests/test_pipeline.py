@@ -192,6 +192,42 @@ def test_a_failed_level_takes_no_other_down(
     assert "brightness-0.01 failed: the loss became nan" in capsys.readouterr().out
 
 
+def test_changes_against_the_undistorted_fine_tune_which_is_made_once(
+    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    against = {"selection.against": "clean", "selection.granularity": "module"}
+    code, lines, _ = run(told(**against), capsys)
+    assert code == 0
+    fulls = [e["level"] for e in lines if e.get("stage") == "full" and e["event"] == "finished"]
+    assert sorted(fulls) == ["brightness-0.4", "clean", "jpeg-10"]
+    store = Store(tmp_path / "store")
+    release = store.pull("tiny")
+    assert set(release.levels) == {"brightness-0.4", "jpeg-10"}, "no level of its own"
+    assert release.manifest["config"]["selection"]["against"] == "clean"
+    assert not any("running" in name for level in release.levels for name in release.adaptor_state(level))
+    # another budget finds it and all else that does not depend on one; the same budget everything
+    code, lines, _ = run(told(budget="40", **against), capsys)
+    assert code == 0
+    assert {e["stage"] for e in lines if e["event"] == "finished"} == {"images", "selection", "partial"}
+    code, lines, _ = run(told(**against), capsys)
+    assert (code, tiny.epochs_run(lines), lines[-1]["release"]) == (0, 0, release.digest)
+
+    # where it cannot be had, no level can be chosen for; what was there stays
+    before = {name: data for name, data in files(tmp_path / "store").items() if not name.startswith("stages")}
+    levels = ["brightness-0.3", "brightness-0.4"]
+    arguments = told(levels=levels, **against, **{"model.name": "tests.nets:afraid_of_the_light"})
+    code, lines, _ = run(arguments, capsys)
+    assert code == 1
+    (reason,) = set(lines[-1]["failed"].values())
+    assert sorted(lines[-1]["failed"]) == levels
+    assert reason.startswith(
+        "the fine-tune on undistorted images, which changes are measured against: the loss became nan"
+    )
+    assert "\n" not in reason
+    assert before.items() <= files(tmp_path / "store").items()
+    assert store.pull("tiny").digest == release.digest
+
+
 def test_where_every_level_fails_nothing_is_published(
     told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,24 @@ def test_the_undistorted_level_is_only_judged() -> None:
     assert estimate.share("clean") == pytest.approx(1)
 
 
+def test_the_control_is_a_full_fine_tune_more() -> None:
+    levels = ("jpeg-10", "clean")
+    full = split_plan(levels)["jpeg-10", "full"]
+    assert split_plan(levels, control=True) == split_plan(levels) | {("clean", "full"): full}
+    assert split_plan(("jpeg-10",), control=True).keys() - split_plan(("jpeg-10",)).keys() == {("clean", "full")}
+    estimate = Estimate(split_plan(levels, control=True))
+    estimate.see(Event("finished", "original", "clean"), 1.0)
+    assert 0 < estimate.share("clean") < 0.5
+    estimate.see(Event("finished", "full", "clean"), 5.0)
+    assert estimate.share("clean") == pytest.approx(1)
+    # a bar of its own, though it is no level of the release
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with _LiveBars(split_plan(("jpeg-10",), control=True), console) as say:
+        say(Event("progress", "full", "clean", 4, 8, 2, 4, 0.25))
+        say(Event("reused", "full", "clean"))  # said again by every level that is measured against it
+    assert [line.split()[0] for line in _last_frame(console)] == ["images", "jpeg-10", "clean", "all"]
+
+
 def test_the_remaining_time_grows_with_what_is_expected_later() -> None:
     estimate = Estimate({})
     first, second = Event("finished", "mixed", "all"), Event("finished", "bn-tuned", "jpeg-10")

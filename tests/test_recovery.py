@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import Store
-from gearnn_ray.config import SplitConfig, parse_command_line
+from gearnn_ray.config import SplitConfig
 from gearnn_ray.offline import pipeline
 from gearnn_ray.offline.events import Event
+from gearnn_ray.options import parse_command_line
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from gearnn_ray.cli import run_serve
-from gearnn_ray.config import ServeConfig, parse_command_line
+from gearnn_ray.config import ServeConfig
 from gearnn_ray.errors import UserError
+from gearnn_ray.options import parse_command_line
 from gearnn_ray.store import Store
 from tests import served
 from tests.conftest import ROOT

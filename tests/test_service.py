@@ -108,7 +108,7 @@ def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
 def server(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("served") / "store"
     served.publish(Store(root), "tiny", tags=("first",))
-    served.publish(Store(root), "other", seed=7)
+    served.publish(Store(root), "other", seed=7, shared=True)
     config = ServeConfig(
         store=str(root), bundles=("tiny", "other"), port=free_port(), device="cpu", max_batch=8, poll_seconds=0.3,
         limits=LimitsConfig(body_mib=0.1, megapixels=0.05),
@@ -164,6 +164,22 @@ def test_a_bundle_is_chosen_by_its_header_and_only_configured_ones_are(server: S
         refused = server.predict(frame, serve_multiplexed_model_id=bundle)
         assert refused.status == 404
         assert f"the bundle {bundle} is not served here, only tiny:latest, other:latest" in refused.body.decode()
+
+
+def test_levels_that_share_an_adaptor_are_levels_of_their_own(server: Server) -> None:
+    levels = server.health()["bundles"]["other:latest"]["levels"]
+    assert levels == ["clean", *served.LEVELS]
+    given: dict[str, str] = {"serve_multiplexed_model_id": "other", "accept": "application/x-npy"}
+    for level in served.LEVELS:
+        found = server.predict(FRAMES[level], serve_multiplexed_model_id="other")
+        server.check(FRAMES[level], level, found)
+    logits = {}
+    for level in levels:
+        answer = server.predict(FRAMES["jpeg-10"], x_gearnn_level=level, **given)
+        assert (answer.headers["x-gearnn-level"], answer.headers["x-gearnn-found"]) == (level, "jpeg-10")
+        logits[level] = np.load(io.BytesIO(answer.body), allow_pickle=False)
+    np.testing.assert_array_equal(logits["jpeg-10"], logits["jpeg-50"])
+    assert not np.allclose(logits["jpeg-10"], logits["clean"])
 
 
 def test_what_cannot_be_answered_is_one_sentence_and_the_service_lives(server: Server) -> None:

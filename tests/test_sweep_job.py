@@ -106,21 +106,23 @@ def test_every_budget_at_every_level_and_the_smallest_good_one_published(
 def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The release itself is made with codes and by modules; what the sweep publishes is so too."""
+    """The release itself is made with codes, by modules and against a control; what the sweep publishes is so too."""
     options = tiny.options(work, name="coded", levels=["jpeg-10"], budget="30%", store=work / "coded")
-    criterion = ["--selection.codes", "float32", "bfloat16", "int8", "rank-1", "--selection.granularity", "module"]
+    criterion = ["--selection.codes", "float32", "bfloat16", "int8", "--selection.granularity", "module"]
+    criterion += ["--selection.against", "clean"]
     assert run_split([*options, *criterion, "--json"]) == 0
     arguments = told(work, "coded", release="coded", levels=["jpeg-10"], budgets=["10%"], within=0)
     # of one level ASHA has nothing to stop
-    code, result, _ = run([*arguments, "--values", "fisher", "sum-abs", "--asha", "True"], capsys)
+    code, result, lines = run([*arguments, "--values", "fisher", "sum-abs", "--asha", "True"], capsys)
     assert (code, result["failed"]) == (0, {})
     assert [(p["value"], p["budget"]) for p in result["points"]] == [(value, "10%") for value in ("fisher", "sum-abs")]
+    assert not any(stage == "full" for _, stage in made(lines)), "the level's and the control's are the split's"
     store = Store(work / "coded")
     manifest = store.manifest("coded:recommended")[1]
     assert manifest["schema"] == 2
     entry = manifest["levels"]["jpeg-10"]
-    assert set(entry["codes"].values()) & {"bfloat16", "int8", "rank-1"}
-    assert manifest["config"]["selection"]["granularity"] == "module"
+    assert set(entry["codes"].values()) & {"bfloat16", "int8"}
+    assert manifest["config"]["selection"].items() >= {"granularity": "module", "against": "clean"}.items()
     best = max(result["points"], key=lambda p: p["score"])
     assert manifest["config"]["selection"]["value"] in {
         p["value"] for p in result["points"] if p["score"] == best["score"]

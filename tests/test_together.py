@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from gearnn_ray import Store
 from gearnn_ray.cli import run_evaluate, run_split, run_sweep
 from gearnn_ray.codes import codes_of, decode
-from gearnn_ray.config import SplitConfig
+from gearnn_ray.config import EvaluateConfig, SplitConfig
 from gearnn_ray.data import open_dataset
 from gearnn_ray.errors import TrainingFailedError, UserError
+from gearnn_ray.evaluation import findings
+from gearnn_ray.evaluation.findings import Cell, Found, Plan, publish
 from gearnn_ray.evaluation.pipeline import _budget_of_each
-from gearnn_ray.evaluation.stages import Weights, released_main
+from gearnn_ray.evaluation.stages import Judged, Weights, released_main
 from gearnn_ray.layers import Alternatives
 from gearnn_ray.models import build_model
-from gearnn_ray.offline import pipeline
+from gearnn_ray.offline import pipeline, stages
+from gearnn_ray.offline.base import publish_given_base
 from gearnn_ray.offline.finetune import evaluate
 from gearnn_ray.offline.recipe import Coupling, Criterion, Recipe
 from gearnn_ray.offline.release import _config_to_keep
@@ -37,18 +40,15 @@ from gearnn_ray.offline.selection import few_adaptors, few_layers, select
 from gearnn_ray.offline.sensitivity import Change, Coded, Sensitivity
 from gearnn_ray.offline.stages import (
     LevelResult,
-    Network,
-    Work,
     adapt_together,
     choose_together,
     known,
-    publish_given_base,
     run_level,
     sense_own,
-    validation_data,
 )
 from gearnn_ray.offline.together import Measured, _shares, in_turn, select_together
-from gearnn_ray.offline.values import VALUES
+from gearnn_ray.offline.values import FOLDED, VALUES
+from gearnn_ray.offline.work import Network, Work, validation_data
 from tests import tiny
 from tests.conftest import NORMALISATION
 from tests.nets import Small
@@ -144,7 +144,7 @@ def test_no_choice_of_options_is_better(
             if (sum(size for _, size in known_) if problem == "one-memory" else known_[0][1]) <= 4 * budget:
                 best = max(best, math.fsum(f * v for f, (v, _) in zip(often.values(), known_, strict=True)))
         if not best:
-            with pytest.raises(UserError, match=r"nothing can be stored so|the smallest choice takes"):
+            with pytest.raises(UserError, match=r"no layer is worth anything|the smallest choice takes"):
                 select_together(levels, alternatives, Criterion(value="l2", codes=codes), coupling, budget)
             continue
         found = select_together(levels, alternatives, criterion, coupling, budget)
@@ -323,6 +323,20 @@ def test_one_adaptor_for_two_levels_is_trained_once_on_both(work: Work) -> None:
     )
 
 
+def test_what_a_shared_adaptor_is_trained_on_is_opened_once(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a level is drawn from."""
+    selection, opened, training_data = chosen_of(work, *TWO)["jpeg-10"], Counter[str](), stages.training_data
+
+    def counted(work: Work, level: str) -> Any:
+        opened[level] += 1
+        return training_data(work, level)
+
+    monkeypatch.setattr(stages, "training_data", counted)
+    adapt_together(work, (TWO, {**selection, "shared_by": {"brightness-0.4": 3, "jpeg-10": 5}}), mute)
+    assert opened["jpeg-10"] == 1
+    assert opened["brightness-0.4"] <= 2  # the labels come with the images of the first
+
+
 def test_a_group_of_one_is_that_levels_own_adaptor(work: Work) -> None:
     own = replace(work, coupling=Coupling(problem="few-adaptors", adaptors=2))
     selections = chosen_of(own, *TWO)
@@ -369,15 +383,17 @@ def replace_(coupling: Coupling, **changes: Any) -> Coupling:
 
 
 def levels_here(
-    work: Work, levels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, broken: str = ""
+    work: Work, levels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, broken: str = "", ran: list[str] | None = None
 ) -> tuple[dict[str, LevelResult], dict[str, str]]:
-    """The job's two waves with a loop in Ray's place; the adaptor of `broken` comes to nothing."""
+    """The job's waves with a loop in Ray's place; the adaptor of `broken` comes to nothing. ran: gets what each begins."""
 
     def run_all(
         resources: object, work: Work, board: object, relay: object, step: Any, whats: Mapping[str, Any]
     ) -> Any:
         results, failed = {}, {}
         for name, what in whats.items():
+            if ran is not None:
+                ran.append(name)
             try:
                 if step is adapt_together and name == broken:
                     raise TrainingFailedError("it is broken")
@@ -423,10 +439,57 @@ def test_what_fails_for_all_is_said_of_each(work: Work, monkeypatch: pytest.Monk
     assert all("4 bytes hold none of the levels' choices" in reason for reason in failed.values())
 
 
+@pytest.mark.parametrize("problem", ["per-level", "one-memory", "shared-layers"])
+def test_the_undistorted_fine_tune_comes_before_what_is_measured_against_it(
+    work: Work, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criterion = Criterion(against="clean", granularity="module", value="l2")
+    own = replace(work, criterion=criterion, coupling=Coupling(problem=problem))  # type: ignore[arg-type]
+    dark, light = (
+        replace(own, network=replace(own.network, name=f"tests.nets:afraid_of_the_{what}"))
+        for what in ("dark", "light")
+    )
+    ran: list[str] = []
+    results, failed = levels_here(dark, ("brightness-0.01", *TWO), monkeypatch, ran=ran)
+    assert list(failed) == ["brightness-0.01"]
+    assert "the loss became nan" in failed["brightness-0.01"]
+    assert set(results) == set(TWO)
+    assert ran[0] == "clean"
+    assert (ran.count("clean"), ran.count("brightness-0.01")) == (1, 1), "what has failed is not tried again"
+    # it is no level of its own unless it is asked for, and then the same
+    again, none = levels_here(dark, ("clean", *TWO), monkeypatch)
+    assert none == {}
+    assert again.pop("clean").adaptor is None
+    assert again == results
+
+    levels = ("brightness-0.3", "brightness-0.4")
+    results, failed = levels_here(light, levels, monkeypatch)
+    assert results == {}
+    (reason,) = set(failed.values())
+    assert set(failed) == set(levels)
+    assert reason.startswith("the fine-tune on undistorted images, which changes are measured against: the loss became")
+    against_base = replace(light, criterion=Criterion(granularity="module", value="l2"))
+    assert set(levels_here(against_base, levels, monkeypatch)[0]) == set(levels)
+
+
+def test_few_adaptors_go_by_what_is_measured_against_the_control(work: Work) -> None:
+    own = replace(work, criterion=Criterion(against="clean"))
+    judged_ = [sense_own(own, level, mute)[0]["judged"] for level in TWO]
+    values, plain = (
+        [[row["mean_abs_change"] for row in rows] for rows in each]
+        for each in (judged_, [sense_own(work, level, mute)[0]["sensitivity"] for level in TWO])
+    )
+    assert values != plain
+    joint = few_adaptors(values, [row["numel"] for row in judged_[0]], BUDGET, 1, (1.0, 3.0))
+    assert chosen_of(own, *TWO)["jpeg-10"]["objective"] == pytest.approx(joint.objective)
+
+
+@pytest.mark.parametrize("against", ["base", "clean"])
 @pytest.mark.parametrize("problem", ["one-memory", "shared-layers"])
-def test_codes_and_modules_are_chosen_together_too(work: Work, problem: str) -> None:
-    criterion = Criterion(value="sum-abs", granularity="module", codes=("float32", "int8", "rank-1"))
-    own = replace(work, criterion=criterion, coupling=Coupling(problem=problem), budget=220)  # type: ignore[arg-type]
+def test_codes_and_modules_are_chosen_together_too(work: Work, problem: str, against: str) -> None:
+    codes = ("float32", "int8", "bfloat16")
+    criterion = Criterion(value="sum-abs", granularity="module", codes=codes, against=against)  # type: ignore[arg-type]
+    own = replace(work, criterion=criterion, coupling=Coupling(problem=problem), budget=190)  # type: ignore[arg-type]
     selections = chosen_of(own, *TWO)
     store = Store(own.store)
     stored, found = [], []
@@ -437,15 +500,19 @@ def test_codes_and_modules_are_chosen_together_too(work: Work, problem: str) -> 
         found.append({layer: selections[level]["codes"].get(layer, "float32") for layer in result.layers})
         assert math.ceil(stored[-1] / 4) == selections[level]["used"]
         assert {name: code for name, code in codes_of(state).items() if code != "float32"} == result.codes
+        statistics = {layer for layer in result.layers if layer.endswith(".running_stats")}
+        assert {layer for layer, code in found[-1].items() if code == FOLDED} == statistics
+        assert statistics
+        assert not any("running" in name for name in state)
         change = decode(store.get_state(own.base), state)
         assert result.adaptor == judged(store, store.get_state(own.base), change, own, level)
-    assert any(set(each.values()) - {"float32"} for each in found)
+    assert any(set(each.values()) - {"float32", FOLDED} for each in found)
     if problem == "shared-layers":
         assert found[0] == found[1]
-        assert max(stored) <= 4 * 220
+        assert max(stored) <= 4 * 190
     else:
         assert found[0] != found[1]
-        assert 0.8 * 4 * 220 < sum(stored) <= 4 * 220
+        assert 0.8 * 4 * 190 < sum(stored) <= 4 * 220
 
 
 def test_an_empty_adaptor_is_the_base(work: Work) -> None:
@@ -468,6 +535,34 @@ def test_an_evaluation_takes_the_adaptor_as_released(work: Work) -> None:
     assert other.switching.digest != main.switching.digest
 
 
+def test_an_evaluation_counts_a_shared_adaptor_once(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "figures_of", lambda _: {})
+    shared = {"jpeg-10": ("a", 70), "jpeg-20": ("b", 50), "brightness-0.4": ("a", 70)}
+    own = {level: (level, 1000) for level in LEVELS}
+    made = {"gearnn": shared, "switching": own, "bn-tuned": {"jpeg-10": ("a", 70)}}
+    cells = [
+        *(Cell("original", level, 0, Weights()) for level in ("clean", *LEVELS)),
+        *(Cell(method, level, 0, Weights(*weights)) for method, its in made.items() for level, weights in its.items()),
+        Cell("gearnn", "clean", 0, Weights()),
+        Cell("gearnn", "jpeg-10", 0, Weights("large", 300), budget=300),  # of another budget
+        Cell("gearnn", "jpeg-20", 1, Weights("again", 40)),  # of several seeds one is held
+    ]
+    found = Found(rates=dict.fromkeys(made, 0.1), cells=[(cell, Judged(50.0, "")) for cell in cells])
+    plan = Plan("tiny", "sha256:0", {}, work, 1000, ("clean", *LEVELS), LEVELS, {}, ())
+    publish(Store(tmp_path), EvaluateConfig(release="tiny"), plan, found, "")
+    rows = Store(tmp_path).get_table("tables/tiny/memory.parquet").to_pylist()
+    held = {row["method"]: (row["levels"], row["floats"]) for row in rows if row["kind"] == "actual"}
+    assert held == {
+        "original": (4, 1000), "gearnn": (4, 1000 + 70 + 50), "switching": (4, 4000), "bn-tuned": (2, 1070),
+    }  # fmt: skip
+    # each level's accuracy stands beside all the floats that it was had with
+    rows = Store(tmp_path).get_table("tables/tiny/accuracy.parquet").to_pylist()
+    floats = {row["level"]: row["floats"] for row in rows if (row["method"], row["seed"]) == ("gearnn", 0)}
+    assert floats == {"clean": 0, "jpeg-10": 70, "jpeg-20": 50, "brightness-0.4": 70}
+
+
 def test_rivals_get_an_equal_part_of_one_memory(work: Work) -> None:
     released = ("clean", *LEVELS)
     assert _budget_of_each(replace(work, budget=301), released) == 301
@@ -481,6 +576,10 @@ def test_what_a_release_says_of_its_problem(work: Work) -> None:
     assert SplitConfig(levels=TWO, selection=kept).selection.frequencies == {"jpeg-10": 2, "brightness-0.4": 1}
     # others' manifests, and so their digests, are what they were
     assert set(_config_to_keep(SplitConfig())["selection"]) == {"value", "granularity", "codes"}
+    against = SplitConfig(selection={"against": "clean"})  # type: ignore[arg-type]
+    kept = _config_to_keep(against)["selection"]
+    assert (set(kept), kept["against"]) == ({"value", "granularity", "codes", "against"}, "clean")
+    assert SplitConfig(selection=kept).selection == against.selection
 
 
 # ── releases, from a real Ray ────────────────────────────────────────────────────────────────────────────────────

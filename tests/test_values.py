@@ -14,7 +14,7 @@ from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.models import build_model
 from gearnn_ray.offline.selection import select
 from gearnn_ray.offline.sensitivity import Change, Coded, Sensitivity, measure, sensitivity
-from gearnn_ray.offline.values import VALUES, Option, layers_and_codes, needs_gradients, problem
+from gearnn_ray.offline.values import FOLDED, VALUES, Option, layers_and_codes, needs_gradients, problem
 
 examples = settings(max_examples=60, deadline=None)
 
@@ -85,23 +85,50 @@ def test_eq_2_is_the_plain_case() -> None:
 def test_a_convolution_with_its_normalisation() -> None:
     norms = [("n.weight", "norm_weight"), ("n.bias", "norm_bias"), ("n.running_stats", "norm_statistics")]
     rows = [row("c.weight", "conv_weight", 64, 1.0), *(row(name, kind, 4, 4.0) for name, kind in norms)]
-    codings = [coded("c.weight", "int8", 64, 68, 0.25), coded("c.weight", "rank-1", 64, 40, 0.5)]
+    codings = [coded("c.weight", "int8", 64, 68, 0.25), coded("c.weight", "bfloat16", 64, 40, 0.5)]
     codings += [coded(name, "int8", 4, 8, 1.0) for name, _ in norms[:2]]
     norm = tuple(name for name, _ in norms)
     (group,) = problem(
-        rows, codings, ((norm, ("c.weight", *norm)),), "sum-abs", ("float32", "int8", "rank-1", "rank-9")
+        rows, codings, ((norm, ("c.weight", *norm)),), "sum-abs", ("float32", "int8", "bfloat16", "float8")
     )
     alone = {**dict.fromkeys(norm, "int8"), "n.running_stats": "float32"}
     assert group == (
         Option(40.0, 32, alone),
         Option(48.0, 48, dict.fromkeys(norm, "float32")),
-        Option(72.0, 72, {"c.weight": "rank-1", **alone}),
-        Option(80.0, 88, {"c.weight": "rank-1", **dict.fromkeys(norm, "float32")}),
+        Option(72.0, 72, {"c.weight": "bfloat16", **alone}),
+        Option(80.0, 88, {"c.weight": "bfloat16", **dict.fromkeys(norm, "float32")}),
         Option(88.0, 100, {"c.weight": "int8", **alone}),
         Option(96.0, 116, {"c.weight": "int8", **dict.fromkeys(norm, "float32")}),
         Option(104.0, 288, {"c.weight": "float32", **alone}),
         Option(112.0, 304, {"c.weight": "float32", **dict.fromkeys(norm, "float32")}),
     )
+
+
+NOTHING = Change(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("value", list(VALUES))
+def test_folded_statistics_have_one_way_that_takes_no_bytes(value: str) -> None:
+    """What is left of a normalisation is its weight and bias: a mean, or a ratio, is over their floats alone."""
+    norms = [("n.weight", "norm_weight", 4), ("n.bias", "norm_bias", 4), ("n.running_stats", "norm_statistics", 0)]
+    rows = [row("c.weight", "conv_weight", 64, 1.0), *(row(name, kind, numel, 4.0) for name, kind, numel in norms)]
+    codings = [coded("c.weight", "int8", 64, 68, 0.25), *(coded(name, "int8", 4, 8, 1.0) for name, _, _ in norms[:2])]
+    # as large as it is: a code that is not offered
+    codings += [coded("n.running_stats", "bfloat16", 0, 16, 0.0), Coded("n.running_stats", FOLDED, 0, NOTHING)]
+    names = tuple(name for name, _, _ in norms)
+    alternatives = ((names, ("c.weight", *names)),)
+    for codes in (("float32",), ("float32", "int8", "bfloat16")):
+        (group,) = problem(rows, codings, alternatives, value, codes)
+        alone = [option for option in group if "c.weight" not in option.codes]
+        plain = [(option.bytes, option.codes) for option in alone if option.codes["n.weight"] == "float32"]
+        assert plain == [(32, {**dict.fromkeys(names, "float32"), "n.running_stats": FOLDED})]
+        # eight floats of 2 that moved by 4, with g = 1/2 and F = 3
+        want = {
+            "mean-abs": 4.0, "sum-abs": 32.0, "l2": math.sqrt(128), "relative": 2.0, "first-order": 16.0, "fisher": 384.0,
+        }  # fmt: skip
+        assert alone[-1].value == pytest.approx(want[value])
+        assert {option.codes["n.running_stats"] for option in group} == {FOLDED}
+    assert {option.codes["n.weight"] for option in alone} == {"float32", "int8"}
 
 
 def test_a_mean_is_over_all_floats_of_an_alternative() -> None:
@@ -129,12 +156,12 @@ def test_a_code_that_loses_more_than_the_change_is_worth_nothing() -> None:
 
 
 KINDS = ("conv_weight", "bias", "norm_weight", "norm_bias", "norm_statistics")
-CODES = ("float32", "bfloat16", "int8", "rank-1")
+CODES = ("float32", "bfloat16", "int8")
 
 
 @st.composite
 def instances(draw: st.DrawFn) -> tuple[list[Sensitivity], list[Coded], tuple[tuple[tuple[str, ...], ...], ...]]:
-    """Up to five layers, codes that apply to some of them, and one group of alternatives over them."""
+    """Up to five layers, some of them folded, codes that apply to others, and one group of alternatives over them."""
     names = [f"l{i}" for i in range(draw(st.integers(1, 5)))]
     rows = [
         row(name, draw(st.sampled_from(KINDS)), draw(st.integers(0, 6)), draw(st.integers(0, 4)) / 4) for name in names
@@ -145,6 +172,7 @@ def instances(draw: st.DrawFn) -> tuple[list[Sensitivity], list[Coded], tuple[tu
         for code in CODES[1:]
         if draw(st.booleans())
     ]
+    codings += [Coded(r.layer, FOLDED, 0, NOTHING) for r in rows if r.kind == "norm_statistics" and draw(st.booleans())]
     alternatives = st.lists(st.sampled_from(names), min_size=1, unique=True).map(lambda a: tuple(sorted(a)))
     return rows, codings, (tuple(draw(st.lists(alternatives, min_size=1, max_size=3))),)
 
@@ -163,7 +191,7 @@ def test_options_are_the_best_of_all_combinations(instance: object, value: str, 
     }
     every: list[Option] = []
     for names in alternatives[0]:
-        for combination in itertools.product(codes, repeat=len(names)):
+        for combination in itertools.product(*([FOLDED] if (name, FOLDED) in errors else codes for name in names)):
             taken = dict(zip(names, combination, strict=True))
             of_norms = {code for name, code in taken.items() if kinds[name] in ("norm_weight", "norm_bias")}
             if len(of_norms) > 1 or not all(item in errors for item in taken.items()):
@@ -213,7 +241,7 @@ def test_measured_codes_of_a_network_make_a_problem() -> None:
     model = build_model("tests.nets:small", num_classes=3)
     before = network_state(model)
     after = {name: t + 1e-2 * torch.rand(t.shape) for name, t in before.items()}
-    codes = ("float32", "bfloat16", "int8", "rank-2")
+    codes = ("float32", "bfloat16", "int8")
     rows, codings = measure(layers_of(model), before, after, None, codes)
     alternatives = alternatives_of(model, "module")
     groups = problem(rows, codings, alternatives, "l2", codes)

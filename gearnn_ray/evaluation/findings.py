@@ -13,7 +13,7 @@ from gearnn_ray.evaluation.stages import Judged, Main, Picture, Weights
 from gearnn_ray.levels import parse_level
 from gearnn_ray.offline.recipe import PAPERS
 from gearnn_ray.offline.sensitivity import Sensitivity, share_of_weights_changed
-from gearnn_ray.offline.stages import Work
+from gearnn_ray.offline.work import Work
 from gearnn_ray.store import Store
 from gearnn_ray.tasks.segmentation import METRIC
 

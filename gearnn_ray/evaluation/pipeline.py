@@ -36,7 +36,7 @@ from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.reopen import make_images, reopen
 from gearnn_ray.offline.resources import check_resources
-from gearnn_ray.offline.stages import Work
+from gearnn_ray.offline.work import Work
 from gearnn_ray.progress import Reporter
 from gearnn_ray.store import Store
 
@@ -161,6 +161,10 @@ def _released(
     return stages.released_main(replace(work, seed=seed, keep_full=True, recipe=full), level, entry, say, label)
 
 
+def _control(work: Work, full: Recipe, seed: int, say: Any) -> None:
+    stages.make_control(replace(work, seed=seed, keep_full=True, recipe=full), say)
+
+
 def _judge_original(work: Work, level: str, say: Any) -> dict[str | None, Judged]:
     return stages.judge(work, level, [None], lambda event: say(replace(event, stage="original")))
 
@@ -221,6 +225,8 @@ class _Run:
             self.plan = replace(self.plan, rival_levels=_worst_of_each_axis(self.plan.levels, worst))
         self.found.tuning_level = self.config.tuning_level or worst[0]
         self._tune()
+        if self.plan.work.criterion.against == "clean" and not self.plan.work.coupling.together:
+            self._make_controls()
         self._make_and_judge()
         self._look_closer()
         return self.found
@@ -333,6 +339,15 @@ class _Run:
         return replace(making, budget=plan.work.budget) if method in ("first-block", "auto-rgn", "random") else making
 
     # ── weights and judging
+
+    def _make_controls(self) -> None:
+        """What the levels' changes are measured against, before tasks of several levels would each make it."""
+        full = self.plan.work.recipe.model_copy(update={"learning_rate": self.found.rates["switching"]})
+        seeds = dict.fromkeys(seed for level in self.plan.levels for seed in self.plan.seeds(self.config.seeds, level))
+        self.say.expect({("clean", "full"): 1.0 * len(seeds)})
+        for seed in seeds:
+            self.start(f"clean seed {seed}", _control, full, seed, then=lambda _: None)
+        self.settle()
 
     def _make_and_judge(self) -> None:
         units = [*self._constant_units(), *self._units_per_level()]

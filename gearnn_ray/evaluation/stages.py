@@ -37,8 +37,8 @@ from gearnn_ray.offline.finetune import (
     fine_tune,
     resolve_precision,
 )
-from gearnn_ray.offline.stages import (
-    LevelRun,
+from gearnn_ray.offline.stages import LevelRun
+from gearnn_ray.offline.work import (
     StoredCheckpoint,
     Work,
     device,
@@ -159,6 +159,11 @@ def released_main(full: Work, level: str, entry: Mapping[str, Any] | None, say: 
     stored = sum(t.numel() * t.element_size() for t in Store(full.store).get_state(entry["digest"]).values())
     released = {full.budget: Weights(entry["digest"], math.ceil(stored / 4))}
     return Main(switching, released, tuple(entry["layers"]), tuple(whole["sensitivity"]))
+
+
+def make_control(work: Work, say: Say) -> None:
+    """The full fine-tune on undistorted images, which GearNN's changes may be measured against."""
+    LevelRun(work, "clean", say).full()
 
 
 def choose_layers(work: Work, level: str, say: Say) -> tuple[str, ...]:

@@ -120,14 +120,12 @@ def fine_tune(
     batches: BatchSource = segmentation.training_batches,
     objective: Objective = cross_entropy,
     rates: Mapping[str, float] | None = None,
-    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     stop_after: float | None = None,
 ) -> Outcome:
     """Fine-tune `model` in place on the device it is on: all layers (`chosen` None) or only the named ones.
 
     images: uint8 [H, W, 3], or what else `batches` takes; labels: uint8 [H', W'], resized to the image where the level
-    changed its size. rates: multiples of the learning rate by parameter name, 1 for all others. factors: by parameter name,
-    left [m, R] and right [R, rest] of a change that shall stay of rank R; they are trained in the weight's place, and in place.
+    changed its size. rates: multiples of the learning rate by parameter name, 1 for all others.
     stop_after: epochs, a fraction too, after which to stop short of the recipe's, whose schedule stays as it is.
     Raises TrainingFailedError when loss or weights stop being finite.
     """
@@ -137,9 +135,6 @@ def fine_tune(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)
     trainable = set_trainable(model, chosen)
-    low_rank = [_LowRank(model.get_parameter(name), *each) for name, each in (factors or {}).items()]
-    trainable = [(n, p) for n, p in trainable if n not in (factors or {})]
-    trainable += [pair for each, name in zip(low_rank, factors or {}, strict=True) for pair in each.parameters(name)]
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trainable:
         by_rate.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
@@ -160,8 +155,6 @@ def fine_tune(
     last = steps if stop_after is None else min(steps, max(1, round(stop_after * steps_per_epoch)))
     average = _Average(trainable, last, recipe.averaged)
     first_epoch = _restore(checkpoint, model, trainable, optimizer, average)
-    for each in low_rank:
-        each.put()
     network = DistributedDataParallel(model) if world_size > 1 and trainable else model
 
     def forward(x: Tensor) -> Tensor:
@@ -182,11 +175,7 @@ def fine_tune(
                 _set_learning_rate(optimizer, recipe, step, steps)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
-                for each in low_rank:
-                    each.take_gradient()
                 optimizer.step()
-                for each in low_rank:
-                    each.put()
                 average.add(step)
             loss_sum += loss.detach()
             losses += 1
@@ -201,10 +190,6 @@ def fine_tune(
         if checkpoint is not None and rank == 0 and (epoch + 1) * steps_per_epoch < last:
             checkpoint.save(_snapshot(model, trainable, optimizer, average, epoch + 1, chosen is None))
     average.put()
-    for each, given in zip(low_rank, (factors or {}).values(), strict=True):
-        each.put()
-        for factor, mine in zip(given, (each.left, each.right), strict=True):
-            factor.copy_(mine.detach())
     return Outcome(time.perf_counter() - started, epochs - first_epoch, precision)
 
 
@@ -250,28 +235,6 @@ class _Average:
             parameter.copy_(self.mean[name])
 
 
-class _LowRank:
-    """A weight that is what it was plus left · right: the loss's gradient is the weight's, the optimizer's are the factors'."""
-
-    def __init__(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        self._weight, self._start = weight, weight.detach().clone()
-        self.left, self.right = (nn.Parameter(factor.to(weight.device, copy=True)) for factor in (left, right))
-
-    def parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        return [(f"{name}..left", self.left), (f"{name}..right", self.right)]
-
-    def take_gradient(self) -> None:
-        assert self._weight.grad is not None
-        gradient = self._weight.grad.reshape(self.left.shape[0], -1)
-        self.left.grad, self.right.grad = gradient @ self.right.detach().T, self.left.detach().T @ gradient
-        self._weight.grad = None
-
-    @torch.no_grad()
-    def put(self) -> None:
-        """The factors as they are now become the weight."""
-        self._weight.copy_(self._start + (self.left @ self.right).view(self._start.shape))
-
-
 def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> None:
     scale = 1 - step / steps if recipe.schedule == "linear" else 1.0
     for group in optimizer.param_groups:
@@ -308,7 +271,6 @@ def _snapshot(
     moving = {name for name, _ in trainable} | {name for name, _ in model.named_buffers()}
     state = model.state_dict()
     tensors = {f"model.{n}": t for n, t in state.items() if everything or n in moving}
-    tensors |= {f"factor.{n}": p for n, p in trainable if n not in state}
     if optimizer is not None:
         for name, parameter in trainable:
             tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
@@ -341,9 +303,6 @@ def _restore(
         for name, parameter in trainable:
             momentum = tensors[f"momentum.{name}"].to(parameter.device)
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    for name, parameter in trainable:
-        if (factor := tensors.get(f"factor.{name}")) is not None:
-            parameter.detach().copy_(factor)
     for name, mean in average.mean.items():
         mean.copy_(tensors[f"average.{name}"])
     return next_epoch

@@ -45,13 +45,15 @@ from gearnn_ray.data import Dataset
 from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.models import read_weights
 from gearnn_ray.offline import stages
+from gearnn_ray.offline.base import NetworkFacts, check_network, publish_given_base, train_base
 from gearnn_ray.offline.events import Event, Say
 from gearnn_ray.offline.finetune import prepare_process
 from gearnn_ray.offline.recipe import Recipe
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
 from gearnn_ray.offline.reopen import open_data
 from gearnn_ray.offline.resources import check_resources, groups_that_fit
-from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Network, NetworkFacts, Work
+from gearnn_ray.offline.stages import LevelResult
+from gearnn_ray.offline.work import ImageStatistics, Network, Work, measure_images, prepare_images
 from gearnn_ray.store import Blob, Store
 from gearnn_ray.tasks.segmentation import Normalisation
 
@@ -117,19 +119,19 @@ def _with_absolute_paths(config: SplitConfig) -> SplitConfig:
 def _check_network(model: ModelConfig, num_classes: int) -> tuple[Network, NetworkFacts]:
     about = dict(read_weights(model.weights).about) if model.weights else {}
     network = Network(model.name, num_classes, Normalisation(*normalisation_values(model, about)))
-    return network, stages.check_network(network, model.weights)
+    return network, check_network(network, model.weights)
 
 
 @ray.remote
 def _prepare_images(work: Work, level: str, split_name: Any) -> ImageStatistics | None:
     """Make a level's images; those to train on are measured in passing, where they lie."""
-    stages.prepare_images(work, level, split_name)
-    return stages.measure_images(work, level) if split_name == "train" else None
+    prepare_images(work, level, split_name)
+    return measure_images(work, level) if split_name == "train" else None
 
 
 @ray.remote
 def _measure_undistorted(work: Work) -> ImageStatistics:
-    return stages.measure_images(work, "clean")
+    return measure_images(work, "clean")
 
 
 def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts, dict[str, ImageStatistics]]:
@@ -153,7 +155,7 @@ def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts
         world_size=config.resources.workers_per_level,
     )
     names = list(config.levels)
-    if config.model.weights is None and "clean" not in names:
+    if (config.model.weights is None or config.selection.against == "clean") and "clean" not in names:
         names.append("clean")
     shared = ray.put(work)
     wanted = [(name, part) for name in names for part in ("train", "val")]
@@ -184,14 +186,14 @@ def _checked_work(config: SplitConfig, relay: Relay) -> tuple[Work, NetworkFacts
 
 @ray.remote
 def _publish_base(work: Work, weights: str) -> Blob:
-    return stages.publish_given_base(work, weights)
+    return publish_given_base(work, weights)
 
 
 @ray.remote
 def _train_base(work: Work, recipe: Recipe, threads: int, board: Any) -> Blob:
     prepare_process(threads)
     with saying(board) as say:
-        return stages.train_base(work, recipe, say)
+        return train_base(work, recipe, say)
 
 
 def _base(config: SplitConfig, work: Work, board: Any, relay: Relay) -> Blob:
@@ -269,9 +271,19 @@ def _run_level_on_workers(step: Step, work: Work, name: str, what: Any, resource
 def _levels(config: SplitConfig, work: Work, board: Any, relay: Relay) -> tuple[dict[str, LevelResult], dict[str, str]]:
     """Every level's result, or the reason why it has none."""
     run = partial(_run_all, config.resources, work, board, relay)
+    left, failed = list(config.levels), dict[str, str]()
+    if work.criterion.against == "clean":
+        # every level's change is measured against the undistorted one's: all full fine-tunes come first
+        _, failed = run(stages.fine_tune_fully, {level: level for level in dict.fromkeys(("clean", *left))})
+        if "clean" in failed:
+            reason = f"the fine-tune on undistorted images, which changes are measured against: {failed['clean']}"
+            return {}, dict.fromkeys(left, reason)
+        left = [level for level in left if level not in failed]
     if not work.coupling.together:
-        return run(stages.run_level, {level: level for level in config.levels})
-    sensed, failed = run(stages.sense_own, {level: level for level in config.levels})
+        results, late = run(stages.run_level, {level: level for level in left})
+        return results, failed | late
+    sensed, late = run(stages.sense_own, {level: level for level in left})
+    failed |= late
     chosen = dict[tuple[str, ...], dict[str, Any]]()
     if measured := {level: each[0] for level, each in sensed.items() if each}:
         try:

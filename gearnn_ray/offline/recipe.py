@@ -1,6 +1,5 @@
 """How a network is fine-tuned and its layers chosen, as a job is told it and a release remembers it. Imports no torch."""
 
-import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -49,18 +48,16 @@ class Criterion(BaseModel):
     granularity: Literal["tensor", "module"] = "tensor"
     """what is chosen: tensors, or whole normalisations and convolutions with theirs"""
     codes: tuple[str, ...] = ("float32",)
-    """how a chosen layer may be stored: float32, bfloat16, int8, or rank-R of its change; the solver picks one for each"""
+    """how a chosen layer may be stored: float32, bfloat16 or int8; the solver picks one for each"""
+    against: Literal["base", "clean"] = "base"
+    """what the fully fine-tuned weights are compared with: the base (Eq. 1), or the same fine-tune on undistorted images"""
 
     @field_validator("codes")
     @classmethod
     def _known_codes(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = next(
-            (code for code in codes if not re.fullmatch(r"float32|bfloat16|int8|rank-[1-9]\d{0,3}", code)), None
-        )
+        unknown = next((code for code in codes if code not in ("float32", "bfloat16", "int8")), None)
         if unknown is not None:
-            raise ValueError(
-                f"the code {unknown!r} is unknown: expected float32, bfloat16, int8 or rank-R such as rank-4"
-            )
+            raise ValueError(f"the code {unknown!r} is unknown: expected float32, bfloat16 or int8")
         if not codes or len(set(codes)) < len(codes):
             raise ValueError(
                 f"the codes {', '.join(codes) or '(none)'} are no choice: expected at least one, each once"
@@ -75,7 +72,12 @@ class Criterion(BaseModel):
     @property
     def needs_weights(self) -> bool:
         """Whether the fully fine-tuned weights are looked at again, beyond the statistics of Eq. (1)."""
-        return self.needs_gradients or self.codes != ("float32",)
+        plain = (self.codes, self.granularity, self.against) == (("float32",), "tensor", "base")
+        return self.needs_gradients or not plain
+
+    def inputs(self) -> dict[str, Any]:
+        """What of it a stage's key has: all, but what came later and is as it was before it came."""
+        return self.model_dump(exclude={"against"} if self.against == "base" else None)
 
 
 PAPERS = Criterion()

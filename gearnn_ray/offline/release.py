@@ -12,10 +12,12 @@ from typing import Any
 from gearnn_ray import tables
 from gearnn_ray.config import SplitConfig
 from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.offline.base import NetworkFacts
 from gearnn_ray.offline.recipe import Coupling
 from gearnn_ray.offline.sensitivity import Sensitivity, table_row
-from gearnn_ray.offline.stages import ImageStatistics, LevelResult, NetworkFacts, Work
+from gearnn_ray.offline.stages import LevelResult
 from gearnn_ray.offline.values import VALUES
+from gearnn_ray.offline.work import ImageStatistics, Work
 from gearnn_ray.store import SCHEMA, Blob
 from gearnn_ray.tasks.segmentation import METRIC
 
@@ -113,7 +115,8 @@ def _installed(package: str) -> bool:
 def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
     # where levels are chosen apart, releases are the bytes that they were before there was anything else
-    apart: dict[str, Any] = {} if config.selection.together else {"selection": set(Coupling.model_fields)}
+    later = set(config.selection.criterion.model_dump()) - set(config.selection.criterion.inputs())
+    apart = {"selection": later | (set() if config.selection.together else set(Coupling.model_fields))}
     where: dict[str, Any] = {"store": True, "data": {"cache"}, "resources": True, "tags": True}
     return config.model_dump(mode="json", exclude=where | apart)
 
@@ -126,20 +129,20 @@ def tables_of(
         if parse_level(result.level).is_clean:
             continue
         chosen = set(result.layers)
-        rows = [Sensitivity(**row) for row in result.sensitivity]
+        rows, judged = ([Sensitivity(**row) for row in each] for each in (result.sensitivity, result.judged))
         moved = [table_row(result.level, row) for row in rows]
         picked = [
             {
                 "level": result.level,
                 "layer": row.layer,
                 "numel": row.numel,
-                "value": VALUES[work.criterion.value](row.change),
+                "value": VALUES[work.criterion.value](own.change),
                 "selected": row.layer in chosen,
                 "code": result.selection.get("codes", {}).get(row.layer, "float32") if row.layer in chosen else None,
                 "budget": work.budget,
                 **{k: result.selection[k] for k in ("objective", "bound", "status")},
             }
-            for row in rows
+            for row, own in zip(rows, judged, strict=True)
         ]
         made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
         made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)

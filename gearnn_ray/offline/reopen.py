@@ -12,21 +12,15 @@ import ray
 
 from gearnn_ray.adaptors import put_adaptor
 from gearnn_ray.cluster import Relay
-from gearnn_ray.config import ReleaseDataConfig, SplitConfig, from_mapping
+from gearnn_ray.config import ReleaseDataConfig, SplitConfig
 from gearnn_ray.data import Dataset, open_dataset
 from gearnn_ray.errors import UserError
 from gearnn_ray.models import build_model
+from gearnn_ray.offline.base import NetworkFacts, check_network
 from gearnn_ray.offline.events import Event
 from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.stages import (
-    ImageStatistics,
-    Network,
-    NetworkFacts,
-    Work,
-    check_network,
-    measure_images,
-    prepare_images,
-)
+from gearnn_ray.offline.work import ImageStatistics, Network, Work, measure_images, prepare_images
+from gearnn_ray.options import from_mapping
 from gearnn_ray.store import Store
 from gearnn_ray.tasks.segmentation import Normalisation
 

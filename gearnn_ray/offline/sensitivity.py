@@ -112,11 +112,13 @@ def measure(
     after: Mapping[str, Tensor],
     gradients: Gradients | None,
     codes: Sequence[str],
+    control: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Sensitivity], list[Coded]]:
     """One row per layer, in order; and one per layer and code that applies to all of the layer's tensors.
 
-    float32 has no error and is not listed. Gradients are of the loss at `before`, on the CPU as the two states are. Raises
-    KeyError for a missing tensor, ValueError for shapes that differ.
+    float32 has no error and is not listed. Gradients are of the loss at `before`, on the CPU as the two states are. With a
+    control Δ is what `after` differs from it by, not from `before`; what is stored, and rounded, is the difference to `before`
+    all the same. Raises KeyError for a missing tensor, ValueError for shapes that differ.
     """
     rows, coded = [], list[Coded]()
     for layer in layers:
@@ -126,7 +128,8 @@ def measure(
                 raise ValueError(f"{name} changed its shape from {list(shape)} to {list(after[name].shape)}")
         p, q = _flat(layer, before), _flat(layer, after)
         g, f = (None, None) if gradients is None else (_flat(layer, gradients.mean), _flat(layer, gradients.square))
-        rows.append(_row(layer, _change(p, q - p, g, f), (q - p).abs()))
+        delta = q - (p if control is None else _flat(layer, control))
+        rows.append(_row(layer, _change(p, delta, g, f), delta.abs()))
         for code in codes:
             if code == "float32" or not all(applies(code, shape) for shape in shapes):
                 continue

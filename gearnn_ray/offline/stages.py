@@ -8,85 +8,51 @@ whole resume mechanism. Runs in any process, alone or as one of several under `t
 nothing of Ray.
 """
 
-import hashlib
-import json
 import math
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 
 from gearnn_ray.adaptors import put_adaptor, take_adaptor
-from gearnn_ray.codes import decode, encode, encode_factors, is_rank
-from gearnn_ray.codes import factors as directions
-from gearnn_ray.data import Dataset
-from gearnn_ray.data.images import PackedImages, level_images, split_labels
-from gearnn_ray.errors import UserError
+from gearnn_ray.codes import decode, encode
+from gearnn_ray.folding import fold, foldable
 from gearnn_ray.layers import alternatives_of, layers_of, network_state
 from gearnn_ray.levels import parse_level
-from gearnn_ray.models import build_model, load_weights, read_weights
+from gearnn_ray.models import build_model
 from gearnn_ray.offline.events import Event, Say, StageName
-from gearnn_ray.offline.finetune import BatchSource, Progress, evaluate, fine_tune, resolve_precision
+from gearnn_ray.offline.finetune import BatchSource, evaluate, fine_tune, resolve_precision
 from gearnn_ray.offline.gradients import Gradients, gradients
-from gearnn_ray.offline.recipe import PAPERS, PER_LEVEL, Coupling, Criterion, Recipe
+from gearnn_ray.offline.recipe import PAPERS, Criterion
 from gearnn_ray.offline.selection import Choice, Selection, select
-from gearnn_ray.offline.sensitivity import Sensitivity, coded_of, measure, sensitivity, share_of_weights_changed
+from gearnn_ray.offline.sensitivity import (
+    Change,
+    Coded,
+    Sensitivity,
+    coded_of,
+    measure,
+    sensitivity,
+    share_of_weights_changed,
+)
 from gearnn_ray.offline.together import Measured, choose_options, in_turn, select_together
-from gearnn_ray.offline.values import FLOAT_BYTES, layers_and_codes, problem
-from gearnn_ray.store import Blob, Store, digest_of, encode_state
+from gearnn_ray.offline.values import FLOAT_BYTES, FOLDED, layers_and_codes, problem
+from gearnn_ray.offline.work import (
+    StoredCheckpoint,
+    Work,
+    device,
+    progress_to,
+    stage_key,
+    training_data,
+    validation_data,
+)
+from gearnn_ray.store import Store, digest_of, encode_state
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.mixture import Mixture, mixed_batches
-from gearnn_ray.tasks.segmentation import Normalisation
 
 T = TypeVar("T")
-
-STAGES_VERSION = 1
-"""Part of every key: bumped whenever a stage would compute something else from the same inputs."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """Which network, and how its input is normalised."""
-
-    name: str
-    num_classes: int
-    normalisation: Normalisation
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all levels of a job share: small, picklable, without a single weight."""
-
-    store: str
-    cache: str
-    network: Network
-    data: Dataset
-    recipe: Recipe
-    budget: int
-    seed: int
-    keep_full: bool = False
-    world_size: int = 1
-    base: str = ""
-    """digest of the base's blob"""
-    criterion: Criterion = PAPERS
-    coupling: Coupling = PER_LEVEL
-    """the problem that the criterion's values enter; where levels are chosen together, `budget` is that problem's"""
-    sensitivity_epochs: float | None = None
-    """of the full fine-tune, after which layers are chosen; 0: a step along the gradient at the base; None: all of it"""
-
-    @property
-    def keeps_full(self) -> bool:
-        """Whether fully fine-tuned weights go into the store."""
-        return self.keep_full or self.criterion.needs_weights
 
 
 @dataclass(frozen=True)
@@ -108,107 +74,15 @@ class LevelResult:
     seconds_full: float = 0.0
     seconds_partial: float = 0.0
     sensitivity: tuple[dict[str, Any], ...] = ()
+    """of Eq. (1): against the base, in the network's own tensors"""
+    judged: tuple[dict[str, Any], ...] = ()
+    """what the selection went by, in the same order"""
     selection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share_changed(self) -> tuple[float, float]:
         """`share_of_weights_changed` of the full fine-tune: by layers, by weights."""
         return share_of_weights_changed([Sensitivity(**row) for row in self.sensitivity])
-
-
-def stage_key(stage: str, **inputs: Any) -> str:
-    """64 hex digits: SHA-256 of the canonical JSON of everything the stage's result depends on."""
-    text = json.dumps({"stage": stage, "version": STAGES_VERSION, **inputs}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class StoredCheckpoint:
-    """An unfinished fine-tune's state, in the store: a node that is lost takes no finished epoch with it."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
-
-    def load(self) -> bytes | None:
-        return self._store.get_checkpoint(self._key)
-
-    def save(self, data: bytes) -> None:
-        self._store.put_checkpoint(self._key, data)
-
-    def drop(self) -> None:
-        self._store.drop_checkpoint(self._key)
-
-
-def device() -> torch.device:
-    """The GPU this process was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def training_data(work: Work, level: str) -> tuple[PackedImages, PackedImages]:
-    """Images of a level and labels to train on; made here where this node has not got them yet."""
-    return _data(work, level, "train")
-
-
-def validation_data(work: Work, level: str) -> tuple[PackedImages, PackedImages]:
-    """Images of a level and labels to judge on."""
-    return _data(work, level, "val")
-
-
-def _data(work: Work, level: str, split_name: Literal["train", "val"]) -> tuple[PackedImages, PackedImages]:
-    split, cache = getattr(work.data, split_name), Path(work.cache).expanduser()
-    return level_images(split, parse_level(level), cache), split_labels(split, work.data.num_classes, cache)
-
-
-# ── the base ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def network_from_weights(network: Network, weights: str | None) -> nn.Module:
-    """The network with its weights file in it, or (None) freshly initialised. Raises UserError."""
-    model = build_model(network.name, network.num_classes)
-    if weights is not None:
-        load_weights(model, read_weights(weights), weights)
-    return model
-
-
-def publish_given_base(work: Work, weights: str) -> Blob:
-    """Put the base from the user's weights file into the store."""
-    return Store(work.store).put_state(network_state(network_from_weights(work.network, weights)))
-
-
-def base_key(work: Work, recipe: Recipe) -> str:
-    """Key of the stage that trains the base."""
-    return stage_key(
-        "base",
-        network=asdict(work.network),
-        train=work.data.train.digest,
-        recipe=recipe.inputs(),
-        seed=work.seed,
-    )
-
-
-def train_base(work: Work, recipe: Recipe, say: Say) -> Blob:
-    """Train the base on the undistorted images from a seeded initialisation and put it into the store."""
-    store, key = Store(work.store), base_key(work, recipe)
-    record = store.get_record(key)
-    if record is not None and store.has_blob(record["digest"]):
-        say(Event("reused", "base", "clean"))
-        return Blob(record["digest"], record["bytes"])
-    say(Event("started", "base", "clean"))
-    torch.manual_seed(work.seed)
-    model = build_model(work.network.name, work.network.num_classes).to(device())
-    images, labels = training_data(work, "clean")
-    checkpoint = StoredCheckpoint(store, key)
-    outcome = fine_tune(
-        model, images, labels, recipe, work.network.normalisation,
-        chosen=None, seed=work.seed, checkpoint=checkpoint, progress=_relay(say, "base", "clean"),
-    )  # fmt: skip
-    blob = store.put_state(network_state(model))
-    store.put_record(key, {**asdict(blob), "seconds": outcome.seconds, "precision": outcome.precision})
-    checkpoint.drop()
-    say(Event("finished", "base", "clean", seconds=outcome.seconds))
-    return blob
-
-
-# ── one level ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_level(
@@ -227,6 +101,7 @@ def run_level(
     if selection is None:
         selection = run.selection(full, work.budget)
     partial = run.partial(selection, full)
+    measured = run.measured(full)
     return LevelResult(
         level=level,
         original=original["score"],
@@ -241,7 +116,8 @@ def run_level(
         full_bytes=full["bytes"],
         seconds_full=full["seconds"],
         seconds_partial=partial["seconds"],
-        sensitivity=tuple(run.measured(full)["sensitivity"]),
+        sensitivity=tuple(measured["sensitivity"]),
+        judged=tuple(measured.get("judged", measured["sensitivity"])),
         selection=selection,
     )
 
@@ -272,6 +148,11 @@ def sense_own(work: Work, level: str, say: Say, only_look: bool = False) -> tupl
     return sense_level(work, level, (work.criterion,), say, only_look)
 
 
+def fine_tune_fully(work: Work, level: str, say: Say, only_look: bool = False) -> dict[str, Any]:
+    """Step 1 alone, of the undistorted level too: the record of the full fine-tune."""
+    return LevelRun(work, level, say, only_look).full()
+
+
 def choose_together(
     work: Work, measured: Mapping[str, dict[str, Any]], say: Say, only_look: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -285,7 +166,7 @@ def choose_together(
         "together",
         network=asdict(work.network),
         levels=[[level, measured[level]] for level in levels],
-        criterion=work.criterion.model_dump(),
+        criterion=work.criterion.inputs(),
         coupling=asked,
         budget=work.budget,
     )
@@ -302,7 +183,8 @@ def choose_together(
 
 
 def _measured_of(record: Mapping[str, Any]) -> Measured:
-    return Measured([Sensitivity(**row) for row in record["sensitivity"]], [coded_of(each) for each in record["coded"]])
+    rows = record.get("judged", record["sensitivity"])
+    return Measured([Sensitivity(**row) for row in rows], [coded_of(each) for each in record["coded"]])
 
 
 def adapt_together(
@@ -470,44 +352,73 @@ class LevelRun:
         return not self.work.keeps_full or self.store.has_blob(record["digest"])
 
     def measured(self, full: dict[str, Any]) -> dict[str, Any]:
-        """Step 2: what the criterion goes by, "sensitivity" (rows of `Sensitivity`) and "coded" (of `Coded`)."""
+        """Step 2: "sensitivity" (rows of `Sensitivity`) and "coded" (of `Coded`).
+
+        "judged", where it is there, are the rows that the criterion goes by: of changes against the control, and of
+        normalisations that are chosen whole, whose statistics are then folded into weight and bias and take no floats.
+        """
         criterion = self.work.criterion
         if not criterion.needs_weights:
             return {"sensitivity": full["sensitivity"], "coded": []}
-        about = {"full": full["digest"], "codes": criterion.codes, "gradients": criterion.needs_gradients}
-        return self.stage("measure", self.key("measure", **about), lambda _: self._measure(full))
+        about: dict[str, Any] = {
+            "full": full["digest"],
+            "codes": criterion.codes,
+            "gradients": criterion.needs_gradients,
+        }
+        if criterion.granularity == "module":
+            about["folded"] = True
+        control = self.control() if criterion.against == "clean" else None
+        if control is not None:
+            about["control"] = control["digest"]
+        return self.stage("measure", self.key("measure", **about), lambda _: self._measure(full, control))
 
-    def _measure(self, full: dict[str, Any]) -> dict[str, Any]:
+    def control(self) -> dict[str, Any]:
+        """The full fine-tune on undistorted images, with the same order and crops: what training does without distortion."""
+
+        def tell(event: Event) -> None:
+            if event.kind != "reused":  # by every level
+                self.say(event)
+
+        return LevelRun(self.work, "clean", tell, self.only_look).full()
+
+    def _measure(self, full: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:
         if not self.leads:
             return {}
-        model, work = self.network(), self.work
-        taken = self._gradients(model) if work.criterion.needs_gradients else None
+        model, criterion = self.network(), self.work.criterion
+        taken = self._gradients(model) if criterion.needs_gradients else None
         after = self.store.get_state(full["digest"])
         layers = layers_of(model)
-        rows, coded = measure(layers, self._base, after, taken, work.criterion.codes)
-        # factors can be trained in the place of one weight that can be trained itself
-        weights = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        single = {layer.name for layer in layers if len(layer.tensors) == 1 and layer.tensors[0] in weights}
-        coded = [each for each in coded if each.layer in single or not is_rank(each.code)]
-        return {"sensitivity": [asdict(row) for row in rows], "coded": [asdict(each) for each in coded]}
+        rows, coded = measure(layers, self._base, after, taken, criterion.codes)
+        judged, statistics = rows, foldable(model) if criterion.granularity == "module" else {}
+        if statistics or control is not None:
+            states = [after, *([] if control is None else [self.store.get_state(control["digest"])])]
+            after, *against = (fold(statistics.values(), self._base, state) for state in states)
+            judged, coded = measure(layers, self._base, after, taken, criterion.codes, *against)
+            judged = [replace(row, numel=0, l2_weight=0.0) if row.layer in statistics else row for row in judged]
+        zero = None if taken is None else 0.0
+        coded += [Coded(name, FOLDED, 0, Change(0, 0.0, 0.0, 0.0, zero, zero)) for name in statistics]
+        own = {} if judged is rows else {"judged": [asdict(row) for row in judged]}
+        return {"sensitivity": [asdict(row) for row in rows], "coded": [asdict(each) for each in coded], **own}
 
     def selection(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
         """Step 3: the layers chosen under M, in floats; and under "codes" those that are not stored as float32."""
         criterion = self.work.criterion
-        about = {} if criterion == PAPERS else {"full": full["digest"], "criterion": criterion.model_dump()}
+        about = {} if criterion == PAPERS else {"full": full["digest"], "criterion": criterion.inputs()}
+        if criterion.granularity == "module":
+            about["folded"] = True
         return self.stage(
             "selection", self.key("selection", budget=budget, **about), lambda _: self._select(full, budget)
         )
 
     def _select(self, full: dict[str, Any], budget: int) -> dict[str, Any]:
-        measured, criterion = self.measured(full), self.work.criterion
-        rows = [Sensitivity(**row) for row in measured["sensitivity"]]
+        criterion, measured = self.work.criterion, _measured_of(self.measured(full))
+        rows = measured.rows
         if criterion == PAPERS:
             papers = select([r.mean_abs_change for r in rows], [r.numel for r in rows], budget)
             return {"layers": [rows[i].layer for i in papers.chosen], **_solved(papers, papers.used)}
         groups = problem(
             rows,
-            [coded_of(each) for each in measured["coded"]],
+            measured.coded,
             alternatives_of(self.network(), criterion.granularity),
             criterion.value,
             criterion.codes,
@@ -530,34 +441,36 @@ class LevelRun:
             about["level"] = shares
         if codes:
             about["codes"] = codes
-        if any(is_rank(code) for code in codes.values()):
-            about["directions"] = full["digest"]
         return self.stage(
             "partial",
             self.key("partial", **about),
-            lambda key: self._fine_tune_chosen(key, chosen, codes, full["digest"], shares),
+            lambda key: self._fine_tune_chosen(key, chosen, codes, shares),
             lambda record: self.store.has_blob(record["digest"]),
         )
 
     def _fine_tune_chosen(
-        self, key: str, chosen: tuple[str, ...], codes: Mapping[str, str], full: str, shares: Mapping[str, int]
+        self, key: str, chosen: tuple[str, ...], codes: Mapping[str, str], shares: Mapping[str, int]
     ) -> dict[str, Any]:
         model = self.network()
+        folded = {layer for layer, code in codes.items() if code == FOLDED}
         by_tensor = {
-            name: codes[layer.name] for layer in layers_of(model) for name in layer.tensors if layer.name in codes
+            name: codes[layer.name]
+            for layer in layers_of(model)
+            for name in layer.tensors
+            if layer.name in codes.keys() - folded
         }
-        factors = self._first_factors({n: code for n, code in by_tensor.items() if is_rank(code)}, full)
-        seconds, precision = self._fine_tune(model, chosen, key, "partial", factors, shares)
+        seconds, precision = self._fine_tune(model, chosen, key, "partial", shares)
         if not self.leads:
             return {}
+        if folded:
+            known = foldable(model)
+            whole = fold([known[layer] for layer in folded], self._base, network_state(model))
+            model.load_state_dict({**model.state_dict(), **whole})
         # refuses to go on when a single bit outside the chosen layers has changed
-        stored = adaptor = take_adaptor(model, self._base, chosen)
+        stored = adaptor = take_adaptor(model, self._base, set(chosen) - folded)
         if by_tensor:
             # judged is what everyone will restore, not what was trained
-            plain = {name: tensor for name, tensor in adaptor.items() if name not in factors}
-            stored = encode(self._base, plain, {n: code for n, code in by_tensor.items() if n in plain})
-            for name, (left, right) in factors.items():
-                stored |= encode_factors(name, left, right)
+            stored = encode(self._base, adaptor, by_tensor)
             put_adaptor(model, self._base, decode(self._base, stored))
         blob = self.store.put_state(stored)
         return {
@@ -575,19 +488,6 @@ class LevelRun:
             "precision": precision,
         }
 
-    def _first_factors(self, ranks: Mapping[str, str], full: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Where changes of low rank begin: at the base, free to move in the directions in which the full fine-tune moved most.
-
-        With rows of length 1 a step along them is as long as one of the weight itself would be.
-        """
-        made = dict[str, tuple[Tensor, Tensor]]()
-        after = self.store.get_state(full) if ranks and self.leads else {}
-        for name, code in ranks.items() if self.leads else ():
-            left, right = directions(code, after[name] - self._base[name])
-            made[name] = torch.zeros_like(left), nn.functional.normalize(right, dim=1)
-        # of one rank for all: the last bits of directions differ between machines
-        return self._agree(made) or {}
-
     def _gradients(self, model: nn.Module) -> Gradients:
         """Of the level's loss at the base, in one pass for all who ask."""
         if self._taken is None:
@@ -602,7 +502,6 @@ class LevelRun:
         chosen: tuple[str, ...] | None,
         key: str,
         stage: StageName,
-        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         shares: Mapping[str, int] | None = None,
     ) -> tuple[float, str]:
         if chosen == ():
@@ -625,7 +524,7 @@ class LevelRun:
         outcome = fine_tune(
             model, images, labels, recipe, self.work.network.normalisation, stop_after=stop_after,
             chosen=chosen, seed=self.work.seed, checkpoint=StoredCheckpoint(self.store, key),
-            progress=_relay(self.say, stage, self.level), factors=factors, batches=batches,
+            progress=progress_to(self.say, stage, self.level), batches=batches,
         )  # fmt: skip
         return outcome.seconds, outcome.precision
 
@@ -637,72 +536,3 @@ class LevelRun:
 def _solved(found: Selection | Choice, used: int) -> dict[str, Any]:
     """What a record says of a solution; `used` in floats."""
     return {"objective": found.objective, "bound": found.bound, "status": found.status, "used": used}
-
-
-def _relay(say: Say, stage: StageName, level: str) -> Callable[[Progress], None]:
-    def report(p: Progress) -> None:
-        say(Event("progress", stage, level, p.step, p.steps, p.epoch + 1, p.epochs, p.loss))
-
-    return report
-
-
-# ── checks before anything is trained ────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class NetworkFacts:
-    """What the driver must know of the network without holding it."""
-
-    floats: int
-    smallest_layer: int
-
-    def least(self, criterion: Criterion) -> int:
-        """A budget of fewer floats fits no layer; under codes that shows only when layers are chosen."""
-        return self.smallest_layer if criterion.codes == PAPERS.codes else 1
-
-
-def check_network(network: Network, weights: str | None) -> NetworkFacts:
-    """Build the network and load its weights to see that both work. Raises UserError."""
-    layers = layers_of(network_from_weights(network, weights))
-    if not layers:
-        raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
-    return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
-
-
-def prepare_images(work: Work, level: str, split_name: Literal["train", "val"]) -> None:
-    """Make one level's images of one split, and check every label, where this node has not done so before."""
-    _data(work, level, split_name)
-
-
-@dataclass(frozen=True)
-class ImageStatistics:
-    """What a server compares its frames with, to see which level they have."""
-
-    height: int
-    width: int
-    """of the most frequent size, in pixels"""
-    luma: float
-    """mean over the images of their mean Rec. 601 luma, 0 to 255"""
-    luma_spread: float
-    """standard deviation of the natural logarithm of an image's mean luma"""
-
-
-_MEASURED_IMAGES = 200
-
-
-def measure_images(work: Work, level: str) -> ImageStatistics:
-    """Statistics of at most 200 training images of a level, evenly spaced. Equal images give equal numbers."""
-    split, parsed = work.data.train, parse_level(level)
-    # undistorted images are read where they lie: no cache entry is made for a few of them
-    read = split.image if parsed.is_clean else level_images(split, parsed, Path(work.cache).expanduser()).__getitem__
-    count = min(len(split), _MEASURED_IMAGES)
-    sizes, lumas = Counter[tuple[int, int]](), list[float]()
-    for index in range(count):
-        image = Image.fromarray(read(index * len(split) // count))
-        sizes[image.height, image.width] += 1
-        lumas.append(float(np.asarray(image.convert("L")).mean()))
-    (height, width), _ = sizes.most_common(1)[0]
-    # a black image has no logarithm; below one step of 255 it is black. Rounded, because logarithms differ in the last
-    # bit from machine to machine, and the same work makes the same manifest.
-    spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
-    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))

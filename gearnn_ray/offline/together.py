@@ -129,10 +129,14 @@ def choose_options(groups: Groups, whose: str, criterion: Criterion, budget: int
     smallest = min((option.bytes for group in groups for option in group), default=None)
     # by Eq. (1) and (2) an adaptor is empty where nothing moved
     if criterion != PAPERS if smallest is None else smallest > FLOAT_BYTES * budget:
-        room = "nothing can be stored so" if smallest is None else f"the smallest choice takes {smallest}"
+        if smallest is None:
+            raise UserError(
+                f"no layer is worth anything to {whose} adaptor by {criterion.value} against {criterion.against} as "
+                f"{', '.join(criterion.codes)}: choose another value or other codes"
+            )
         raise UserError(
             f"{FLOAT_BYTES * budget} bytes hold none of {whose} choices by {criterion.granularity} as "
-            f"{', '.join(criterion.codes)}: {room}, so give more bytes or other codes"
+            f"{', '.join(criterion.codes)}: the smallest choice takes {smallest}, so give more bytes or other codes"
         )
     values, sizes = ([[getattr(o, what) for o in group] for group in groups] for what in ("value", "bytes"))
     return choose(values, sizes, FLOAT_BYTES * budget)

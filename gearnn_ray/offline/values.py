@@ -14,6 +14,8 @@ from gearnn_ray.layers import Alternatives
 from gearnn_ray.offline.sensitivity import Change, Coded, Sensitivity
 
 FLOAT_BYTES = 4
+FOLDED = "folded"
+"""In place of a code: a normalisation's statistics, whose change its weight and bias hold (`gearnn_ray.folding`)."""
 
 
 def _taken(sum_: float | None) -> float:
@@ -65,7 +67,8 @@ def problem(
     """The options of each group of alternatives, ascending in bytes and in value; a group may have none.
 
     An option is an alternative whose normalisation weights and biases share one of `codes` and whose every other layer has
-    one of its own; a code that does not apply to a layer, or is not among `coded`, is none of that layer's. It is worth its
+    one of its own; a code that does not apply to a layer, or is not among `coded`, is none of that layer's, and a layer that is
+    there as folded has no other way. An option is worth its
     layers' change less what the codes lose of it, both as of all its floats together: max(0, value(Δ) - value(Δ - Δ̂)). Options
     worth nothing are left out, and so are those that another of the group makes pointless, being no larger and worth as much.
 
@@ -101,7 +104,11 @@ def options_of(
     parts: dict[str, list[str]] = {}
     for row in rows:
         parts.setdefault("" if row.kind in ("norm_weight", "norm_bias") else row.layer, []).append(row.layer)
-    ways = [[code for code in codes if all((n, code) in held for n in part)] for part in parts.values()]
+    ways = [
+        # what is folded into others takes no bytes and loses nothing
+        [FOLDED] if (part[0], FOLDED) in held else [code for code in codes if all((n, code) in held for n in part)]
+        for part in parts.values()
+    ]
     options = []
     for combination in itertools.product(*ways):
         code_of = {name: code for part, code in zip(parts.values(), combination, strict=True) for name in part}

@@ -37,7 +37,7 @@ from gearnn_ray.cluster import (
     reason_of,
     saying,
 )
-from gearnn_ray.config import ResourcesConfig, SplitConfig, SweepConfig, budget_floats, from_mapping
+from gearnn_ray.config import ResourcesConfig, SplitConfig, SweepConfig, budget_floats
 from gearnn_ray.errors import TrainingFailedError, UserError
 from gearnn_ray.levels import parse_level
 from gearnn_ray.offline import stages
@@ -47,7 +47,9 @@ from gearnn_ray.offline.recipe import Criterion
 from gearnn_ray.offline.release import manifest_of
 from gearnn_ray.offline.reopen import Reopened, make_images, reopen
 from gearnn_ray.offline.resources import check_resources
-from gearnn_ray.offline.stages import ImageStatistics, LevelResult, Work
+from gearnn_ray.offline.stages import LevelResult
+from gearnn_ray.offline.work import ImageStatistics, Work
+from gearnn_ray.options import from_mapping
 from gearnn_ray.progress import Reporter
 from gearnn_ray.store import Blob, Store
 from gearnn_ray.sweep.figure import sweep_figure
@@ -181,6 +183,13 @@ def _selections(work: Work, levels: Sequence[str], only_look: bool = False) -> d
 
 
 @ray.remote
+def _fine_tune_fully(work: Work, level: str, threads: int, board: Any) -> None:
+    prepare_process(threads)
+    with saying(board) as say:
+        stages.fine_tune_fully(work, level, say)
+
+
+@ray.remote
 def _sense(work: Work, level: str, criteria: Sequence[Criterion], threads: int, board: Any) -> None:
     """What all budgets of a level share: the original judged, the full fine-tune, what it says of the layers."""
     prepare_process(threads)
@@ -235,7 +244,17 @@ class _Run:
             {(level, stage): part for level in levels for stage, part in (("original", 0.1), ("full", 1.0))}
         )
         criteria = tuple(dict.fromkeys(trial.work.criterion for trial in trials))
-        self._all(_sense, {level: (trials[0].work, level, criteria) for level in levels})
+        work = trials[0].work
+        if work.criterion.against == "clean":
+            # what every level is measured against, and all else that does not wait for it
+            self.say.expect({("clean", "full"): 1.0})
+            self._all(_fine_tune_fully, {level: (work, level) for level in dict.fromkeys(("clean", *levels))})
+            if "clean" in self.failed:
+                reason = (
+                    f"the fine-tune on undistorted images, which changes are measured against: {self.failed['clean']}"
+                )
+                self.failed |= dict.fromkeys(levels, reason)
+        self._all(_sense, {level: (work, level, criteria) for level in levels if level not in self.failed})
 
     def _all(self, task: Any, calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         """Results of one task per call, by its label; those that fail are noted."""

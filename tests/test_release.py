@@ -1,0 +1,152 @@
+"""What a release says of how its layers were chosen, and that it comes back: reopened, pulled and served. No Ray."""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gearnn_ray import AdaptiveModel, Store
+from gearnn_ray.config import ReleaseDataConfig, SplitConfig, budget_floats
+from gearnn_ray.data import open_dataset
+from gearnn_ray.folding import fold, foldable
+from gearnn_ray.layers import layers_of
+from gearnn_ray.models import build_model
+from gearnn_ray.offline import reopen
+from gearnn_ray.offline.base import check_network, publish_given_base
+from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
+from gearnn_ray.offline.stages import LevelResult, fine_tune_fully, run_level
+from gearnn_ray.offline.values import FOLDED
+from gearnn_ray.offline.work import Network, Work, measure_images
+from gearnn_ray.options import from_mapping
+from gearnn_ray.store import Blob
+from tests import tiny
+from tests.conftest import NORMALISATION
+
+LEVELS = ("clean", "jpeg-10", "brightness-0.4")
+AGAINST = {"against": "clean", "granularity": "module", "value": "l2"}
+SELECTIONS = {
+    "papers": {},
+    "modules": AGAINST,
+    "coded modules": AGAINST | {"codes": ["int8", "bfloat16", "float32"]},
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    config: SplitConfig
+    work: Work
+    results: tuple[LevelResult, ...]
+
+
+@pytest.fixture(scope="module", params=SELECTIONS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A release as the split job publishes it, made here."""
+    folder = tmp_path_factory.mktemp("release")
+    tiny.write_folder(folder / "data")
+    weights = str(tiny.write_weights(folder / "weights.safetensors"))
+    told = {
+        "name": "tiny", "store": str(folder / "store"), "levels": LEVELS, "budget": "20%", "seed": 5,
+        "data": {
+            "kind": "folder", "path": str(folder / "data"), "num_classes": tiny.CLASSES, "cache": str(folder / "cache"),
+        },
+        "model": {
+            "name": "tests.nets:small", "weights": weights, "mean": NORMALISATION.mean, "std": NORMALISATION.std,
+        },
+        "recipe": {"epochs": 1, "learning_rate": 0.1, "batch_size": 4, "crop": 24, "precision": "float32"},
+        "selection": SELECTIONS[request.param],
+    }  # fmt: skip
+    config = from_mapping(SplitConfig, told, "the test")
+    network = Network(config.model.name, tiny.CLASSES, NORMALISATION)
+    facts = check_network(network, weights)
+    work = Work(
+        store=config.store, cache=config.data.cache, network=network, recipe=config.recipe, seed=config.seed,
+        data=open_dataset("folder", config.data.path, num_classes=tiny.CLASSES),
+        budget=budget_floats(config.budget, facts.floats), criterion=config.selection.criterion,
+    )  # fmt: skip
+    base = publish_given_base(work, weights)
+    work = replace(work, base=base.digest)
+    results = tuple(run_level(work, level, lambda _: None) for level in LEVELS)
+    images = {level: measure_images(work, level) for level in LEVELS}
+    summary = tuple(summary_row(result, work.budget, facts.floats) for result in results)
+    Store(config.store).publish(
+        manifest_of(config, work, Blob(base.digest, base.bytes), facts, images, results),
+        tables_of(config.name, work, results, summary),
+    )
+    return Made(config, work, results)
+
+
+def test_the_manifest_says_how_layers_were_chosen_where_it_is_not_as_ever(made: Made) -> None:
+    manifest = Store(made.work.store).pull("tiny").manifest
+    kept = manifest["config"]["selection"]
+    if made.work.criterion.against == "base":
+        assert kept == {"value": "mean-abs", "granularity": "tensor", "codes": ["float32"]}
+    else:
+        assert kept["against"] == "clean"
+    assert manifest["schema"] == (2 if "int8" in kept["codes"] else 1)
+    for result in made.results[1:]:
+        entry = manifest["levels"][result.level]
+        assert FOLDED not in entry.get("codes", {}).values()
+        assert entry["layers"] == list(result.layers)
+
+
+def test_tables_have_eq_1_against_the_base_and_values_as_they_were_judged(made: Made) -> None:
+    store, work = Store(made.work.store), made.work
+    model = build_model(work.network.name, tiny.CLASSES)
+    layers = layers_of(model)
+    base = store.get_state(work.base)
+    for result in made.results[1:]:
+        full, control = (
+            store.get_state(fine_tune_fully(replace(work, keep_full=True), level, lambda _: None)["digest"])
+            for level in (result.level, "clean")
+        )
+        moved = store.get_table(f"tables/tiny/sensitivity/{result.level}.parquet").to_pylist()
+        rows = store.get_table(f"tables/tiny/selection/{result.level}.parquet").to_pylist()
+        assert [row["layer"] for row in moved] == [row["layer"] for row in rows] == [layer.name for layer in layers]
+        sides = [full, base]
+        if work.criterion.against == "clean":
+            sides = [fold(foldable(model).values(), base, state) for state in (full, control)]
+        for layer, change, row in zip(layers, moved, rows, strict=True):
+            plain, judged = (
+                torch.cat([(a[name].double() - b[name].double()).reshape(-1) for name in layer.tensors])
+                for a, b in ((full, base), sides)
+            )
+            assert change["numel"] == row["numel"] == plain.numel()
+            assert change["mean_abs_change"] == pytest.approx(float(plain.abs().mean()), rel=1e-9)
+            assert change["l2_change"] == pytest.approx(float(plain.norm()), rel=1e-9)
+            want = judged.abs().mean() if work.criterion.value == "mean-abs" else judged.norm()
+            assert row["value"] == pytest.approx(float(want), rel=1e-9)
+        assert [row["layer"] for row in rows if row["selected"]] == list(result.layers)
+        statistics = {row["code"] for row in rows if row["selected"] and row["layer"].endswith("running_stats")}
+        assert statistics <= ({"float32"} if work.criterion.granularity == "tensor" else {FOLDED})
+
+
+def test_it_reopens_as_the_work_it_was_made_by(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in ("open_data", "_check_network"):
+        monkeypatch.setattr(reopen, task, SimpleNamespace(remote=getattr(reopen, task)._function))
+    relay = SimpleNamespace(wait=lambda found: found)
+    data = ReleaseDataConfig(cache=made.work.cache)
+    again = reopen.reopen(Store(made.work.store), "tiny", data, relay)  # type: ignore[arg-type]
+    assert again.config.selection == made.config.selection
+    assert again.work == replace(made.work, data=again.work.data)
+    said: list[str] = []
+    found = [run_level(again.work, level, lambda event: said.append(event.kind)) for level in LEVELS]
+    assert set(said) == {"reused"}
+    assert [(r.digest, r.selection) for r in found] == [(r.digest, r.selection) for r in made.results]
+
+
+def test_it_is_served_as_the_network_that_is_restored(made: Made) -> None:
+    release = Store(made.work.store).pull("tiny")
+    served = AdaptiveModel.pull(made.work.store, "tiny")
+    stored = [release.base_state(), *map(release.stored_state, LEVELS)]
+    assert served.weight_bytes == sum(tensor.nbytes for state in stored for tensor in state.values())
+    images = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    plain = build_model(made.work.network.name, tiny.CLASSES).eval()
+    for level in LEVELS:
+        plain.load_state_dict({**release.base_state(), **release.adaptor_state(level)})
+        served.set_level(level)
+        with torch.no_grad():
+            assert torch.equal(served(images), plain(NORMALISATION(images)))
+        if made.work.criterion.granularity == "module":
+            assert not any("running" in name for name in release.stored_state(level))
+    assert sum(any(t.numel() for t in release.adaptor_state(level).values()) for level in LEVELS) == len(LEVELS) - 1
