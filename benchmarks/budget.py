@@ -126,12 +126,15 @@ def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], riv
         mine = [row for row in rows if row.level == level]
         wholes = [row.full for row in mine if row.full is not None]
         lines = {"original": mine[0].original} | ({"whole network": fmean(wholes)} if wholes else {})
-        for what, score in lines.items():
-            axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
-            axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         # what lies far below says no more about the others than that
         scores = sorted(row.score for row in mine)
-        axis.set_ylim(max(scores[0], scores[len(scores) // 10] - 3) - 0.5, max(scores[-1], *lines.values()) + 1)
+        lowest = max(scores[0], scores[len(scores) // 10] - 3) - 0.5
+        axis.set_ylim(lowest, max(scores[-1], *lines.values()) + 1)
+        for what, score in lines.items():
+            if score < lowest:
+                continue
+            axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
+            axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         axis.set(xscale="log", title=level, xlabel="adaptor, kB")
         sizes = sorted({round(row.bytes / 1000, -1 if row.bytes > 20_000 else 1) for row in mine})
         ticks = [size for last, size in zip([0.0, *sizes], sizes, strict=False) if size > 1.3 * last]
