@@ -406,6 +406,8 @@ class LevelRun:
         about = {} if criterion == PAPERS else {"full": full["digest"], "criterion": criterion.inputs()}
         if criterion.granularity == "module":
             about["folded"] = True
+        if criterion.against == "clean":
+            about["control"] = self.control()["digest"]
         return self.stage(
             "selection", self.key("selection", budget=budget, **about), lambda _: self._select(full, budget)
         )
