@@ -24,18 +24,18 @@ import pyarrow.parquet as pq
 import ray
 import yaml
 
-from gearnn_ray.adaptors import put_adaptor
-from gearnn_ray.cluster import Board, Relay, cluster, mute
-from gearnn_ray.codes import decode
-from gearnn_ray.config import ReleaseDataConfig, budget_floats
-from gearnn_ray.evaluation import stages as evaluation
-from gearnn_ray.offline import stages
-from gearnn_ray.offline.finetune import evaluate, fine_tune, prepare_process
-from gearnn_ray.offline.recipe import Criterion
-from gearnn_ray.offline.reopen import make_images, reopen
-from gearnn_ray.offline.work import Work, training_data, validation_data
-from gearnn_ray.report import figure_png, new_figure
-from gearnn_ray.store import Store
+from gearnn_ray.adaptors.adaptor import put_adaptor
+from gearnn_ray.adaptors.storage_formats import decode
+from gearnn_ray.config.recipe import Criterion
+from gearnn_ray.config.schema import ReleaseDataConfig, budget_floats
+from gearnn_ray.evaluation import runs as evaluation
+from gearnn_ray.offline import level_run
+from gearnn_ray.offline.job_spec import JobSpec, training_data, validation_data
+from gearnn_ray.offline.release_context import make_images, open_release_context
+from gearnn_ray.ray_jobs.cluster import EventBoard, EventRelay, cluster, discard
+from gearnn_ray.reporting.summary import figure_png, new_figure
+from gearnn_ray.store.releases import Store
+from gearnn_ray.training.trainer import evaluate, fine_tune, prepare_process
 
 
 @dataclass(frozen=True)
@@ -54,61 +54,61 @@ class Row:
 
 
 @ray.remote(num_cpus=1)
-def control(work: Work) -> None:
+def control(spec: JobSpec) -> None:
     prepare_process(1)
-    stages.fine_tune_fully(work, "clean", mute)
+    level_run.fine_tune_fully(spec, "clean", discard)
 
 
 @ray.remote(num_cpus=1)
-def sense(work: Work, level: str, criteria: list[Criterion], _: Any) -> None:
+def sense(spec: JobSpec, level: str, criteria: list[Criterion], _: Any) -> None:
     prepare_process(1)
-    stages.sense_level(work, level, criteria, mute)
+    level_run.sense_level(spec, level, criteria, discard)
 
 
 @ray.remote(num_cpus=1)
-def adapt(work: Work, level: str, name: str, budget: str, sensed: Any) -> Row:
+def adapt(spec: JobSpec, level: str, name: str, budget: str, sensed: Any) -> Row:
     prepare_process(1)
-    r = stages.run_level(work, level, mute)
+    r = level_run.run_level(spec, level, discard)
     assert r.adaptor is not None
-    first = work.recipe.epochs if work.sensitivity_epochs is None else work.sensitivity_epochs
+    first = spec.recipe.epochs if spec.sensitivity_epochs is None else spec.sensitivity_epochs
     # a pass over the images for the gradients is counted as an epoch, though it moves nothing
-    epochs = first + work.recipe.epochs + (first == 0 or work.criterion.needs_gradients)
-    return Row(name, budget, level, work.seed, r.adaptor, r.floats, r.bytes, r.original, r.full, r.layers, epochs)
+    epochs = first + spec.recipe.epochs + (first == 0 or spec.criterion.needs_gradients)
+    return Row(name, budget, level, spec.seed, r.adaptor, r.floats, r.bytes, r.original, r.full, r.layers, epochs)
 
 
 @ray.remote(num_cpus=1)
-def adapt_neighbours(work: Work, level: str, origin: Work, neighbour: str, name: str, budget: str, _: Row) -> Row:
+def adapt_neighbours(spec: JobSpec, level: str, origin: JobSpec, neighbour: str, name: str, budget: str, _: Row) -> Row:
     """A level's adaptor that begins at its neighbour's, which is there, in the same layers: no full fine-tune of its own."""
     prepare_process(1)
-    r = stages.run_level(origin, neighbour, mute)
+    r = level_run.run_level(origin, neighbour, discard)
     assert r.digest is not None
-    run = stages.LevelRun(work, level, mute)
+    run = level_run.LevelRun(spec, level, discard)
 
     def tune(_: str) -> dict[str, Any]:
-        model, normalisation = run.network(), work.network.normalisation
-        base = run.store.get_state(work.base)
+        model, normalisation = run.network(), spec.network.normalisation
+        base = run.store.get_state(spec.base)
         put_adaptor(model, base, decode(base, run.store.get_state(cast(str, r.digest))))
-        images, labels = training_data(work, level)
-        fine_tune(model, images, labels, work.recipe, normalisation, chosen=r.layers, seed=work.seed)
-        return {"score": evaluate(model, *validation_data(work, level), normalisation, work.recipe.precision)}
+        images, labels = training_data(spec, level)
+        fine_tune(model, images, labels, spec.recipe, normalisation, chosen=r.layers, seed=spec.seed)
+        return {"score": evaluate(model, *validation_data(spec, level), normalisation, spec.recipe.precision)}
 
     score = run.stage("partial", run.key("partial", chosen=r.layers, start=r.digest), tune)["score"]
     original = run.stage("original", run.key("original"), run.judge_original)["score"]
     return Row(
-        name, budget, level, work.seed, score, r.floats, r.bytes, original, None, r.layers, float(work.recipe.epochs)
+        name, budget, level, spec.seed, score, r.floats, r.bytes, original, None, r.layers, float(spec.recipe.epochs)
     )
 
 
 @ray.remote(num_cpus=1)
-def rival(work: Work, making: evaluation.Making, name: str, budget: str) -> Row:
+def baseline(spec: JobSpec, making: evaluation.Making, name: str, budget: str) -> Row:
     prepare_process(1)
-    weights = evaluation.make_weights(work, making, mute)
-    judged = evaluation.judge(work, making.level, [None, weights.digest], mute)
+    weights = evaluation.make_weights(spec, making, discard)
+    judged = evaluation.judge(spec, making.level, [None, weights.digest], discard)
     scores = judged[weights.digest].score, judged[None].score
     return Row(name, budget, making.level, making.seed, scores[0], weights.floats, 4 * weights.floats, scores[1], None)
 
 
-def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], rivals: Collection[str]) -> bytes:
+def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], baselines: Collection[str]) -> bytes:
     """PNG: a panel per level, mean score over an adaptor's bytes, a line per variant."""
     drawn = new_figure((4.2 * len(levels), 4.6))
     axes = drawn.subplots(1, len(levels), squeeze=False)[0]
@@ -121,7 +121,7 @@ def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], riv
             line = sorted((fmean(r.bytes for r in own), fmean(r.score for r in own)) for own in points.values())
             axis.plot(
                 [size / 1000 for size, _ in line], [score for _, score in line], label=name, linewidth=1, markersize=5,
-                marker="osv^D<>phX*"[number % 11], color=f"C{number % 10}", linestyle="--" if name in rivals else "-",
+                marker="osv^D<>phX*"[number % 11], color=f"C{number % 10}", linestyle="--" if name in baselines else "-",
             )  # fmt: skip
         mine = [row for row in rows if row.level == level]
         wholes = [row.full for row in mine if row.full is not None]
@@ -170,16 +170,16 @@ study = yaml.safe_load(options.study.read_text())
 
 rows: list[Row] = []
 with cluster():
-    relay = Relay(cast(Any, Board).remote(), mute)
-    release = reopen(
+    relay = EventRelay(cast(Any, EventBoard).remote(), discard)
+    release = open_release_context(
         Store(options.store), study["release"], ReleaseDataConfig(path=options.data, cache=options.cache), relay
     )
-    make_images(release.work, study["levels"], relay)
-    variants: dict[str, Work] = {}
+    make_images(release.spec, study["levels"], relay)
+    variants: dict[str, JobSpec] = {}
     for name, told in study["variants"].items():
         told = told or {}
-        recipe = release.work.recipe.model_copy(update={**study.get("recipe", {}), **told.get("recipe", {})})
-        own = replace(release.work, recipe=recipe, criterion=Criterion(**told.get("selection", {})))
+        recipe = release.spec.recipe.model_copy(update={**study.get("recipe", {}), **told.get("recipe", {})})
+        own = replace(release.spec, recipe=recipe, criterion=Criterion(**told.get("selection", {})))
         epochs = told.get("sensitivity_epochs")
         variants[name] = replace(own, sensitivity_epochs=None if epochs is None else float(epochs))
     running: list[Any] = []
@@ -187,23 +187,23 @@ with cluster():
     begun = dict[tuple[str, str, int], Any]()  # neighbours' adaptors
     for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
         # what variants share is made once: their tasks wait for it
-        shared = defaultdict[Any, list[Work]](list)
-        for name, work in variants.items():
+        shared = defaultdict[Any, list[JobSpec]](list)
+        for name, spec in variants.items():
             if "neighbours" in (study["variants"][name] or {}):
                 continue
-            shared[work.recipe, work.sensitivity_epochs].append(replace(work, seed=seed))
+            shared[spec.recipe, spec.sensitivity_epochs].append(replace(spec, seed=seed))
         # weights that any of them looks at again are kept from the start
         sensed = dict[Any, Any]()
         for key, works in shared.items():
-            against = next((work for work in works if work.criterion.against == "clean"), None)
+            against = next((spec for spec in works if spec.criterion.against == "clean"), None)
             if against and (key, seed) not in controls:
                 controls[key, seed] = control.remote(against)
-            criteria = [work.criterion for work in works]
+            criteria = [spec.criterion for spec in works]
             sensed[key] = sense.remote(works[0], level, criteria, controls.get((key, seed)))
         for budget in (budget for budget, seeds in study["budgets"].items() if seed < seeds):
             floats = budget_floats(budget, release.facts.floats)
-            for name, work in variants.items():
-                own = replace(work, budget=floats, seed=seed)
+            for name, spec in variants.items():
+                own = replace(spec, budget=floats, seed=seed)
                 if near := (study["variants"][name] or {}).get("neighbours"):
                     origin = replace(next(iter(variants.values())), budget=floats, seed=seed)
                     if (near[level], budget, seed) not in begun:
@@ -211,17 +211,17 @@ with cluster():
                     first = begun[near[level], budget, seed]
                     running.append(adapt_neighbours.remote(own, level, origin, near[level], name, budget, first))
                     continue
-                running.append(adapt.remote(own, level, name, budget, sensed[work.recipe, work.sensitivity_epochs]))
+                running.append(adapt.remote(own, level, name, budget, sensed[spec.recipe, spec.sensitivity_epochs]))
             for name, told in study.get("rivals", {}).items():
                 if told["method"] in ("bn-tuned", "bn-statistics") and budget != next(iter(study["budgets"])):
                     continue  # of one size, whatever the budget
-                own = replace(release.work, recipe=release.work.recipe.model_copy(update=study.get("recipe", {})))
+                own = replace(release.spec, recipe=release.spec.recipe.model_copy(update=study.get("recipe", {})))
                 making = evaluation.Making(
                     told["method"], level, seed=seed, learning_rate=told["learning_rate"],
                     budget=floats if told["method"] in ("auto-rgn", "random", "first-block") else 0,
                     draw=seed if told["method"] == "random" else 0,
                 )  # fmt: skip
-                running.append(rival.remote(own, making, name, budget))
+                running.append(baseline.remote(own, making, name, budget))
     started, left = time.perf_counter(), list(running)
     while left:
         (done,), left = ray.wait(left)

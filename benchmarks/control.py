@@ -14,22 +14,22 @@ from typing import Any, cast
 import ray
 from torch import Tensor
 
-from gearnn_ray.cluster import Board, Relay, cluster, mute
-from gearnn_ray.config import ReleaseDataConfig
-from gearnn_ray.folding import fold, foldable
-from gearnn_ray.layers import layers_of
-from gearnn_ray.models import build_model
-from gearnn_ray.offline import stages
-from gearnn_ray.offline.finetune import prepare_process
-from gearnn_ray.offline.reopen import make_images, reopen
-from gearnn_ray.offline.work import Work
-from gearnn_ray.store import Store
+from gearnn_ray.adaptors.bn_folding import fold, foldable
+from gearnn_ray.config.schema import ReleaseDataConfig
+from gearnn_ray.models.layers import layers_of
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.offline import level_run
+from gearnn_ray.offline.job_spec import JobSpec
+from gearnn_ray.offline.release_context import make_images, open_release_context
+from gearnn_ray.ray_jobs.cluster import EventBoard, EventRelay, cluster, discard
+from gearnn_ray.store.releases import Store
+from gearnn_ray.training.trainer import prepare_process
 
 
 @ray.remote(num_cpus=1)
-def whole(work: Work, level: str) -> str:
+def whole(spec: JobSpec, level: str) -> str:
     prepare_process(1)
-    return cast(str, stages.fine_tune_fully(work, level, mute)["digest"])
+    return cast(str, level_run.fine_tune_fully(spec, level, discard)["digest"])
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,18 +43,20 @@ parser.add_argument("--store", default="artifacts")
 options = parser.parse_args()
 
 with cluster():
-    relay = Relay(cast(Any, Board).remote(), mute)
+    relay = EventRelay(cast(Any, EventBoard).remote(), discard)
     store = Store(options.store)
-    release = reopen(store, options.release, ReleaseDataConfig(path=options.data, cache=options.cache), relay)
-    make_images(release.work, options.levels, relay)
-    work = replace(release.work, keep_full=True)
+    release = open_release_context(
+        store, options.release, ReleaseDataConfig(path=options.data, cache=options.cache), relay
+    )
+    make_images(release.spec, options.levels, relay)
+    spec = replace(release.spec, keep_full=True)
     if options.learning_rate is not None:
-        work = replace(work, recipe=work.recipe.model_copy(update={"learning_rate": options.learning_rate}))
+        spec = replace(spec, recipe=spec.recipe.model_copy(update={"learning_rate": options.learning_rate}))
     names = ["clean", *options.levels]
-    digests = dict(zip(names, ray.get([whole.remote(work, name) for name in names]), strict=True))
+    digests = dict(zip(names, ray.get([whole.remote(spec, name) for name in names]), strict=True))
 
-model = build_model(work.network.name, work.network.num_classes)
-base = store.get_state(work.base)
+model = build_model(spec.network.name, spec.network.num_classes)
+base = store.get_state(spec.base)
 after = {name: fold(foldable(model).values(), base, store.get_state(digest)) for name, digest in digests.items()}
 
 

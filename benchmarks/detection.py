@@ -13,16 +13,16 @@ from http_latency import frames
 from PIL import Image
 from releases import JPEG
 
-from gearnn_ray.online.detection import Detector, Reference
-from gearnn_ray.online.frames import evidence_of, read_frame
-from gearnn_ray.online.jpeg import quality_of_pixels, quality_of_tables
+from gearnn_ray.serving.frames import evidence_of, read_frame
+from gearnn_ray.serving.jpeg import quality_of_pixels, quality_of_tables
+from gearnn_ray.serving.level_estimation import LevelEstimator, Reference
 
 ROUNDS = 200
 LEVELS = ("clean", *JPEG, "brightness-0.2", "brightness-0.5", "brightness-2.0")
 
 
 def main() -> None:
-    detector = Detector(LEVELS, Reference(360, 480, 100.0, 0.3))
+    level_estimator = LevelEstimator(LEVELS, Reference(360, 480, 100.0, 0.3))
     files = frames(360, 480)
     seconds: dict[str, list[float]] = {"Pillow": [], "detection": [], "read_frame": [], "from pixels alone": []}
     for turn in range(ROUNDS):
@@ -32,7 +32,7 @@ def main() -> None:
         pixels = np.asarray(image.convert("RGB"))
         started.append(time.perf_counter())
         tables = image.quantization  # type: ignore[attr-defined]
-        detector.detect(evidence_of(pixels, quality_of_tables(tables[0], tables.get(1))))
+        level_estimator.estimate(evidence_of(pixels, quality_of_tables(tables[0], tables.get(1))))
         started.append(time.perf_counter())
         read_frame(file, "image/jpeg")
         started.append(time.perf_counter())

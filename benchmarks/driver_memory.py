@@ -19,7 +19,7 @@ MODEL_MIB = 15_899_449 * 4 / 2**20
 
 
 def one(levels: int, folder: str) -> None:
-    from gearnn_ray.cli import run_split
+    from gearnn_ray.cli.main import run_split
 
     names = [f"jpeg-{5 + 7 * i}" for i in range(levels)]
     code = run_split(

@@ -39,44 +39,44 @@ def subset(camvid: Path, out: Path, train: int, val: int) -> None:
 
 
 def config(arguments: argparse.Namespace, store: Path):  # type: ignore[no-untyped-def]
-    from gearnn_ray.config import DataConfig, ModelConfig, SplitConfig
-    from gearnn_ray.offline.recipe import Recipe
+    from gearnn_ray.config.recipe import Recipe
+    from gearnn_ray.config.schema import DataConfig, ModelConfig, SplitConfig
 
     return SplitConfig(
         name="fanout", store=str(store), levels=LEVELS[: arguments.levels],
-        data=DataConfig(kind="camvid", path=str(arguments.work / "camvid"), cache=str(arguments.work / "cache")),
+        data=DataConfig(kind="camvid", path=str(arguments.spec / "camvid"), cache=str(arguments.spec / "cache")),
         model=ModelConfig(name="drn_d_22", weights=arguments.weights), recipe=Recipe(epochs=arguments.epochs),
     )  # fmt: skip
 
 
 def bare(arguments: argparse.Namespace) -> float:
     """Runs in a process of its own; prints the seconds of the loop."""
-    from gearnn_ray.config import budget_floats, normalisation_values
-    from gearnn_ray.data import open_dataset
-    from gearnn_ray.models import read_weights
+    from gearnn_ray.config.schema import budget_floats, normalisation_values
+    from gearnn_ray.data.dataset import open_dataset
+    from gearnn_ray.models.registry import read_weights
     from gearnn_ray.offline.base import check_network, publish_given_base
-    from gearnn_ray.offline.finetune import prepare_process
-    from gearnn_ray.offline.stages import run_level
-    from gearnn_ray.offline.work import Network, Work, prepare_images
+    from gearnn_ray.offline.job_spec import JobSpec, Network, prepare_images
+    from gearnn_ray.offline.level_run import run_level
     from gearnn_ray.tasks.segmentation import Normalisation
+    from gearnn_ray.training.trainer import prepare_process
 
     prepare_process(1)
-    told = config(arguments, arguments.work / "bare")
+    told = config(arguments, arguments.spec / "bare")
     data = open_dataset("camvid", told.data.path)
     about = dict(read_weights(arguments.weights).about)
     network = Network("drn_d_22", data.num_classes, Normalisation(*normalisation_values(told.model, about)))
     facts = check_network(network, arguments.weights)
-    work = Work(
+    spec = JobSpec(
         store=told.store, cache=told.data.cache, network=network, data=data, recipe=told.recipe,
         budget=budget_floats(told.budget, facts.floats), seed=0,
     )  # fmt: skip
     for level in told.levels:
         for part in ("train", "val"):
-            prepare_images(work, level, part)
-    work = replace(work, base=publish_given_base(work, arguments.weights).digest)
+            prepare_images(spec, level, part)
+    spec = replace(spec, base=publish_given_base(spec, arguments.weights).digest)
     started = time.perf_counter()
     for level in told.levels:
-        run_level(work, level, lambda _: None)
+        run_level(spec, level, lambda _: None)
     return time.perf_counter() - started
 
 
@@ -86,7 +86,7 @@ def job(arguments: argparse.Namespace, trainer: bool) -> float:
 
     from gearnn_ray.offline import pipeline
 
-    told = config(arguments, arguments.work / ("trainer" if trainer else "job"))
+    told = config(arguments, arguments.spec / ("trainer" if trainer else "job"))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     if trainer:  # the pipeline's own code for several workers, with one
         pipeline.spreads_over_workers = lambda resources: True  # type: ignore[assignment]

@@ -19,11 +19,11 @@ import torch
 from step import smallest_layers
 from torch.utils.flop_counter import FlopCounterMode
 
-from gearnn_ray.layers import network_state, same_bits
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import fine_tune, prepare_process
-from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.models.layers import network_state, same_bits
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.segmentation import Normalisation
+from gearnn_ray.training.trainer import fine_tune, prepare_process
 
 CLASSES, BATCH = 11, 8
 NORMALISATION = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31))
@@ -88,7 +88,7 @@ def matmul_rate(device: str, size: int) -> float:
 
 def step_flops(partial: bool, crop: int) -> float:
     """FLOPs per image of one training step."""
-    from gearnn_ray.layers import set_trainable
+    from gearnn_ray.models.layers import set_trainable
 
     model = build_model("drn_d_22", CLASSES)
     set_trainable(model, smallest_layers() if partial else None)

@@ -22,7 +22,7 @@ from serving import service
 
 from gearnn_ray import Release, Store
 from gearnn_ray.data.scenes import ScenesSplit
-from gearnn_ray.store import SCHEMA
+from gearnn_ray.store.releases import SCHEMA
 
 CLIENTS = 8
 

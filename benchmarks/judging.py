@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 import torch
 import tyro
 
-from gearnn_ray.config import ScenesConfig
-from gearnn_ray.data import open_dataset
-from gearnn_ray.evaluation.stages import confusions
-from gearnn_ray.layers import network_state
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import autocast, prepare_process, resolve_precision
-from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.work import Network, Work, validation_data
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.config.schema import ScenesConfig
+from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.evaluation.runs import confusions
+from gearnn_ray.models.layers import network_state
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.offline.job_spec import JobSpec, Network, validation_data
 from gearnn_ray.tasks.segmentation import Normalisation, logits_of
+from gearnn_ray.training.trainer import autocast, prepare_process, resolve_precision
 
 METHODS = 10
 
@@ -41,7 +41,7 @@ def main(images: int = 4, rounds: int = 5, height: int = 360, width: int = 480) 
         states.append(network_state(build_model(network.name, network.num_classes)))
     precision = resolve_precision("auto", torch.device("cpu"))
     with TemporaryDirectory() as folder:
-        work = Work(
+        spec = JobSpec(
             store=folder,
             cache=str(Path(folder) / "cache"),
             network=network,
@@ -50,7 +50,7 @@ def main(images: int = 4, rounds: int = 5, height: int = 360, width: int = 480) 
             budget=0,
             seed=0,
         )
-        pictures, labels = validation_data(work, "jpeg-10")
+        pictures, labels = validation_data(spec, "jpeg-10")
         ready = [
             normalisation(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2)).contiguous(
                 memory_format=torch.channels_last
@@ -70,13 +70,13 @@ def main(images: int = 4, rounds: int = 5, height: int = 360, width: int = 480) 
                 total += time.perf_counter() - started
             bare.append(total)
             started = time.perf_counter()
-            confusions(model, states, pictures, labels, work)
+            confusions(model, states, pictures, labels, spec)
             judged.append(time.perf_counter() - started)
-    once, together = statistics.median(bare), statistics.median(judged)
+    once, is_joint = statistics.median(bare), statistics.median(judged)
     print(f"{METHODS} × DRN-D-22, {images} images {width}x{height}, {precision}, {rounds} rounds, one thread")
     print(f"sum of bare forward passes  {once:.2f} s  ({', '.join(f'{t:.2f}' for t in bare)})")
-    print(f"one pass that judges all    {together:.2f} s  ({', '.join(f'{t:.2f}' for t in judged)})")
-    print(f"ratio                       {together / once:.3f}  (aim: at most 1.15)")
+    print(f"one pass that judges all    {is_joint:.2f} s  ({', '.join(f'{t:.2f}' for t in judged)})")
+    print(f"ratio                       {is_joint / once:.3f}  (aim: at most 1.15)")
 
 
 if __name__ == "__main__":

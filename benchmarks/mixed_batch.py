@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from gearnn_ray import build_model
-from gearnn_ray.offline.finetune import prepare_process
-from gearnn_ray.online.adaptive import AdaptiveModel
+from gearnn_ray.serving.adaptive_model import AdaptiveModel
+from gearnn_ray.training.trainer import prepare_process
 
 BATCH = 16
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from gearnn_ray import Store
-from gearnn_ray.layers import model_size, network_state
-from gearnn_ray.models import build_model
+from gearnn_ray.models.layers import model_size, network_state
+from gearnn_ray.models.registry import build_model
 
 CLASSES, LEVELS = 11, 10
 
@@ -84,9 +84,9 @@ def main() -> None:
 
         seconds: dict[str, list[float]] = {"read and hash": [], "pull": []}
         for _ in range(arguments.repeats):
-            for what, work in (("read and hash", read_and_hash), ("pull", lambda: kept.append(store.pull(reference)))):
+            for what, spec in (("read and hash", read_and_hash), ("pull", lambda: kept.append(store.pull(reference)))):
                 started = time.perf_counter()
-                work()
+                spec()
                 seconds[what].append(time.perf_counter() - started)
         size = sum(file.stat().st_size for file in files)
         print(f"{len(files)} files, {size:,} bytes, median of {arguments.repeats}")

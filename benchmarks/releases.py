@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gearnn_ray import Release, Store, build_model, model_size
-from gearnn_ray.layers import layers_of, network_state, tensors_of
+from gearnn_ray.models.layers import layers_of, network_state, tensors_of
 
 CLASSES = 11
 JPEG = tuple(f"jpeg-{quality}" for quality in range(10, 101, 10))

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from gearnn_ray.layers import layers_of, model_size
-from gearnn_ray.models import build_model
+from gearnn_ray.models.layers import layers_of, model_size
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.selection import (
     Choice,
     Joint,

@@ -15,8 +15,8 @@ from PIL import Image
 from serving import service
 
 from gearnn_ray import Store, build_model
-from gearnn_ray.data import open_dataset
-from gearnn_ray.levels import parse_level
+from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.levels.level import parse_level
 from gearnn_ray.tasks.segmentation import IGNORED, Normalisation, confusion, logits_of, mean_iou
 
 CLIENTS = 4

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from gearnn_ray import Store
-from gearnn_ray.layers import layers_of
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.finetune import fine_tune, prepare_process
-from gearnn_ray.offline.recipe import Recipe
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.models.layers import layers_of
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.segmentation import Normalisation
+from gearnn_ray.training.trainer import fine_tune, prepare_process
 
 CLASSES, BUDGET, STEPS = 11, 31_814, 4
 

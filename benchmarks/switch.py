@@ -17,10 +17,11 @@ import torch
 from peft_lora import lora_network
 from releases import add_options, from_options
 
-from gearnn_ray import Release, build_model, codes
-from gearnn_ray.offline.finetune import prepare_process
-from gearnn_ray.online.adaptive import AdaptiveModel
-from gearnn_ray.online.modules import AdaptiveConv
+from gearnn_ray import Release, build_model
+from gearnn_ray.adaptors import storage_formats
+from gearnn_ray.serving.adaptive_model import AdaptiveModel
+from gearnn_ray.serving.modules import AdaptiveConv
+from gearnn_ray.training.trainer import prepare_process
 
 ROUNDS = 400  # of the fast ways; a slow one gets what fits a few seconds
 PASSES = 5  # of one size and one way of using levels
@@ -92,39 +93,43 @@ def extra(model: AdaptiveModel, release: Release) -> float:
     return model.weight_bytes / sum(t.nbytes for t in release.base_state().values()) - 1
 
 
-def coded(release: Release) -> Release:
+def stored_variants(release: Release) -> Release:
     """The release under the smallest codes that a split job offers: int8, and bfloat16 for running statistics."""
     base, stored = release.base_state(), {}
     for level in release.levels:
         adaptor = release.adaptor_state(level)
         smallest = {name: "bfloat16" if ".running_" in name else "int8" for name in adaptor}
-        applying = {name: code for name, code in smallest.items() if codes.applies(code, base[name].shape)}
-        stored[level] = codes.encode(base, adaptor, applying)
+        applying = {
+            name: storage_format
+            for name, storage_format in smallest.items()
+            if storage_formats.applies(storage_format, base[name].shape)
+        }
+        stored[level] = storage_formats.encode(base, adaptor, applying)
     return Release(release.manifest, release.digest, base, stored)
 
 
 def compare_codes(plain: AdaptiveModel, release: Release, levels: list[str]) -> None:
     """One thread's CPU time of a pass with the adaptors coded over that of one as they are released, and what is held."""
-    models = {"released": plain, "coded": AdaptiveModel(coded(release))}
+    models = {"released": plain, "coded": AdaptiveModel(stored_variants(release))}
     convolutions = [[m for m in model.modules() if isinstance(m, AdaptiveConv)] for model in models.values()]
     for ours, its in zip(*convolutions, strict=True):  # the same kernels in both
         its.eager_method = ours.eager_method
-    for code, model in models.items():
-        print(f"adaptors as {code}: the base + {extra(model, release):.2%}", end="")
+    for storage_format, model in models.items():
+        print(f"adaptors as {storage_format}: the base + {extra(model, release):.2%}", end="")
         model.set_level(levels[0])
         model(torch.randn(1, 3, *SIZES[-1]))
         print(f", with one set by set_level {extra(model, release):.2%}")
-    print(f"{'a pass as coded / as released':36}{'set_level':>12}{'given':>12}{'two levels':>12}")
+    print(f"{'a pass as stored_variants / as released':36}{'set_level':>12}{'given':>12}{'two levels':>12}")
     for size in SIZES:
         shares = []
         for given in (None, levels[:1], levels[:2]):
             images = torch.randn(len(given or "1"), 3, *size)
-            took: dict[str, list[float]] = {code: [] for code in models}
+            took: dict[str, list[float]] = {storage_format: [] for storage_format in models}
             for turn in range(PASSES + 1):
-                for code in sorted(models, reverse=bool(turn % 2)):
+                for storage_format in sorted(models, reverse=bool(turn % 2)):
                     start = time.thread_time()
-                    models[code](images, given)
-                    took[code].append(time.thread_time() - start)
+                    models[storage_format](images, given)
+                    took[storage_format].append(time.thread_time() - start)
             shares.append(
                 statistics.median(c / f for c, f in zip(took["coded"][1:], took["released"][1:], strict=True))
             )

@@ -14,25 +14,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gearnn_ray.errors import CorruptStoreError, TrainingFailedError, UserError
-    from gearnn_ray.layers import model_size
-    from gearnn_ray.models import build_model
+    from gearnn_ray.core.errors import CorruptStoreError, TrainingFailedError, UserError
+    from gearnn_ray.models.layers import model_size
+    from gearnn_ray.models.registry import build_model
     from gearnn_ray.offline.selection import Selection, select
-    from gearnn_ray.online.adaptive import AdaptiveModel
-    from gearnn_ray.online.export import export_level
-    from gearnn_ray.store import Release, Store
+    from gearnn_ray.serving.adaptive_model import AdaptiveModel
+    from gearnn_ray.serving.export import export_level
+    from gearnn_ray.store.releases import Release, Store
 
 _HOMES = {
-    "AdaptiveModel": "online.adaptive",
-    "CorruptStoreError": "errors",
-    "Release": "store",
+    "AdaptiveModel": "serving.adaptive_model",
+    "CorruptStoreError": "core.errors",
+    "Release": "store.releases",
     "Selection": "offline.selection",
-    "Store": "store",
-    "TrainingFailedError": "errors",
-    "UserError": "errors",
-    "build_model": "models",
-    "export_level": "online.export",
-    "model_size": "layers",
+    "Store": "store.releases",
+    "TrainingFailedError": "core.errors",
+    "UserError": "core.errors",
+    "build_model": "models.registry",
+    "export_level": "serving.export",
+    "model_size": "models.layers",
     "select": "offline.selection",
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 # where only the working directory was shipped, the package is not installed but lies next door
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gearnn_ray.cli import run_sweep
+from gearnn_ray.cli.main import run_sweep
 
 if __name__ == "__main__":
     sys.exit(run_sweep(sys.argv[1:]))

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from gearnn_ray.layers import network_state
-from gearnn_ray.models import build_model
-from gearnn_ray.store import Store
+from gearnn_ray.models.layers import network_state
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.store.releases import Store
 from tests.tiny import CLASSES
 
 LEVELS = ("jpeg-10", "jpeg-50")
@@ -64,7 +64,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def expected_logits(store: Path | str, ref: str, level: str, frame: bytes) -> NDArray[np.float32]:
-    """[K, H, W] of the level's own plain network, without any code of `gearnn_ray.online`."""
+    """[K, H, W] of the level's own plain network, without any code of `gearnn_ray.serving`."""
     release = Store(store).pull(ref)
     network = build_model("tests.nets:small", CLASSES)
     network.load_state_dict({**release.base_state(), **({} if level == "clean" else release.adaptor_state(level))})

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from gearnn_ray.blobs import decode_state, encode_state
-from gearnn_ray.errors import CorruptStoreError
+from gearnn_ray.core.errors import CorruptStoreError
+from gearnn_ray.store.blobs import decode_state, encode_state
 
 STATE = {
     "weight": torch.arange(24.0).reshape(2, 3, 4),

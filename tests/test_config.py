@@ -10,18 +10,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearnn_ray.config import (
+from gearnn_ray.config.command_line import from_mapping, parse_command_line
+from gearnn_ray.config.recipe import Criterion
+from gearnn_ray.config.schema import (
     EvaluateConfig,
     ModelConfig,
     SplitConfig,
     budget_floats,
     normalisation_values,
 )
-from gearnn_ray.errors import UserError
-from gearnn_ray.evaluation.methods import TITLES
-from gearnn_ray.offline.recipe import Criterion
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.evaluation.baselines import TITLES
 from gearnn_ray.offline.selection import few_adaptors
-from gearnn_ray.options import from_mapping, parse_command_line
 from tests.conftest import ROOT
 
 
@@ -110,18 +110,18 @@ def test_what_is_wrong_with_a_command_line_is_one_sentence(arguments: list[str],
 
 
 def test_levels_are_chosen_together_by_name(tmp_path: Path) -> None:
-    assert not parse().selection.together
+    assert not parse().selection.is_joint
     config = parse(
         "--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--selection.frequencies", "jpeg-10", "120",
-        "jpeg-80", "0.5", "--selection.value", "l2", "--levels", "clean", "jpeg-10", "jpeg-80",
+        "jpeg-80", "0.5", "--selection.importance", "l2", "--levels", "clean", "jpeg-10", "jpeg-80",
     )  # fmt: skip
     selection = config.selection
-    assert (selection.criterion, selection.coupling.adaptors) == (Criterion(value="l2"), 2)
+    assert (selection.criterion, selection.coupling.adaptors) == (Criterion(importance="l2"), 2)
     assert selection.coupling.frequencies == {"jpeg-10": 120, "jpeg-80": 0.5}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse("--config", str(tmp_path / "c.yaml")) == config
     # what is part of stages' keys is what it was before
-    assert list(selection.criterion.inputs()) == ["value", "granularity", "codes"]
+    assert list(selection.criterion.inputs()) == ["importance", "granularity", "storage_formats"]
 
 
 def test_changes_may_be_measured_against_the_undistorted_fine_tune(tmp_path: Path) -> None:
@@ -132,8 +132,12 @@ def test_changes_may_be_measured_against_the_undistorted_fine_tune(tmp_path: Pat
     (tmp_path / "c.yaml").write_text("selection: {against: clean}\n")
     assert parse("--config", str(tmp_path / "c.yaml")).selection.criterion == Criterion(against="clean")
     # its weights, and those of modules, are looked at again
-    plain = {Criterion(): False, Criterion(value="l2"): False, Criterion(value="fisher"): True}
-    more = {Criterion(against="clean"): True, Criterion(granularity="module"): True, Criterion(codes=("int8",)): True}
+    plain = {Criterion(): False, Criterion(importance="l2"): False, Criterion(importance="fisher"): True}
+    more = {
+        Criterion(against="clean"): True,
+        Criterion(granularity="module"): True,
+        Criterion(storage_formats=("int8",)): True,
+    }
     assert {criterion: criterion.needs_weights for criterion in plain | more} == plain | more
 
 
@@ -159,7 +163,10 @@ MANY = [f"jpeg-{quality}" for quality in range(10, 23)]
             "the frequency of jpeg-10 is -3: expected 0 or more",
         ),
         (["problem", "one-memory", "frequencies", "jpeg-10", "nan"], "nan"),
-        (["problem", "few-layers", "distinct", "3", "codes", "int8"], "few-layers, which chooses tensors as float32"),
+        (
+            ["problem", "few-layers", "distinct", "3", "storage_formats", "int8"],
+            "few-layers, which chooses tensors as float32",
+        ),
         (["problem", "few-adaptors", "adaptors", "3", "granularity", "module"], "few-adaptors, which chooses tensors"),
         (
             ["problem", "one-memory", "frequencies", "jpeg-10", "3"],
@@ -170,7 +177,7 @@ MANY = [f"jpeg-{quality}" for quality in range(10, 23)]
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(arguments: list[str], found: str) -> None:
-    options = ("problem", "distinct", "adaptors", "frequencies", "codes", "granularity")
+    options = ("problem", "distinct", "adaptors", "frequencies", "storage_formats", "granularity")
     line = ["--levels" if a == "LEVELS" else f"--selection.{a}" if a in options else a for a in arguments]
     with pytest.raises(UserError, match=found) as caught:
         parse(*line)
@@ -193,12 +200,12 @@ def test_an_evaluation_compares_everything_and_reads_back(tmp_path: Path) -> Non
     assert {"original", "switching", "gearnn", *evaluation().methods} < set(TITLES)
     config = evaluation(
         "--release", "tiny", "--methods", "--budgets", "0.1%", "31814", "--levels", "clean", "jpeg-10", "jpeg-20",
-        "--rival-levels", "jpeg-10", "--tuning-level", "jpeg-10", "--stability.alphas", "1", "--resources.gpus", "0.25",
+        "--baseline-levels", "jpeg-10", "--tuning-level", "jpeg-10", "--stability.alphas", "1", "--resources.gpus", "0.25",
     )  # fmt: skip
     assert (config.release, config.methods, config.stability.alphas) == ("tiny:latest", (), (1.0,))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert evaluation("--config", str(tmp_path / "c.yaml")) == config
-    (tmp_path / "c.yaml").write_text("{rival_levels: [jpeg-10], budgets: [31814, 1%]}")  # the release has the levels
+    (tmp_path / "c.yaml").write_text("{baseline_levels: [jpeg-10], budgets: [31814, 1%]}")  # the release has the levels
     assert evaluation("--config", str(tmp_path / "c.yaml")).budgets == ("31814", "1%")
 
 
@@ -207,10 +214,13 @@ def test_an_evaluation_compares_everything_and_reads_back(tmp_path: Path) -> Non
     [
         (["--release", "../x"], "'../x' is no bundle"),
         (["--levels", "jpeg-0"], "jpeg-0"),
-        (["--rival-levels", "jpeg-0"], "jpeg-0"),
+        (["--baseline-levels", "jpeg-0"], "jpeg-0"),
         (["--tuning-level", "jpeg-010"], "write 'jpeg-10'"),
         (["--untrained", "jpeg-10", "jpeg-10"], "the level jpeg-10 is given twice: give each level once"),
-        (["--levels", "jpeg-10", "--rival-levels", "jpeg-20"], "line: rival_levels has jpeg-20, which levels has not"),
+        (
+            ["--levels", "jpeg-10", "--baseline-levels", "jpeg-20"],
+            "line: baseline_levels has jpeg-20, which levels has not",
+        ),
         (["--methods", "magic"], "'magic'"),
         (["--methods", "mixed", "mixed"], "the method mixed is given twice"),
         (["--stability.alphas"], "no alpha is given"),

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from gearnn_ray.data import IGNORED, KINDS, Dataset, Split, open_dataset
-from gearnn_ray.errors import UserError
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED, KINDS, Dataset, Split, open_dataset
 
 H, W = 6, 8
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"

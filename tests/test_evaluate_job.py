@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import evaluation
-from gearnn_ray.cli import run_evaluate, run_split
-from gearnn_ray.config import EvaluateConfig
-from gearnn_ray.errors import UserError
-from gearnn_ray.evaluation.methods import TITLES
-from gearnn_ray.offline.events import Event
-from gearnn_ray.progress import Reporter
+from gearnn_ray.cli.main import run_evaluate, run_split
+from gearnn_ray.config.schema import EvaluateConfig
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.core.events import Event
+from gearnn_ray.evaluation.baselines import TITLES
+from gearnn_ray.reporting.progress import Reporter
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
@@ -73,10 +73,10 @@ def job(monkeypatch: pytest.MonkeyPatch, outcome: Judged | BaseException) -> lis
     """In the pipeline's place: says one thing and ends so. Returns what it is told."""
     told: list[tuple[EvaluateConfig, str]] = []
 
-    def evaluate(config: EvaluateConfig, say: Reporter, command: str) -> Judged:
+    def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Judged:
         told.append((config, command))
-        say.expect({("jpeg-10", "judging"): 1.0})
-        say(Event("finished", "judging", "jpeg-10"))
+        emit.expect({("jpeg-10", "judging"): 1.0})
+        emit(Event("finished", "judging", "jpeg-10"))
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -205,9 +205,9 @@ def gated(num_classes: int) -> nn.Module:
     return _Gated(num_classes)
 
 
-def told(work: Path, store: str) -> list[str]:
+def told(spec: Path, store: str) -> list[str]:
     return [
-        "--store", str(work / store), "--release", "tiny", "--data.cache", str(work / "cache"),
+        "--store", str(spec / store), "--release", "tiny", "--data.cache", str(spec / "cache"),
         "--levels", "clean", *BRIGHT, DARK, "--rival-levels", BRIGHT[0],
         "--methods", "clean-tuned", "bn-statistics", "bn-tuned", "random", "--draws", "1",
         "--tuning-level", BRIGHT[0], "--budgets", "60%", "--json",
@@ -215,7 +215,7 @@ def told(work: Path, store: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A folder with a release of one level in the store `released`."""
     folder = tmp_path_factory.mktemp("killed")
     tiny.write_folder(folder / "data", train=16)
@@ -234,21 +234,21 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path) -> dict[str, Any]:
+def undisturbed(spec: Path) -> dict[str, Any]:
     """The result of an evaluation that nobody kills."""
     from gearnn_ray.evaluation import findings
 
-    shutil.copytree(work / "released", work / "undisturbed")
+    shutil.copytree(spec / "released", spec / "undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(findings, "figures_of", lambda _: {})
-        return run_here(work, "undisturbed")[-1]
+        return run_here(spec, "undisturbed")[-1]
 
 
-def run_here(work: Path, store: str) -> list[dict[str, Any]]:
+def run_here(spec: Path, store: str) -> list[dict[str, Any]]:
     """A job on the Ray of all tests, which must succeed: its events and its result."""
     said = Said()
     with contextlib.redirect_stdout(said):
-        assert run_evaluate(told(work, store)) == 0
+        assert run_evaluate(told(spec, store)) == 0
     return said.lines
 
 
@@ -293,23 +293,23 @@ def workers_of(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     return working, others
 
 
-def assert_same(work: Path, store: str, result: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+def assert_same(spec: Path, store: str, result: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert result["accuracy"] == undisturbed["accuracy"]
     assert result["averages"] == undisturbed["averages"]
-    assert tiny.blobs(work / store) == tiny.blobs(work / "undisturbed")
-    stages = [{path.name for path in (work / folder / "stages").iterdir()} for folder in (store, "undisturbed")]
+    assert tiny.blobs(spec / store) == tiny.blobs(spec / "undisturbed")
+    stages = [{path.name for path in (spec / folder / "stages").iterdir()} for folder in (store, "undisturbed")]
     assert stages[0] == stages[1]
-    assert not list((work / store / "checkpoints").iterdir())
+    assert not list((spec / store / "checkpoints").iterdir())
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_killed_and_run_again_it_repeats_nothing_it_had_finished(
-    work: Path, undisturbed: dict[str, Any], ray_cluster: str
+    spec: Path, undisturbed: dict[str, Any], ray_cluster: str
 ) -> None:
     """As a process of its own on the Ray of all tests, which ends the tasks of a driver that is gone."""
-    shutil.copytree(work / "released", work / "driver")
+    shutil.copytree(spec / "released", spec / "driver")
     with closed(GATE):
-        job = Job(tiny.start_job(told(work, "driver")[:-1], "evaluate.py", RAY_ADDRESS=ray_cluster))
+        job = Job(tiny.start_job(told(spec, "driver")[:-1], "evaluate.py", RAY_ADDRESS=ray_cluster))
         try:
             job.wait_for(only_darkness_is_left)
         finally:
@@ -318,20 +318,20 @@ def test_killed_and_run_again_it_repeats_nothing_it_had_finished(
             job.end()
             wait_until_gone(workers, [])
     assert len(workers) == 1
-    assert len(list((work / "driver/checkpoints").iterdir())) == 1
-    *lines, result = run_here(work, "driver")
+    assert len(list((spec / "driver/checkpoints").iterdir())) == 1
+    *lines, result = run_here(spec, "driver")
     finished = set(places("finished", job.lines))
     assert not finished & set(places("started", lines))
     assert finished <= set(places("reused", lines))
     # what was under way goes on with its third epoch
     assert (DARK, "switching") in places("started", lines)
     assert {e["epoch"] for e in lines if e["event"] == "progress" and e["stage"] == "switching"} == {3, 4}
-    assert_same(work, "driver", result, undisturbed)
+    assert_same(spec, "driver", result, undisturbed)
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: dict[str, Any]) -> None:
-    shutil.copytree(work / "released", work / "worker")
+def test_a_killed_worker_costs_an_epoch(spec: Path, undisturbed: dict[str, Any]) -> None:
+    shutil.copytree(spec / "released", spec / "worker")
     said, codes = Said(), list[int]()
     killed: list[psutil.Process] = []
 
@@ -347,7 +347,7 @@ def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: dict[str, Any])
     with closed(GATE), contextlib.redirect_stdout(said):
         killer = threading.Thread(target=kill)
         killer.start()
-        codes.append(run_evaluate(told(work, "worker")))
+        codes.append(run_evaluate(told(spec, "worker")))
         killer.join()
     assert codes == [0]
     assert len(killed) == 1
@@ -356,7 +356,7 @@ def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: dict[str, Any])
     third = [e for e in lines if e["event"] == "progress" and (e["level"], e["stage"]) == (DARK, "switching")]
     assert [e["epoch"] for e in third if e["step"] % STEPS == 0] == [1, 2, 3, 4]
     assert max(places("started", lines).count(place) for place in places("started", lines)) == 2
-    assert_same(work, "worker", result, undisturbed)
+    assert_same(spec, "worker", result, undisturbed)
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gearnn_ray.evaluation.figures import short_level, spread_evenly
+from gearnn_ray.evaluation.baselines import CONSTANT, TITLES, axes_of
 from gearnn_ray.evaluation.memory import memory_rows
-from gearnn_ray.evaluation.methods import CONSTANT, TITLES, axes_of
-from gearnn_ray.evaluation.page import METHODS, Evaluation, figures_of, render
-from gearnn_ray.evaluation.stages import Picture
-from gearnn_ray.tables import ACCURACY, AVERAGES, BYTES, CHANGES, DIFFERENCES, FREQUENCY, MEMORY, SHARES, TUNING, table
+from gearnn_ray.evaluation.report.figures import short_level, spread_evenly
+from gearnn_ray.evaluation.report.page import METHODS, Evaluation, figures_of, render
+from gearnn_ray.evaluation.runs import Picture
+from gearnn_ray.store.tables import (
+    ACCURACY,
+    AVERAGES,
+    BYTES,
+    CHANGES,
+    DIFFERENCES,
+    FREQUENCY,
+    MEMORY,
+    SHARES,
+    TUNING,
+    table,
+)
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -293,7 +304,7 @@ def test_figures_are_named_for_what_they_show_and_are_the_same_bytes_every_time(
 
 
 def test_figures_tell_methods_apart_without_colour(whole: Evaluation) -> None:
-    from gearnn_ray.evaluation.figures import _STYLES, GROUPS
+    from gearnn_ray.evaluation.report.figures import _STYLES, GROUPS
 
     for members in GROUPS.values():
         for key in ("marker", "linestyle"):

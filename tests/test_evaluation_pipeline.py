@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gearnn_ray import Store, tables
-from gearnn_ray.adaptors import put_adaptor
-from gearnn_ray.cli import run_evaluate, run_split
-from gearnn_ray.config import EvaluateConfig, budget_floats
-from gearnn_ray.evaluation import findings, memory, methods, pipeline
-from gearnn_ray.evaluation.methods import CONSTANT, TITLES
-from gearnn_ray.levels import parse_level
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.events import Event
-from gearnn_ray.offline.finetune import evaluate as judge
-from gearnn_ray.options import parse_command_line
-from gearnn_ray.progress import Plan
+from gearnn_ray import Store
+from gearnn_ray.adaptors.adaptor import put_adaptor
+from gearnn_ray.cli.main import run_evaluate, run_split
+from gearnn_ray.config.command_line import parse_command_line
+from gearnn_ray.config.schema import EvaluateConfig, budget_floats
+from gearnn_ray.core.events import Event
+from gearnn_ray.evaluation import baselines, findings, memory, pipeline
+from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.reporting.progress import Plan
+from gearnn_ray.store import tables
 from gearnn_ray.tasks.segmentation import Normalisation
+from gearnn_ray.training.trainer import evaluate as judge
 from tests import tiny
 from tests.test_pipeline import files
 
@@ -112,7 +113,7 @@ def plain() -> Any:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("evaluation")
     tiny.write_folder(folder / "data")
@@ -149,13 +150,13 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(work: Path) -> Done:
-    shutil.copytree(work / "released", work / "store")
-    return Done(work, *evaluate(told(work)))
+def done(spec: Path) -> Done:
+    shutil.copytree(spec / "released", spec / "store")
+    return Done(spec, *evaluate(told(spec)))
 
 
 def cells(
-    levels: Sequence[str], rivals: Sequence[str], seeds: int, adaptive: Sequence[str], constant: Sequence[str]
+    levels: Sequence[str], baselines: Sequence[str], seeds: int, adaptive: Sequence[str], constant: Sequence[str]
 ) -> set[tuple[str, str, int]]:
     """(method, level, seed) of what an evaluation should hold, as the issue says it; without untrained levels."""
     rows: set[tuple[str, str, int]] = set()
@@ -164,9 +165,9 @@ def cells(
         if level == "clean":
             rows |= {(method, level, SEED) for method in ("switching", "gearnn", *adaptive, *constant)}
             continue
-        mains = range(SEED, SEED + (seeds if level in rivals else 1))
+        mains = range(SEED, SEED + (seeds if level in baselines else 1))
         rows |= {(method, level, seed) for method in ("switching", "gearnn") for seed in mains}
-        if level in rivals:
+        if level in baselines:
             rows |= {(method, level, SEED) for method in (*adaptive, *constant) if method != "random"}
             rows |= {("random", level, draw) for draw in range(2) if "random" in adaptive}
     return rows
@@ -470,14 +471,14 @@ def test_a_lost_blob_is_made_again(done: Done, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plain")
-def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(work: Path, tmp_path: Path) -> None:
-    shutil.copytree(work / "released", tmp_path / "store")
+def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path, tmp_path: Path) -> None:
+    shutil.copytree(spec / "released", tmp_path / "store")
     options: dict[str, Any] = {
         "levels": ["clean", "jpeg-10", "jpeg-60"],
         "methods": ["clean-tuned"],
         "learning-rates": None,
     }
-    options |= {"untrained": None, "rival-levels": None, "tuning-level": None, "data.cache": work / "cache"}
+    options |= {"untrained": None, "rival-levels": None, "tuning-level": None, "data.cache": spec / "cache"}
     outcome, said = evaluate(told(tmp_path, seeds=1, **options))
     assert outcome.failed == {}
     levels = Store(tmp_path / "store").manifest("tiny")[1]["levels"]
@@ -498,11 +499,11 @@ def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(work: Path
 
 
 @pytest.mark.usefixtures("plain")
-def test_the_control_is_made_once_per_seed_before_the_levels(work: Path, tmp_path: Path) -> None:
-    options = tiny.options(work, levels=["jpeg-10", "jpeg-60"], seed=SEED, budget=BUDGET, store=tmp_path / "store")
+def test_the_control_is_made_once_per_seed_before_the_levels(spec: Path, tmp_path: Path) -> None:
+    options = tiny.options(spec, levels=["jpeg-10", "jpeg-60"], seed=SEED, budget=BUDGET, store=tmp_path / "store")
     assert run_split([*options, "--selection.against", "clean", "--selection.granularity", "module", "--json"]) == 0
     changes = {"levels": ["jpeg-10", "jpeg-60"], "rival-levels": ["jpeg-10"], "methods": None, "learning-rates": None}
-    changes |= {"untrained": None, "tuning-level": None, "data.cache": work / "cache"}
+    changes |= {"untrained": None, "tuning-level": None, "data.cache": spec / "cache"}
     outcome, said = evaluate([*told(tmp_path, **changes), "--methods"])
     assert outcome.failed == {}
     control = [event.kind for event in said.events if (event.level, event.stage) == ("clean", "full")]
@@ -520,22 +521,22 @@ def test_the_control_is_made_once_per_seed_before_the_levels(work: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("plain")
-def test_an_untrained_level_has_its_neighbours_adaptors(work: Path, tmp_path: Path) -> None:
+def test_an_untrained_level_has_its_neighbours_adaptors(spec: Path, tmp_path: Path) -> None:
     """Against the released adaptors, put together and judged here."""
-    shutil.copytree(work / "released", tmp_path / "store")
+    shutil.copytree(spec / "released", tmp_path / "store")
     options: dict[str, Any] = {
         "levels": ["jpeg-10", "jpeg-30", "jpeg-60"],
         "rival-levels": ["jpeg-10"],
         "methods": ["bn-statistics"],
         "learning-rates": None,
-        "data.cache": work / "cache",
+        "data.cache": spec / "cache",
     }
     outcome, _ = evaluate(told(tmp_path, seeds=1, **options))
     release = Store(tmp_path / "store").pull("tiny")
     base, lower, upper = release.base_state(), release.adaptor_state("jpeg-10"), release.adaptor_state("jpeg-60")
     about = release.manifest["model"]["normalisation"]
     normalisation = Normalisation(tuple(about["mean"]), tuple(about["std"]))
-    folder = work / "data/val"
+    folder = spec / "data/val"
     images = parse_level("jpeg-30").apply(
         [np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())]
     )
@@ -555,19 +556,19 @@ def test_an_untrained_level_has_its_neighbours_adaptors(work: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("plain")
-def test_what_fails_takes_nothing_else_down(tmp_path: Path, capsys: pytest.CaptureFixture[str], work: Path) -> None:
+def test_what_fails_takes_nothing_else_down(tmp_path: Path, capsys: pytest.CaptureFixture[str], spec: Path) -> None:
     """This network's loss is NaN on dark images: at one level nothing can be trained, nor one network for all."""
     tiny.write_folder(tmp_path / "data")
     tiny.write_weights(tmp_path / "weights.safetensors")
-    changes: dict[str, Any] = {"model.name": "tests.nets:afraid_of_the_dark", "data.cache": work / "cache"}
+    changes: dict[str, Any] = {"model.name": "tests.nets:afraid_of_the_dark", "data.cache": spec / "cache"}
     assert run_split([*tiny.options(tmp_path, levels=["brightness-0.8"], seed=SEED, **changes), "--json"]) == 0
     levels = ["brightness-0.01", "brightness-0.7", "brightness-0.8", "clean"]
-    rivals = ["brightness-0.01", "brightness-0.8"]
+    baselines = ["brightness-0.01", "brightness-0.8"]
     options: dict[str, Any] = {
         "levels": levels,
-        "rival-levels": rivals,
+        "rival-levels": baselines,
         "untrained": ["brightness-0.7"],
-        "data.cache": work / "cache",
+        "data.cache": spec / "cache",
     }
     options |= {"methods": ["mixed", "clean-tuned", "bn-statistics", "bn-tuned"], "tuning-level": "brightness-0.01"}
     capsys.readouterr()
@@ -585,7 +586,7 @@ def test_what_fails_takes_nothing_else_down(tmp_path: Path, capsys: pytest.Captu
         assert said in reason
     lost = [("mixed", level) for level in levels]
     lost += [(method, "brightness-0.01") for method in ("switching", "gearnn", "bn-tuned")]
-    expected = {row for row in cells(levels, rivals, 2, ["bn-statistics", "bn-tuned"], ["mixed", "clean-tuned"])
+    expected = {row for row in cells(levels, baselines, 2, ["bn-statistics", "bn-tuned"], ["mixed", "clean-tuned"])
                 if row[:2] not in lost}  # fmt: skip
     found = [place for place in places_of(result["accuracy"]) if place[0] != "gearnn-released"]
     assert max(Counter(found).values()) == 1
@@ -665,16 +666,16 @@ def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
 
 
 @pytest.fixture(scope="module")
-def small(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and a store of their own, to be copied and damaged."""
     folder = tmp_path_factory.mktemp("small")
-    shutil.copytree(work / "data", folder / "data")
-    shutil.copytree(work / "released", folder / "store")
+    shutil.copytree(spec / "data", folder / "data")
+    shutil.copytree(spec / "released", folder / "store")
     return folder
 
 
 def test_neighbours_by_hand() -> None:
     """What the tests above take for granted of an axis."""
-    sides = methods.neighbours("jpeg-30", ["jpeg-10", "jpeg-60", "h264-32x24", "clean"])
-    assert sides == methods.Neighbours("jpeg-10", "jpeg-60", 0.4)
+    sides = baselines.neighbours("jpeg-30", ["jpeg-10", "jpeg-60", "h264-32x24", "clean"])
+    assert sides == baselines.Neighbours("jpeg-10", "jpeg-60", 0.4)
     assert sides.nearest == "jpeg-10"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from gearnn_ray import tables
 from gearnn_ray.evaluation.statistics import PUBLISHED, Counts, averages, differences, mean_iou_of, verdict
+from gearnn_ray.store import tables
 from gearnn_ray.tasks.segmentation import mean_iou
 
 Cells = Mapping[tuple[str, str], Sequence[Counts]]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import Store, UserError
-from gearnn_ray.layers import model_size, network_state
-from gearnn_ray.models import build_model, read_weights
-from gearnn_ray.online.export import export_level
-from gearnn_ray.store import Release
+from gearnn_ray.models.layers import model_size, network_state
+from gearnn_ray.models.registry import build_model, read_weights
+from gearnn_ray.serving.export import export_level
+from gearnn_ray.store.releases import Release
 
 CLASSES = 3
 SIZE = (32, 40)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gearnn_ray.data import scenes
-from gearnn_ray.levels import parse_level
-from gearnn_ray.online.frames import BadFrameError, Limits, evidence_of, read_frame
-from gearnn_ray.online.jpeg import JpegQuality
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.serving.frames import BadFrameError, Limits, evidence_of, read_frame
+from gearnn_ray.serving.jpeg import JpegQuality
 
 H, W = 48, 64
 PIXELS = scenes.render(0, 0, 0, H, W)[0]

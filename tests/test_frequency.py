@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gearnn_ray.errors import UserError
+from gearnn_ray.core.errors import UserError
 from gearnn_ray.evaluation.frequency import (
     block_dct,
     dct_matrix,
@@ -144,8 +144,8 @@ def test_images_count_alike_whatever_shares_a_batch() -> None:
         frequency_response(model, [image], [label], NORMALISATION) for image, label in zip(images, labels, strict=True)
     ]
     for batch_size in (1, 2, 3, 8):
-        together = frequency_response(model, images, labels, NORMALISATION, batch_size)
-        np.testing.assert_allclose(together, np.mean(alone, 0), rtol=1e-5)
+        is_joint = frequency_response(model, images, labels, NORMALISATION, batch_size)
+        np.testing.assert_allclose(is_joint, np.mean(alone, 0), rtol=1e-5)
 
 
 def test_pixels_without_a_label_say_nothing() -> None:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gearnn_ray.errors import TrainingFailedError
-from gearnn_ray.layers import layers_of, network_state, same_bits
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.gradients import Gradients, gradients
+from gearnn_ray.core.errors import TrainingFailedError
+from gearnn_ray.models.layers import layers_of, network_state, same_bits
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks import segmentation
 from gearnn_ray.tasks.segmentation import Image
+from gearnn_ray.training.gradients import Gradients, gradients
 from tests.conftest import NORMALISATION
 
 Pictures = tuple[list[Image], list[Image]]

@@ -14,9 +14,9 @@ from av.bitstream import BitStreamFilterContext, bitstream_filters_available
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from gearnn_ray.errors import UserError
-from gearnn_ray.levels import _encode
-from gearnn_ray.online.h264 import H264Reader, read_h264
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.levels.level import _encode
+from gearnn_ray.serving.h264 import H264Reader, read_h264
 
 H, W = 64, 96
 FILM = Path(__file__).parents[2] / "shared/data/video/car-detection.mp4"

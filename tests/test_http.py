@@ -19,10 +19,10 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gearnn_ray.errors import CorruptStoreError, UserError
-from gearnn_ray.online.detection import Detected, Detector
-from gearnn_ray.online.frames import Frame, Limits
-from gearnn_ray.online.http import Prediction, UnknownBundleError, answer
+from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.serving.frames import Frame, Limits
+from gearnn_ray.serving.http import Prediction, UnknownBundleError, answer
+from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
 
 LEVELS = ("clean", "jpeg-10", "jpeg-40", "jpeg-80")
 CLASS_NAMES = ("dark", "dim", "light", "bright")
@@ -52,8 +52,8 @@ class Luma:
             raise UnknownBundleError(f"There is no bundle {name!r} here, expected one of {', '.join(BUNDLES)}.")
         if level is not None and level not in LEVELS:
             raise UserError(f"There is no level {level!r} here, expected one of {', '.join(LEVELS)}.")
-        found = Detector(LEVELS, None, self.untrained).detect(frame.evidence, stream)
-        used = Detected(level, None, 0.0, 0.0, found.found) if level else found
+        found = LevelEstimator(LEVELS, None, self.untrained).estimate(frame.evidence, stream)
+        used = LevelEstimate(level, None, 0.0, 0.0, found.found) if level else found
         scores = luma_logits(frame.pixels, used.level)
         return Prediction(
             None if logits else scores.argmax(0).astype(np.uint8),

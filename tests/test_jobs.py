@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gearnn_ray import Store
-from gearnn_ray.cli import resolve_store, run_split
+from gearnn_ray.cli.main import resolve_store, run_split
 from tests import tiny
 from tests.conftest import ROOT
 

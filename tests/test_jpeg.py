@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gearnn_ray.data import scenes
-from gearnn_ray.levels import parse_level
-from gearnn_ray.online.frames import read_frame
-from gearnn_ray.online.jpeg import JpegQuality, quality_of_pixels, quality_of_tables
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.serving.frames import read_frame
+from gearnn_ray.serving.jpeg import JpegQuality, quality_of_pixels, quality_of_tables
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
 QUALITIES = range(1, 101)
@@ -60,10 +60,13 @@ def test_every_quality_of_a_grey_file_is_found_exactly(small: np.ndarray) -> Non
         assert quality_of(saved(small[..., 0], quality)) == JpegQuality(quality, 0.0)
 
 
-def written_by(folder: Path, pixels: np.ndarray, *command: str) -> bytes:
-    """out.jpg, that a program makes of in.ppm."""
+def written_by(product: str, folder: Path, pixels: np.ndarray, *command: str) -> bytes:
+    """out.jpg, which a program makes of in.ppm. Skips unless the program's own --version names the product."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
+    said = subprocess.run([command[0], "-version"], capture_output=True, text=True, timeout=30)
+    if said.returncode or product not in said.stdout + said.stderr:
+        pytest.skip(f"the program {command[0]} here is not {product}")
     Image.fromarray(pixels).save(folder / "in.ppm")
     subprocess.run(command, cwd=folder, check=True, timeout=30)
     return (folder / "out.jpg").read_bytes()
@@ -74,7 +77,7 @@ def written_by(folder: Path, pixels: np.ndarray, *command: str) -> bytes:
 def test_cjpeg(small: np.ndarray, tmp_path: Path, option: str, quality: int) -> None:
     """Without -baseline its steps go beyond 255; -rgb files have one table for all components."""
     command = f"cjpeg -quality {quality} {option} -outfile out.jpg in.ppm"
-    assert quality_of(written_by(tmp_path, small, *command.split())) == JpegQuality(quality, 0.0)
+    assert quality_of(written_by("libjpeg", tmp_path, small, *command.split())) == JpegQuality(quality, 0.0)
 
 
 @pytest.mark.parametrize("program", ["convert", "magick"])
@@ -82,7 +85,9 @@ def test_cjpeg(small: np.ndarray, tmp_path: Path, option: str, quality: int) -> 
 @pytest.mark.parametrize("sampling", ["4:4:4", "4:2:0"])
 def test_imagemagick(small: np.ndarray, tmp_path: Path, program: str, quality: int, sampling: str) -> None:
     command = f"{program} in.ppm -quality {quality} -sampling-factor {sampling} out.jpg"
-    assert quality_of(written_by(tmp_path, small, *command.split())) == JpegQuality(quality, 0.0)
+    assert quality_of(written_by("Version: ImageMagick", tmp_path, small, *command.split())) == JpegQuality(
+        quality, 0.0
+    )
 
 
 def test_the_last_save_counts(small: np.ndarray) -> None:

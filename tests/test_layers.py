@@ -6,8 +6,8 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from gearnn_ray.adaptors import ComplementChangedError, put_adaptor, take_adaptor
-from gearnn_ray.layers import (
+from gearnn_ray.adaptors.adaptor import ComplementChangedError, put_adaptor, take_adaptor
+from gearnn_ray.models.layers import (
     alternatives_of,
     layers_of,
     model_size,
@@ -17,7 +17,7 @@ from gearnn_ray.layers import (
     set_training_mode,
     tensors_of,
 )
-from gearnn_ray.models import build_model
+from gearnn_ray.models.registry import build_model
 
 
 def test_weight_and_bias_are_two_layers_and_running_statistics_one() -> None:

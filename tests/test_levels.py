@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from gearnn_ray.errors import UserError
-from gearnn_ray.levels import CLEAN, LEVELS_VERSION, Level, codec_versions, parse_level
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.levels.level import CLEAN, LEVELS_VERSION, Level, codec_versions, parse_level
 
 H, W = 48, 64
 

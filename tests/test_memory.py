@@ -2,9 +2,10 @@
 
 import pytest
 
-from gearnn_ray import build_model, model_size, tables
-from gearnn_ray.config import budget_floats
+from gearnn_ray import build_model, model_size
+from gearnn_ray.config.schema import budget_floats
 from gearnn_ray.evaluation.memory import memory_rows, table_1
+from gearnn_ray.store import tables
 
 DRN_D_22 = (
     15_907_139, 15_938_953, 15_970_767, 16_002_581, 16_034_395,

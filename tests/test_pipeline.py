@@ -16,11 +16,11 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from gearnn_ray import Store, UserError
-from gearnn_ray.cli import run_split
-from gearnn_ray.config import ResourcesConfig
-from gearnn_ray.layers import layers_of, network_state, same_bits
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.resources import autoscaler_ceiling, check_resources, groups_that_fit
+from gearnn_ray.cli.main import run_split
+from gearnn_ray.config.schema import ResourcesConfig
+from gearnn_ray.models.layers import layers_of, network_state, same_bits
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.ray_jobs.resources import autoscaler_ceiling, check_resources, groups_that_fit
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -110,7 +110,7 @@ def test_from_weights_to_a_release(
     assert set(sensitivity["level"].to_pylist()) == {"jpeg-10"}
     selection = pq.read_table(tmp_path / "store/tables/tiny/selection/brightness-0.4+jpeg-30.parquet")
     assert selection.column_names == [
-        "level", "layer", "numel", "value", "selected", "budget", "objective", "bound", "status", "code",
+        "level", "layer", "numel", "value", "selected", "budget", "objective", "bound", "status", "storage_format",
     ]  # fmt: skip
     rows = selection.to_pylist()
     assert {row["status"] for row in rows} == {"OPTIMAL"}

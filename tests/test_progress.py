@@ -7,9 +7,9 @@ import re
 import pytest
 from rich.console import Console
 
-from gearnn_ray.offline.events import Event
-from gearnn_ray.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration, split_plan
-from gearnn_ray.report import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
+from gearnn_ray.core.events import Event
+from gearnn_ray.reporting.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration, split_plan
+from gearnn_ray.reporting.summary import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
 
 
 def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
@@ -55,9 +55,9 @@ def test_the_control_is_a_full_fine_tune_more() -> None:
     assert estimate.share("clean") == pytest.approx(1)
     # a bar of its own, though it is no level of the release
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with _LiveBars(split_plan(("jpeg-10",), control=True), console) as say:
-        say(Event("progress", "full", "clean", 4, 8, 2, 4, 0.25))
-        say(Event("reused", "full", "clean"))  # said again by every level that is measured against it
+    with _LiveBars(split_plan(("jpeg-10",), control=True), console) as emit:
+        emit(Event("progress", "full", "clean", 4, 8, 2, 4, 0.25))
+        emit(Event("reused", "full", "clean"))  # said again by every level that is measured against it
     assert [line.split()[0] for line in _last_frame(console)] == ["images", "jpeg-10", "clean", "all"]
 
 
@@ -78,11 +78,11 @@ def test_the_remaining_time_grows_with_what_is_expected_later() -> None:
 def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
     out = io.StringIO()
     times = iter([0.0, 10.0, 20.0, 30.0, 40.0])
-    with _Plain(split_plan(("jpeg-10",)), out, lambda: next(times)) as say:
-        say(Event("started", "full", "jpeg-10"))
-        say(Event("progress", "full", "jpeg-10", 1, 8, 1, 4, 0.5))  # within an epoch: no line
-        say(Event("progress", "full", "jpeg-10", 2, 8, 1, 4, 0.5))
-        say(Event("finished", "full", "jpeg-10", score=51.234, seconds=100))
+    with _Plain(split_plan(("jpeg-10",)), out, lambda: next(times)) as emit:
+        emit(Event("started", "full", "jpeg-10"))
+        emit(Event("progress", "full", "jpeg-10", 1, 8, 1, 4, 0.5))  # within an epoch: no line
+        emit(Event("progress", "full", "jpeg-10", 2, 8, 1, 4, 0.5))
+        emit(Event("finished", "full", "jpeg-10", score=51.234, seconds=100))
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert "jpeg-10 full fine-tune: epoch 1 of 4, loss 0.500; about " in lines[1]
@@ -92,8 +92,8 @@ def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
 
 def test_json_lines_hold_every_field() -> None:
     out = io.StringIO()
-    with _JsonLines(split_plan(("jpeg-10",)), out) as say:
-        say(Event("progress", "partial", "jpeg-10", 4, 8, 2, 4, 0.25))
+    with _JsonLines(split_plan(("jpeg-10",)), out) as emit:
+        emit(Event("progress", "partial", "jpeg-10", 4, 8, 2, 4, 0.25))
     (row,) = map(json.loads, out.getvalue().splitlines())
     assert row["event"] == "progress"
     assert (row["stage"], row["level"], row["step"], row["steps"], row["loss"]) == ("partial", "jpeg-10", 4, 8, 0.25)
@@ -102,10 +102,10 @@ def test_json_lines_hold_every_field() -> None:
 
 def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with _LiveBars(split_plan(("jpeg-10", "clean")), console) as say:
-        say(Event("progress", "images", "all", 1, 4))
-        say(Event("progress", "full", "jpeg-10", 4, 8, 2, 4, 0.25))
-        say(Event("finished", "original", "clean", score=56.3))
+    with _LiveBars(split_plan(("jpeg-10", "clean")), console) as emit:
+        emit(Event("progress", "images", "all", 1, 4))
+        emit(Event("progress", "full", "jpeg-10", 4, 8, 2, 4, 0.25))
+        emit(Event("finished", "original", "clean", score=56.3))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "full fine-tune, epoch 2 of 4, loss 0.250" in text
     assert "done, mIoU 56.3" in text
@@ -114,11 +114,11 @@ def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
 
 def test_bars_are_added_with_the_plan_and_the_whole_stays_last() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with _LiveBars({}, console) as say:
-        say(Event("progress", "images", "all", 1, 4))
-        say.expect({("all", "mixed"): 1.0, ("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 1.0})
-        say(Event("finished", "mixed", "all", seconds=7))
-        say(Event("finished", "bn-tuned", "jpeg-10", score=43.2))
+    with _LiveBars({}, console) as emit:
+        emit(Event("progress", "images", "all", 1, 4))
+        emit.expect({("all", "mixed"): 1.0, ("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 1.0})
+        emit(Event("finished", "mixed", "all", seconds=7))
+        emit(Event("finished", "bn-tuned", "jpeg-10", score=43.2))
     rows = {line.split()[0] + line.partition("%")[2].strip() for line in _last_frame(console)}
     assert rows == {"images1 of 4", "allmixed, done after 7 s", "jpeg-10bn-tuned, done, mIoU 43.20", "all"}
     assert [line.split()[0] for line in _last_frame(console)] == ["images", "all", "jpeg-10", "all"]
@@ -134,9 +134,9 @@ def _last_frame(console: Console) -> list[str]:
 
 def test_a_stage_of_no_single_level_stands_alone_in_a_log() -> None:
     out = io.StringIO()
-    with _Plain({("all", "stability, alpha 1"): 1.0}, out) as say:
-        say(Event("started", "stability, alpha 1", "all"))
-        say(Event("started", "bn-tuned", "jpeg-10"))
+    with _Plain({("all", "stability, alpha 1"): 1.0}, out) as emit:
+        emit(Event("started", "stability, alpha 1", "all"))
+        emit(Event("started", "bn-tuned", "jpeg-10"))
     places = [line.split("  ")[1] for line in out.getvalue().splitlines()]
     assert places == ["stability, alpha 1: started", "jpeg-10 bn-tuned: started"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gearnn_ray import Store, build_model, model_size
-from gearnn_ray.layers import network_state
+from gearnn_ray.models.layers import network_state
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -72,7 +72,7 @@ def test_every_file_it_names_is_there() -> None:
 
 def test_a_job_without_options_is_the_one_it_describes() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from gearnn_ray.config import SplitConfig as C; print(C().name, C().store, C().data.kind)"],
+        [sys.executable, "-c", "from gearnn_ray.config.schema import SplitConfig as C; print(C().name, C().store, C().data.kind)"],  # noqa: E501
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.stdout.split() == ["drn22-scenes-jpeg", "artifacts", "scenes"]

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import Store
-from gearnn_ray.config import SplitConfig
+from gearnn_ray.config.command_line import parse_command_line
+from gearnn_ray.config.schema import SplitConfig
+from gearnn_ray.core.events import Event
 from gearnn_ray.offline import pipeline
-from gearnn_ray.offline.events import Event
-from gearnn_ray.options import parse_command_line
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
@@ -139,41 +139,41 @@ def run_here(
     """Run a job on the Ray of all tests; its events, shown to `see` whenever there is another."""
     lines: list[dict[str, Any]] = []
 
-    def say(event: Event) -> None:
+    def emit(event: Event) -> None:
         lines.append({"event": event.kind, **asdict(event)})
         see(lines)
 
     config, _ = parse_command_line(SplitConfig, arguments, "")
-    assert not pipeline.split(config, say).failed
+    assert not pipeline.split(config, emit).failed
     return lines
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recovery")
     tiny.write_folder(folder / "data", train=16)
     tiny.write_weights(folder / "weights.safetensors")
     return folder
 
 
-def told(work: Path, store: str, **changes: Any) -> list[str]:
+def told(spec: Path, store: str, **changes: Any) -> list[str]:
     gated = {"recipe.epochs": EPOCHS, "model.name": "tests.test_recovery:gated", "levels": LEVELS}
-    return tiny.options(work, store=work / store, **gated | changes)
+    return tiny.options(spec, store=spec / store, **gated | changes)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path, ray_cluster: str) -> Path:
-    lines = run_here(told(work, "undisturbed"))
+def undisturbed(spec: Path, ray_cluster: str) -> Path:
+    lines = run_here(told(spec, "undisturbed"))
     assert [epochs_of(stage, lines) for stage in ("full", "partial")] == [STAGE_EPOCHS] * 2
     assert [times_started(stage, lines) for stage in ("full", "partial")] == [len(LEVELS)] * 2
-    return work / "undisturbed"
+    return spec / "undisturbed"
 
 
-def assert_same(work: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
-    assert tiny.blobs(work / store) == tiny.blobs(undisturbed) | earlier
-    ours, theirs = (Store(folder).pull("tiny").manifest for folder in (work / store, undisturbed))
+def assert_same(spec: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
+    assert tiny.blobs(spec / store) == tiny.blobs(undisturbed) | earlier
+    ours, theirs = (Store(folder).pull("tiny").manifest for folder in (spec / store, undisturbed))
     assert {**ours, "created": ""} == {**theirs, "created": ""}
-    assert not list((work / store / "checkpoints").iterdir())
+    assert not list((spec / store / "checkpoints").iterdir())
 
 
 def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process]) -> None:
@@ -185,7 +185,7 @@ def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process])
     assert not still_working
 
 
-def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: Path) -> None:
+def test_a_killed_worker_costs_an_epoch(spec: Path, undisturbed: Path) -> None:
     killed: list[psutil.Process] = []
 
     def kill(lines: list[dict[str, Any]]) -> None:
@@ -198,39 +198,39 @@ def test_a_killed_worker_costs_an_epoch(work: Path, undisturbed: Path) -> None:
                 (GATES / str(gate)).unlink()
 
     with closed(FULL, PARTIAL):
-        lines = run_here(told(work, "worker"), kill)
+        lines = run_here(told(spec, "worker"), kill)
     for stage in ("full", "partial"):
         assert times_started(stage, lines) == len(LEVELS) + 1  # one fine-tune was interrupted
         assert epochs_of(stage, lines) <= STAGE_EPOCHS + 1  # and did at most one epoch again
-    assert_same(work, "worker", undisturbed)
+    assert_same(spec, "worker", undisturbed)
 
 
-def test_a_killed_driver_goes_on_where_it_was(work: Path, undisturbed: Path) -> None:
+def test_a_killed_driver_goes_on_where_it_was(spec: Path, undisturbed: Path) -> None:
     # with one level's full fine-tune done already, for another budget, the two levels wait in different stages
-    before = run_here(told(work, "driver", levels=LEVELS[:1], budget="40"))
-    earlier = frozenset(tiny.blobs(work / "driver"))
+    before = run_here(told(spec, "driver", levels=LEVELS[:1], budget="40"))
+    earlier = frozenset(tiny.blobs(spec / "driver"))
     with closed(FULL):
-        job = Job(tiny.start_job(told(work, "driver")))
+        job = Job(tiny.start_job(told(spec, "driver")))
         job.wait_for(lambda lines: bool(levels_past("full", 2, lines) and levels_past("partial", 2, lines)))
         workers, others = descendants(job.process.pid)
         os.kill(job.process.pid, signal.SIGKILL)
         job.end()
         wait_until_gone(workers, others)
-    last = run_here(told(work, "driver"))
+    last = run_here(told(spec, "driver"))
     assert (times_started("full", last), times_started("partial", last)) == (1, 2)  # both had been interrupted
     for stage, once in (("full", STAGE_EPOCHS - EPOCHS), ("partial", STAGE_EPOCHS)):
         assert epochs_of(stage, last) < once
         # what was done and not yet said when the driver died is at most the epoch in flight
         assert epochs_of(stage, job.lines + last) <= once + 1
     assert epochs_of("full", before) == EPOCHS
-    assert_same(work, "driver", undisturbed, earlier)
+    assert_same(spec, "driver", undisturbed, earlier)
 
 
 NODES = """
 import sys, threading
 import ray
 from ray.cluster_utils import Cluster
-from gearnn_ray.cli import run_split
+from gearnn_ray.cli.main import run_split
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
@@ -257,9 +257,9 @@ def ray_folder() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path, ray_folder: str) -> None:
+def test_a_lost_node_takes_no_level_with_it(spec: Path, undisturbed: Path, ray_folder: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", NODES, *told(work, "node")],
+        [sys.executable, "-c", NODES, *told(spec, "node")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder},
     )  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_lost_node_takes_no_level_with_it(work: Path, undisturbed: Path, ray_f
     assert times_started("full", lines) == len(LEVELS) + 1  # the node had one CPU, hence one fine-tune
     assert epochs_of("full", lines) <= STAGE_EPOCHS + 1
     assert epochs_of("partial", lines) == STAGE_EPOCHS
-    assert_same(work, "node", undisturbed)
+    assert_same(spec, "node", undisturbed)
 
 
 @pytest.fixture(autouse=True)

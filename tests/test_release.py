@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from gearnn_ray import AdaptiveModel, Store
-from gearnn_ray.config import ReleaseDataConfig, SplitConfig, budget_floats
-from gearnn_ray.data import open_dataset
-from gearnn_ray.folding import fold, foldable
-from gearnn_ray.layers import layers_of
-from gearnn_ray.models import build_model
-from gearnn_ray.offline import reopen
+from gearnn_ray.adaptors.bn_folding import fold, foldable
+from gearnn_ray.config.command_line import from_mapping
+from gearnn_ray.config.schema import ReleaseDataConfig, SplitConfig, budget_floats
+from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.models.layers import layers_of
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.offline import release_context
 from gearnn_ray.offline.base import check_network, publish_given_base
+from gearnn_ray.offline.importance import FOLDED
+from gearnn_ray.offline.job_spec import JobSpec, Network, measure_images
+from gearnn_ray.offline.level_run import LevelResult, fine_tune_fully, run_level
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
-from gearnn_ray.offline.stages import LevelResult, fine_tune_fully, run_level
-from gearnn_ray.offline.values import FOLDED
-from gearnn_ray.offline.work import Network, Work, measure_images
-from gearnn_ray.options import from_mapping
-from gearnn_ray.store import Blob
+from gearnn_ray.store.releases import Blob
 from tests import tiny
 from tests.conftest import NORMALISATION
 
@@ -28,14 +28,14 @@ AGAINST = {"against": "clean", "granularity": "module", "value": "l2"}
 SELECTIONS = {
     "papers": {},
     "modules": AGAINST,
-    "coded modules": AGAINST | {"codes": ["int8", "bfloat16", "float32"]},
+    "coded modules": AGAINST | {"storage_formats": ["int8", "bfloat16", "float32"]},
 }
 
 
 @dataclass(frozen=True)
 class Made:
     config: SplitConfig
-    work: Work
+    spec: JobSpec
     results: tuple[LevelResult, ...]
 
 
@@ -59,52 +59,52 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = from_mapping(SplitConfig, told, "the test")
     network = Network(config.model.name, tiny.CLASSES, NORMALISATION)
     facts = check_network(network, weights)
-    work = Work(
+    spec = JobSpec(
         store=config.store, cache=config.data.cache, network=network, recipe=config.recipe, seed=config.seed,
         data=open_dataset("folder", config.data.path, num_classes=tiny.CLASSES),
         budget=budget_floats(config.budget, facts.floats), criterion=config.selection.criterion,
     )  # fmt: skip
-    base = publish_given_base(work, weights)
-    work = replace(work, base=base.digest)
-    results = tuple(run_level(work, level, lambda _: None) for level in LEVELS)
-    images = {level: measure_images(work, level) for level in LEVELS}
-    summary = tuple(summary_row(result, work.budget, facts.floats) for result in results)
+    base = publish_given_base(spec, weights)
+    spec = replace(spec, base=base.digest)
+    results = tuple(run_level(spec, level, lambda _: None) for level in LEVELS)
+    images = {level: measure_images(spec, level) for level in LEVELS}
+    summary = tuple(summary_row(result, spec.budget, facts.floats) for result in results)
     Store(config.store).publish(
-        manifest_of(config, work, Blob(base.digest, base.bytes), facts, images, results),
-        tables_of(config.name, work, results, summary),
+        manifest_of(config, spec, Blob(base.digest, base.bytes), facts, images, results),
+        tables_of(config.name, spec, results, summary),
     )
-    return Made(config, work, results)
+    return Made(config, spec, results)
 
 
 def test_the_manifest_says_how_layers_were_chosen_where_it_is_not_as_ever(made: Made) -> None:
-    manifest = Store(made.work.store).pull("tiny").manifest
+    manifest = Store(made.spec.store).pull("tiny").manifest
     kept = manifest["config"]["selection"]
-    if made.work.criterion.against == "base":
-        assert kept == {"value": "mean-abs", "granularity": "tensor", "codes": ["float32"]}
+    if made.spec.criterion.against == "base":
+        assert kept == {"value": "mean-abs", "granularity": "tensor", "storage_formats": ["float32"]}
     else:
         assert kept["against"] == "clean"
-    assert manifest["schema"] == (2 if "int8" in kept["codes"] else 1)
+    assert manifest["schema"] == (2 if "int8" in kept["storage_formats"] else 1)
     for result in made.results[1:]:
         entry = manifest["levels"][result.level]
-        assert FOLDED not in entry.get("codes", {}).values()
+        assert FOLDED not in entry.get("storage_formats", {}).values()
         assert entry["layers"] == list(result.layers)
 
 
 def test_tables_have_eq_1_against_the_base_and_values_as_they_were_judged(made: Made) -> None:
-    store, work = Store(made.work.store), made.work
-    model = build_model(work.network.name, tiny.CLASSES)
+    store, spec = Store(made.spec.store), made.spec
+    model = build_model(spec.network.name, tiny.CLASSES)
     layers = layers_of(model)
-    base = store.get_state(work.base)
+    base = store.get_state(spec.base)
     for result in made.results[1:]:
         full, control = (
-            store.get_state(fine_tune_fully(replace(work, keep_full=True), level, lambda _: None)["digest"])
+            store.get_state(fine_tune_fully(replace(spec, keep_full=True), level, lambda _: None)["digest"])
             for level in (result.level, "clean")
         )
         moved = store.get_table(f"tables/tiny/sensitivity/{result.level}.parquet").to_pylist()
         rows = store.get_table(f"tables/tiny/selection/{result.level}.parquet").to_pylist()
         assert [row["layer"] for row in moved] == [row["layer"] for row in rows] == [layer.name for layer in layers]
         sides = [full, base]
-        if work.criterion.against == "clean":
+        if spec.criterion.against == "clean":
             sides = [fold(foldable(model).values(), base, state) for state in (full, control)]
         for layer, change, row in zip(layers, moved, rows, strict=True):
             plain, judged = (
@@ -114,39 +114,41 @@ def test_tables_have_eq_1_against_the_base_and_values_as_they_were_judged(made: 
             assert change["numel"] == row["numel"] == plain.numel()
             assert change["mean_abs_change"] == pytest.approx(float(plain.abs().mean()), rel=1e-9)
             assert change["l2_change"] == pytest.approx(float(plain.norm()), rel=1e-9)
-            want = judged.abs().mean() if work.criterion.value == "mean-abs" else judged.norm()
+            want = judged.abs().mean() if spec.criterion.importance == "mean-abs" else judged.norm()
             assert row["value"] == pytest.approx(float(want), rel=1e-9)
         assert [row["layer"] for row in rows if row["selected"]] == list(result.layers)
-        statistics = {row["code"] for row in rows if row["selected"] and row["layer"].endswith("running_stats")}
-        assert statistics <= ({"float32"} if work.criterion.granularity == "tensor" else {FOLDED})
+        statistics = {
+            row["storage_format"] for row in rows if row["selected"] and row["layer"].endswith("running_stats")
+        }
+        assert statistics <= ({"float32"} if spec.criterion.granularity == "tensor" else {FOLDED})
 
 
 def test_it_reopens_as_the_work_it_was_made_by(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in ("open_data", "_check_network"):
-        monkeypatch.setattr(reopen, task, SimpleNamespace(remote=getattr(reopen, task)._function))
+        monkeypatch.setattr(release_context, task, SimpleNamespace(remote=getattr(release_context, task)._function))
     relay = SimpleNamespace(wait=lambda found: found)
-    data = ReleaseDataConfig(cache=made.work.cache)
-    again = reopen.reopen(Store(made.work.store), "tiny", data, relay)  # type: ignore[arg-type]
+    data = ReleaseDataConfig(cache=made.spec.cache)
+    again = release_context.open_release_context(Store(made.spec.store), "tiny", data, relay)  # type: ignore[arg-type]
     assert again.config.selection == made.config.selection
-    assert again.work == replace(made.work, data=again.work.data)
+    assert again.spec == replace(made.spec, data=again.spec.data)
     said: list[str] = []
-    found = [run_level(again.work, level, lambda event: said.append(event.kind)) for level in LEVELS]
+    found = [run_level(again.spec, level, lambda event: said.append(event.kind)) for level in LEVELS]
     assert set(said) == {"reused"}
     assert [(r.digest, r.selection) for r in found] == [(r.digest, r.selection) for r in made.results]
 
 
 def test_it_is_served_as_the_network_that_is_restored(made: Made) -> None:
-    release = Store(made.work.store).pull("tiny")
-    served = AdaptiveModel.pull(made.work.store, "tiny")
+    release = Store(made.spec.store).pull("tiny")
+    served = AdaptiveModel.pull(made.spec.store, "tiny")
     stored = [release.base_state(), *map(release.stored_state, LEVELS)]
     assert served.weight_bytes == sum(tensor.nbytes for state in stored for tensor in state.values())
     images = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    plain = build_model(made.work.network.name, tiny.CLASSES).eval()
+    plain = build_model(made.spec.network.name, tiny.CLASSES).eval()
     for level in LEVELS:
         plain.load_state_dict({**release.base_state(), **release.adaptor_state(level)})
         served.set_level(level)
         with torch.no_grad():
             assert torch.equal(served(images), plain(NORMALISATION(images)))
-        if made.work.criterion.granularity == "module":
+        if made.spec.criterion.granularity == "module":
             assert not any("running" in name for name in release.stored_state(level))
     assert sum(any(t.numel() for t in release.adaptor_state(level).values()) for level in LEVELS) == len(LEVELS) - 1

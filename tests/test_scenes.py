@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gearnn_ray.data import IGNORED, open_dataset
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED, open_dataset
 from gearnn_ray.data.scenes import (
     BRICK,
     CLASS_NAMES,
@@ -21,8 +22,7 @@ from gearnn_ray.data.scenes import (
     ScenesSplit,
     open_scenes,
 )
-from gearnn_ray.errors import UserError
-from gearnn_ray.levels import parse_level
+from gearnn_ray.levels.level import parse_level
 
 H, W = 96, 128
 SMALL = ScenesSplit("train", 3, 48, 64, 0)

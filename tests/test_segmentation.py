@@ -20,7 +20,7 @@ from gearnn_ray.tasks.segmentation import (
 from tests.conftest import NORMALISATION
 
 
-def coded(count: int, height: int = 20, width: int = 30) -> tuple[list[Image], list[Image]]:
+def stored_variants(count: int, height: int = 20, width: int = 30) -> tuple[list[Image], list[Image]]:
     """Images whose every pixel says which image, row and column it is; labels say row + column."""
     images, labels = [], []
     for index in range(count):
@@ -31,7 +31,7 @@ def coded(count: int, height: int = 20, width: int = 30) -> tuple[list[Image], l
 
 
 def test_crops_are_cut_alike_from_image_and_label_and_each_image_comes_once() -> None:
-    images, labels = coded(10)
+    images, labels = stored_variants(10)
     seen, flipped, tops = [], 0, set()
     for x, y in training_batches(images, labels, 4, (8, 12), (1, 2)):
         assert x.shape == (4, 3, 8, 12)
@@ -47,14 +47,14 @@ def test_crops_are_cut_alike_from_image_and_label_and_each_image_comes_once() ->
 
 
 def test_batches_are_a_pure_function_of_the_seed() -> None:
-    images, labels = coded(6)
+    images, labels = stored_variants(6)
     first, again, other = (list(training_batches(images, labels, 3, (8, 8), seed)) for seed in ((1, 0), (1, 0), (1, 1)))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
 
 
 def test_workers_split_the_very_batch_one_would_see() -> None:
-    images, labels = coded(8)
+    images, labels = stored_variants(8)
     whole = list(training_batches(images, labels, 4, (8, 8), (3,)))
     parts = [list(training_batches(images, labels, 4, (8, 8), (3,), rank, 2)) for rank in (0, 1)]
     for (x, y), (x0, y0), (x1, y1) in zip(whole, *parts, strict=True):
@@ -64,13 +64,13 @@ def test_workers_split_the_very_batch_one_would_see() -> None:
 
 
 def test_a_set_smaller_than_a_batch_makes_one_batch() -> None:
-    images, labels = coded(3)
+    images, labels = stored_variants(3)
     (batch,) = training_batches(images, labels, 8, (8, 8), (0,))
     assert batch[0].shape[0] == 3
 
 
 def test_the_crop_shrinks_to_the_smallest_image() -> None:
-    images = coded(1, 20, 30)[0] + coded(1, 10, 40)[0]
+    images = stored_variants(1, 20, 30)[0] + stored_variants(1, 10, 40)[0]
     assert crop_size(images, 208) == (10, 30)
     assert crop_size(images, 8) == (8, 8)
 
@@ -79,7 +79,7 @@ def test_labels_follow_an_image_the_level_made_smaller() -> None:
     label = np.arange(16, dtype=np.uint8).reshape(4, 4)
     assert resize_label(label, 2, 2).tolist() == [[5, 7], [13, 15]]
     assert resize_label(label, 8, 8)[::2, ::2].tolist() == label.tolist()
-    images, labels = coded(4, 10, 15)[0], coded(4, 20, 30)[1]
+    images, labels = stored_variants(4, 10, 15)[0], stored_variants(4, 20, 30)[1]
     x, y = next(training_batches(images, labels, 4, (10, 15), (0,)))
     assert x.shape[-2:] == y.shape[-2:] == (10, 15)
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ortools.algorithms.python import knapsack_solver
 
-from gearnn_ray.layers import layers_of, model_size
-from gearnn_ray.models import build_model
+from gearnn_ray.models.layers import layers_of, model_size
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import selection
 from gearnn_ray.offline.selection import Selection, integers, knapsack, select
 

@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gearnn_ray import tables
-from gearnn_ray.codes import applies, restored, stored_bytes
-from gearnn_ray.layers import Layer, layers_of, network_state
-from gearnn_ray.models import build_model
-from gearnn_ray.offline.gradients import Gradients
+from gearnn_ray.adaptors.storage_formats import applies, restored, stored_bytes
+from gearnn_ray.models.layers import Layer, layers_of, network_state
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.sensitivity import (
     Change,
     Sensitivity,
-    coded_of,
     measure,
     sensitivity,
     share_of_weights_changed,
+    stored_variant_of,
     table_row,
 )
+from gearnn_ray.store import tables
+from gearnn_ray.training.gradients import Gradients
 
 
 def test_rows_equal_the_definition() -> None:
@@ -64,10 +64,10 @@ def test_against_a_control_only_what_it_did_not_do_counts_and_what_is_stored_is_
     taken = Gradients(
         {n: t.double() for n, t in noise(1.0).items()}, {n: t.double() ** 2 for n, t in noise(1.0).items()}
     )
-    codes = ("float32", "bfloat16", "int8")
-    rows, coded = measure(layers, before, after, taken, codes, control)
-    _, plain = measure(layers, before, after, taken, codes)
-    assert coded == plain, "a code rounds the difference to the base"
+    storage_formats = ("float32", "bfloat16", "int8")
+    rows, stored_variants = measure(layers, before, after, taken, storage_formats, control)
+    _, plain = measure(layers, before, after, taken, storage_formats)
+    assert stored_variants == plain, "a code rounds the difference to the base"
     for layer, row in zip(layers, rows, strict=True):
         p, q, c, g, f = (
             np.concatenate([state[t].numpy().astype(np.float64).ravel() for t in layer.tensors])
@@ -180,9 +180,11 @@ def test_the_mean_of_the_sum_is_the_mean_to_the_bit(total: float, numel: int) ->
 
 def test_a_layer_of_no_floats_did_not_move() -> None:
     model = torch.nn.ParameterDict({"a": torch.zeros(0, 2), "b": torch.ones(2)})
-    (row, _), coded = measure(layers_of(model), network_state(model), network_state(model), None, ("bfloat16",))
+    (row, _), stored_variants = measure(
+        layers_of(model), network_state(model), network_state(model), None, ("bfloat16",)
+    )
     assert row.change == Change(0, 0.0, 0.0, 0.0, None, None)
-    assert [one.layer for one in coded] == ["b"]
+    assert [one.layer for one in stored_variants] == ["b"]
 
 
 # ── records and tables ───────────────────────────────────────────────────────────────────────────────────────────
@@ -190,9 +192,9 @@ def test_a_layer_of_no_floats_did_not_move() -> None:
 
 def test_records_come_back_and_older_ones_too() -> None:
     layers, before, after, given_ = moved(0)
-    rows, coded = measure(layers, before, after, given_, ("int8",))
+    rows, stored_variants = measure(layers, before, after, given_, ("int8",))
     assert [Sensitivity(**json.loads(json.dumps(asdict(row)))) for row in rows] == rows
-    assert [coded_of(json.loads(json.dumps(asdict(one)))) for one in coded] == coded
+    assert [stored_variant_of(json.loads(json.dumps(asdict(one)))) for one in stored_variants] == stored_variants
     old = {k: v for k, v in asdict(rows[0]).items() if k not in ("first_order_change", "fisher_change")}
     assert Sensitivity(**old).change.fisher is None
 
@@ -221,21 +223,22 @@ def test_rows_of_the_table() -> None:
 
 def test_what_each_code_loses() -> None:
     layers, before, after, given_ = moved(0)
-    codes = ("float32", "bfloat16", "int8")
-    _, coded = measure(layers, before, after, given_, codes)
+    storage_formats = ("float32", "bfloat16", "int8")
+    _, stored_variants = measure(layers, before, after, given_, storage_formats)
     shapes = {layer.name: [before[n].shape for n in layer.tensors] for layer in layers}
-    assert [(one.layer, one.code) for one in coded] == [
-        (layer.name, code)
+    assert [(one.layer, one.storage_format) for one in stored_variants] == [
+        (layer.name, storage_format)
         for layer in layers
-        for code in codes[1:]
-        if all(applies(code, s) for s in shapes[layer.name]) and (layer.kind, code) != ("norm_statistics", "int8")
+        for storage_format in storage_formats[1:]
+        if all(applies(storage_format, s) for s in shapes[layer.name])
+        and (layer.kind, storage_format) != ("norm_statistics", "int8")
     ]
     by_name = {layer.name: layer for layer in layers}
-    for one in coded:
+    for one in stored_variants:
         layer = by_name[one.layer]
         p, q, g, f = flat([layer], before, after, given_.mean, given_.square)
-        back = restored(before, {n: after[n] for n in layer.tensors}, dict.fromkeys(layer.tensors, one.code))
+        back = restored(before, {n: after[n] for n in layer.tensors}, dict.fromkeys(layer.tensors, one.storage_format))
         (held,) = flat([layer], back)
         close(one.error, p, q - held, g, f)
-        assert one.bytes == stored_bytes(one.code, shapes[one.layer]) < 4 * layer.numel
+        assert one.bytes == stored_bytes(one.storage_format, shapes[one.layer]) < 4 * layer.numel
         assert 0 < one.error.sum_abs < np.abs(q - p).sum()

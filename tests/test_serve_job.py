@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gearnn_ray.cli import run_serve
-from gearnn_ray.config import ServeConfig
-from gearnn_ray.errors import UserError
-from gearnn_ray.options import parse_command_line
-from gearnn_ray.store import Store
+from gearnn_ray.cli.main import run_serve
+from gearnn_ray.config.command_line import parse_command_line
+from gearnn_ray.config.schema import ServeConfig
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.store.releases import Store
 from tests import served
 from tests.conftest import ROOT
 
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
-from gearnn_ray.online import service
+from gearnn_ray.serving import service
 
 pytestmark = pytest.mark.apart
 

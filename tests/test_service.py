@@ -26,18 +26,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gearnn_ray.config import LimitsConfig, ServeConfig
-from gearnn_ray.errors import UserError
-from gearnn_ray.store import Store
+from gearnn_ray.config.schema import LimitsConfig, ServeConfig
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.store.releases import Store
 from tests import served
 
 # read when the session's Ray starts; Ray's own ten seconds are long for a test
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
-from gearnn_ray.online import service
-from gearnn_ray.online.detection import Detected
-from gearnn_ray.online.frames import Evidence, Frame
+from gearnn_ray.serving import service
+from gearnn_ray.serving.frames import Evidence, Frame
+from gearnn_ray.serving.level_estimation import LevelEstimate
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def test_a_pass_holds_one_release_and_size_and_a_bounded_number_of_pixels() -> N
 
     def item(release: Any, height: int, width: int) -> service._Item:
         frame = Frame(np.zeros((height, width, 3), np.uint8), Evidence(height, width, 0.0))
-        return service._Item(release, frame, Detected("clean"), False, 0.0)
+        return service._Item(release, frame, LevelEstimate("clean"), False, 0.0)
 
     items = [item(one, 4, 5), item(other, 4, 5), item(one, 5, 4), *(item(one, 4, 5) for _ in range(4)), item(one, 9, 9)]
     passes = list(service._passes(items, 60))

@@ -26,10 +26,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gearnn_ray import codes
-from gearnn_ray.blobs import FileTree, canonical_json
-from gearnn_ray.errors import CorruptStoreError, UserError
-from gearnn_ray.store import Store, decode_state, digest_of, encode_state
+from gearnn_ray.adaptors import storage_formats
+from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.store.blobs import FileTree, canonical_json
+from gearnn_ray.store.releases import Store, decode_state, digest_of, encode_state
 
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 ABSENT = "sha256:" + "0" * 64
@@ -132,16 +132,16 @@ def coded_manifest_of(store: Store) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`manifest_of` with a second level, of which conv.weight is stored as int8; and what that level changes."""
     manifest, base = manifest_of(store), base_state()
     changed = {"conv.weight": base["conv.weight"] * 1.01, **adaptor_state(2.0)}
-    blob = store.put_state(codes.encode(base, changed, {"conv.weight": "int8"}))
+    blob = store.put_state(storage_formats.encode(base, changed, {"conv.weight": "int8"}))
     manifest["levels"]["jpeg-10"] = {
         "digest": blob.digest,
         "bytes": blob.bytes,
         "floats": 112,
         "layers": ["conv.weight", "bn.running"],
         "scores": {},
-        "codes": {"conv.weight": "int8"},
+        "storage_formats": {"conv.weight": "int8"},
     }
-    return manifest, codes.restored(base, changed, {"conv.weight": "int8"})
+    return manifest, storage_formats.restored(base, changed, {"conv.weight": "int8"})
 
 
 def forge(place: Place, manifest: Any) -> str:
@@ -216,7 +216,7 @@ def test_json_has_one_spelling() -> None:
 class StoreBattery:
     @pytest.fixture(autouse=True)
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("gearnn_ray.store.datetime", Clock)
+        monkeypatch.setattr("gearnn_ray.store.releases.datetime", Clock)
 
     @pytest.fixture
     def store(self, place: Place) -> Store:
@@ -509,9 +509,13 @@ class StoreBattery:
             ("levels.clean.digest", ABSENT, "levels.clean"),
             ("levels.clean.floats", 1, "levels.clean"),
             ("levels.clean.layers", ["bn"], "levels.clean"),
-            ("levels.jpeg-10.codes", {"conv.weight": "int8"}, "schema version 1, and its levels' codes ask for 2"),
-            ("levels.jpeg-10.codes", None, "jpeg-10.codes"),
-            ("levels.jpeg-10.codes", [], "jpeg-10.codes"),
+            (
+                "levels.jpeg-10.storage_formats",
+                {"conv.weight": "int8"},
+                "schema version 1, and its levels' codes ask for 2",
+            ),
+            ("levels.jpeg-10.storage_formats", None, "jpeg-10.storage_formats"),
+            ("levels.jpeg-10.storage_formats", [], "jpeg-10.storage_formats"),
             ("levels.\\.\\./x", {}, "levels"),
             ("schema", 2, "schema version 2, and its levels' codes ask for 1"),
             ("schema", 3, "schema version 3, this gearnn_ray reads 1 and 2"),
@@ -581,10 +585,10 @@ class StoreBattery:
             {**good, "name": "../street"},
             {**good, "name": None},
             {**good, "schema": 2},
-            {**level_with(codes={"bn.running_mean": "int8"}), "schema": 3},
-            level_with(codes={"bn.running_mean": "int4"}),
-            level_with(codes={"bn.running_mean": 8}),
-            {**good, "levels": {"clean": {**good["levels"]["clean"], "codes": {"bn.running_mean": "int8"}}}},
+            {**level_with(storage_formats={"bn.running_mean": "int8"}), "schema": 3},
+            level_with(storage_formats={"bn.running_mean": "int4"}),
+            level_with(storage_formats={"bn.running_mean": 8}),
+            {**good, "levels": {"clean": {**good["levels"]["clean"], "storage_formats": {"bn.running_mean": "int8"}}}},
             {**good, "levels": {"../x": level}},
         ):
             with pytest.raises(UserError):
@@ -646,7 +650,7 @@ class StoreBattery:
 
     def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(self, store: Store, place: Place) -> None:
         script = (
-            "import os, sys; from gearnn_ray.blobs import BlobStore; store = BlobStore(sys.argv[1]); i = 0\n"
+            "import os, sys; from gearnn_ray.store.blobs import BlobStore; store = BlobStore(sys.argv[1]); i = 0\n"
             "while True:\n"
             "    store.put_blob(os.urandom(2_000_000)); i += 1\n"
             "    store.put_record('a' * 64, {'i': i, 'pad': 'x' * 100_000 * (i % 2)})\n"
@@ -717,7 +721,7 @@ class TestLocalStore(StoreBattery):
         manifest, _ = coded_manifest_of(store)
         entry = manifest["levels"]["jpeg-10"]
         blob = store.put_state(store.get_state(entry["digest"]) | changes)
-        entry |= {"digest": blob.digest, "bytes": blob.bytes, "codes": said or entry["codes"]}
+        entry |= {"digest": blob.digest, "bytes": blob.bytes, "storage_formats": said or entry["storage_formats"]}
         digest = forge(place, {**manifest, "schema": 2, "created": "2026-01-01T00:00:00Z"})
         with pytest.raises(CorruptStoreError, match=reason) as caught:
             store.pull("street")
@@ -726,7 +730,7 @@ class TestLocalStore(StoreBattery):
 
     def test_a_coded_adaptor_without_codes_in_its_manifest_is_refused(self, store: Store) -> None:
         manifest, _ = coded_manifest_of(store)
-        del manifest["levels"]["jpeg-10"]["codes"]
+        del manifest["levels"]["jpeg-10"]["storage_formats"]
         store.publish(manifest, {})
         with pytest.raises(CorruptStoreError, match=r"'conv\.weight\.\.int8', which the base has not"):
             store.pull("street")
@@ -739,14 +743,17 @@ class TestLocalStore(StoreBattery):
             def now(cls, tz: Any = None) -> datetime:
                 return datetime(2026, 1, 1, tzinfo=UTC)
 
-        monkeypatch.setattr("gearnn_ray.store.datetime", Fixed)
+        monkeypatch.setattr("gearnn_ray.store.releases.datetime", Fixed)
         base = {
             "conv.weight": torch.arange(108.0).reshape(4, 3, 3, 3),
             "bn.running_mean": torch.arange(4.0),
             "bn.num_batches_tracked": torch.tensor(7),
         }
         changed = {"conv.weight": base["conv.weight"] / 7, "bn.running_mean": base["bn.running_mean"] - 0.1}
-        ours, its = store.put_state(base), store.put_state(codes.encode(base, changed, {"conv.weight": "float32"}))
+        ours, its = (
+            store.put_state(base),
+            store.put_state(storage_formats.encode(base, changed, {"conv.weight": "float32"})),
+        )
         manifest = manifest_of(store)
         manifest["base"] = {"digest": ours.digest, "bytes": ours.bytes}
         level = manifest["levels"]["brightness-0.4+jpeg-30"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gearnn_ray.errors import UserError
-from gearnn_ray.store import Store, digest_of
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.store.releases import Store, digest_of
 from tests.test_store import StoreBattery, manifest_of
 
 if importlib.util.find_spec("moto") is None:

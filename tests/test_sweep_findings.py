@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearnn_ray import tables
-from gearnn_ray.offline.stages import LevelResult
+from gearnn_ray.offline.level_run import LevelResult
+from gearnn_ray.store import tables
 from gearnn_ray.sweep.figure import sweep_figure
 from gearnn_ray.sweep.findings import Point, knee, pareto_front, recommended, rows_of, sentence
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from gearnn_ray import Store, tables
-from gearnn_ray.cli import run_split, run_sweep
-from gearnn_ray.config import budget_floats
-from gearnn_ray.errors import UserError
+from gearnn_ray import Store
+from gearnn_ray.cli.main import run_split, run_sweep
+from gearnn_ray.config.schema import budget_floats
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.store import tables
 from gearnn_ray.sweep import pipeline
 from tests import tiny
 from tests.test_pipeline import files
@@ -24,7 +25,7 @@ BUDGETS = ["10%", "30%", "80%"]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("sweep")
     tiny.write_folder(folder / "data")
@@ -61,12 +62,12 @@ def made(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def test_every_budget_at_every_level_and_the_smallest_good_one_published(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(work / "released", work / "store")
-    store = Store(work / "store")
+    shutil.copytree(spec / "released", spec / "store")
+    store = Store(spec / "store")
     latest, manifest = store.manifest("tiny")
-    code, result, lines = run(told(work, within=100), capsys)
+    code, result, lines = run(told(spec, within=100), capsys)
     assert (code, result["failed"]) == (0, {})
 
     points = {point["budget"]: point for point in result["points"]}
@@ -95,33 +96,33 @@ def test_every_budget_at_every_level_and_the_smallest_good_one_published(
     table = store.get_table(result["table"])
     assert table.column_names == [field.name for field in tables.SWEEP]
     assert [(r["budget"], r["level"]) for r in table.to_pylist()] == [(b, level) for b in BUDGETS for level in SWEPT]
-    assert (work / "store" / result["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert (spec / "store" / result["figure"]).read_bytes().startswith(b"\x89PNG")
 
-    before = files(work / "store")
-    code, again, lines = run(told(work, within=100), capsys)
+    before = files(spec / "store")
+    code, again, lines = run(told(spec, within=100), capsys)
     assert (code, again, made(lines)) == (0, result, [])
-    assert files(work / "store") == before
+    assert files(spec / "store") == before
 
 
 def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The release itself is made with codes, by modules and against a control; what the sweep publishes is so too."""
-    options = tiny.options(work, name="coded", levels=["jpeg-10"], budget="30%", store=work / "coded")
-    criterion = ["--selection.codes", "float32", "bfloat16", "int8", "--selection.granularity", "module"]
+    options = tiny.options(spec, name="coded", levels=["jpeg-10"], budget="30%", store=spec / "coded")
+    criterion = ["--selection.storage_formats", "float32", "bfloat16", "int8", "--selection.granularity", "module"]
     criterion += ["--selection.against", "clean"]
     assert run_split([*options, *criterion, "--json"]) == 0
-    arguments = told(work, "coded", release="coded", levels=["jpeg-10"], budgets=["10%"], within=0)
+    arguments = told(spec, "coded", release="coded", levels=["jpeg-10"], budgets=["10%"], within=0)
     # of one level ASHA has nothing to stop
     code, result, lines = run([*arguments, "--values", "fisher", "sum-abs", "--asha", "True"], capsys)
     assert (code, result["failed"]) == (0, {})
     assert [(p["value"], p["budget"]) for p in result["points"]] == [(value, "10%") for value in ("fisher", "sum-abs")]
     assert not any(stage == "full" for _, stage in made(lines)), "the level's and the control's are the split's"
-    store = Store(work / "coded")
+    store = Store(spec / "coded")
     manifest = store.manifest("coded:recommended")[1]
     assert manifest["schema"] == 2
     entry = manifest["levels"]["jpeg-10"]
-    assert set(entry["codes"].values()) & {"bfloat16", "int8"}
+    assert set(entry["storage_formats"].values()) & {"bfloat16", "int8"}
     assert manifest["config"]["selection"].items() >= {"granularity": "module", "against": "clean"}.items()
     best = max(result["points"], key=lambda p: p["score"])
     assert manifest["config"]["selection"]["value"] in {
@@ -132,23 +133,23 @@ def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
     assert entry["scores"]["adaptor"] == best["score"]
     assert all(torch.isfinite(tensor).all() for tensor in release.adaptor_state("jpeg-10").values())
     rows = store.get_table("tables/coded/selection/jpeg-10.parquet").to_pylist()
-    assert {row["code"] is not None for row in rows if row["selected"]} == {True}
-    assert {row["code"] for row in rows if not row["selected"]} <= {None}
+    assert {row["storage_format"] is not None for row in rows if row["selected"]} == {True}
+    assert {row["storage_format"] for row in rows if not row["selected"]} <= {None}
 
 
-def test_trials_that_fail_fail_the_job_by_name(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = tiny.options(work, name="dark", levels=["jpeg-10"], budget="30%", store=work / "dark")
+def test_trials_that_fail_fail_the_job_by_name(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = tiny.options(spec, name="dark", levels=["jpeg-10"], budget="30%", store=spec / "dark")
     model = ["--model.name", "tests.nets:afraid_of_the_dark"]
     assert run_split([*options, *model, "--json"]) == 0
     levels = ["brightness-0.1", "jpeg-10"]
-    code, result, _ = run(told(work, "dark", release="dark", levels=levels, budgets=["30%", "80%"]), capsys)
+    code, result, _ = run(told(spec, "dark", release="dark", levels=levels, budgets=["30%", "80%"]), capsys)
     assert code == 1
     assert {"M = 30%", "M = 80%"} <= result["failed"].keys()
     assert "brightness-0.1: the loss became nan" in result["failed"]["M = 30%"]
     # of the release's own budget there is what the split left
     assert [list(point["levels"]) for point in result["points"]] == [["jpeg-10"], []]
     assert result["sentence"] == "No budget was judged at every level, so none is recommended."
-    assert "recommended" not in Store(work / "dark").tags("dark")
+    assert "recommended" not in Store(spec / "dark").tags("dark")
 
 
 @pytest.mark.parametrize(
@@ -166,15 +167,15 @@ def test_trials_that_fail_fail_the_job_by_name(work: Path, capsys: pytest.Captur
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
-    work: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+    spec: Path, changes: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = files(work / "released")
-    assert run_sweep(told(work, "released", **changes)) == 2
+    before = files(spec / "released")
+    assert run_sweep(told(spec, "released", **changes)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert sentence in err
-    assert files(work / "released") == before
+    assert files(spec / "released") == before
 
 
 def test_how_it_ends_early(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,10 +190,10 @@ def test_how_it_ends_early(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_killed_and_run_again_it_repeats_no_finished_adaptor(
-    work: Path, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+    spec: Path, ray_cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(work / "released", work / "killed")
-    arguments = told(work, "killed", budgets=["80%"])
+    shutil.copytree(spec / "released", spec / "killed")
+    arguments = told(spec, "killed", budgets=["80%"])
     job = tiny.start_job(arguments, "sweep.py", RAY_ADDRESS=ray_cluster)
     assert job.stdout is not None
     seen: list[dict[str, Any]] = []

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from gearnn_ray.layers import network_state
-from gearnn_ray.models import build_model
+from gearnn_ray.models.layers import network_state
+from gearnn_ray.models.registry import build_model
 from tests.conftest import ROOT
 
 CLASSES = 3

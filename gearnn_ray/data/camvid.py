@@ -5,9 +5,9 @@ Brostow et al., "Semantic object classes in video", 2009, in the 11 classes of B
 
 from pathlib import Path, PurePosixPath
 
-from gearnn_ray.data import IGNORED, Dataset
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED, Dataset
 from gearnn_ray.data.files import AS_IS, FileSplit, file_split, find_files, read_lines
-from gearnn_ray.errors import UserError
 
 CLASS_NAMES = (
     "Sky",

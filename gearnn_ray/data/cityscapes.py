@@ -5,7 +5,7 @@ Cordts et al., "The Cityscapes dataset for semantic urban scene understanding", 
 
 from pathlib import Path
 
-from gearnn_ray.data import IGNORED, Dataset
+from gearnn_ray.data.dataset import IGNORED, Dataset
 from gearnn_ray.data.files import AS_IS, FileSplit, file_split, find_files
 
 NUM_LABEL_IDS = 34

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from gearnn_ray.errors import UserError
+from gearnn_ray.core.errors import UserError
 
 AS_IS = bytes(range(256))
 """The class map of labels that hold class ids already."""
@@ -27,7 +27,7 @@ _VERSION = 1  # to be raised when the same files come to mean other arrays: it i
 
 @dataclass(frozen=True)
 class FileSplit:
-    """A `gearnn_ray.data.Split` kept in files: sample i is `images[i]` and `labels[i]`.
+    """A `gearnn_ray.data.dataset.Split` kept in files: sample i is `images[i]` and `labels[i]`.
 
     `class_map` has 256 entries: the class id, 255 for ignored, of each value a label file can hold.
     """

@@ -5,9 +5,9 @@ A label PNG holds class ids as they are, 255 = ignored, and is called like its i
 
 from pathlib import Path
 
-from gearnn_ray.data import IGNORED, Dataset
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED, Dataset
 from gearnn_ray.data.files import FileSplit, file_split, find_files, read_lines
-from gearnn_ray.errors import UserError
 
 
 def open_folder(root: Path, num_classes: int | None = None) -> Dataset:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gearnn_ray.data import IGNORED, Dataset
-from gearnn_ray.errors import UserError
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED, Dataset
 
 CLASS_NAMES = ("sky", "road", "pavement", "brick", "timber", "tree", "hedge", "car", "person")
 SKY, ROAD, PAVEMENT, BRICK, TIMBER, TREE, HEDGE, CAR, PERSON = range(len(CLASS_NAMES))
@@ -39,7 +39,7 @@ Colour = NDArray[np.float64]  # [3] RGB in 8-bit levels, or one for every pixel 
 
 @dataclass(frozen=True)
 class ScenesSplit:
-    """A `gearnn_ray.data.Split` of generated scenes, painted when asked for; each is a clip of its own."""
+    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted when asked for; each is a clip of its own."""
 
     name: str
     count: int

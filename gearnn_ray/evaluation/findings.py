@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gearnn_ray import tables
-from gearnn_ray.config import EvaluateConfig
-from gearnn_ray.evaluation import memory, methods
-from gearnn_ray.evaluation.methods import CONSTANT, TITLES
-from gearnn_ray.evaluation.page import Evaluation, figures_of, render
-from gearnn_ray.evaluation.stages import Judged, Main, Picture, Weights
-from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.recipe import PAPERS
+from gearnn_ray.config.recipe import PAPERS
+from gearnn_ray.config.schema import EvaluateConfig
+from gearnn_ray.evaluation import baselines, memory
+from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
+from gearnn_ray.evaluation.report.page import Evaluation, figures_of, render
+from gearnn_ray.evaluation.runs import Judged, Main, Picture, Weights
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.sensitivity import Sensitivity, share_of_weights_changed
-from gearnn_ray.offline.work import Work
-from gearnn_ray.store import Store
+from gearnn_ray.store import tables
+from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks.segmentation import METRIC
 
 
@@ -50,18 +50,18 @@ class Plan:
     name: str
     release: str
     manifest: Mapping[str, Any]
-    work: Work
+    spec: JobSpec
     """with the release's recipe, budget and seed"""
     model_floats: int
     levels: tuple[str, ...]
-    rival_levels: tuple[str, ...]
-    untrained: Mapping[str, methods.Neighbours]
+    baseline_levels: tuple[str, ...]
+    untrained: Mapping[str, baselines.Neighbours]
     budgets: tuple[int, ...]
     """further ones, in floats"""
 
     def seeds(self, count: int, level: str) -> range:
         """Seeds of the main methods at a level: `count` of them where rivals are judged, else one."""
-        return range(self.work.seed, self.work.seed + (count if level in self.rival_levels else 1))
+        return range(self.spec.seed, self.spec.seed + (count if level in self.baseline_levels else 1))
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Found:
 
 
 def publish(store: Store, config: EvaluateConfig, plan: Plan, found: Found, command: str) -> Outcome:
-    work = plan.work
+    spec = plan.spec
     whole = [(cell, judged) for cell, judged in found.cells if cell.budget is None]
     accuracy = [
         {
@@ -153,7 +153,7 @@ def publish(store: Store, config: EvaluateConfig, plan: Plan, found: Found, comm
         }
         for cell, judged in whole
     ]  # fmt: skip
-    mains = {level: main for (level, seed), main in found.mains.items() if seed == work.seed}
+    mains = {level: main for (level, seed), main in found.mains.items() if seed == spec.seed}
     mains = {level: mains[level] for level in plan.levels if level in mains}
     changes = [
         {"level": level, **row, "selected": row["layer"] in main.layers}
@@ -185,7 +185,7 @@ def publish(store: Store, config: EvaluateConfig, plan: Plan, found: Found, comm
         "averages": (tables.AVERAGES, found.averages),
         "memory": (
             tables.MEMORY,
-            memory.memory_rows(work.network.name, plan.model_floats, work.budget, held, whole_networks),
+            memory.memory_rows(spec.network.name, plan.model_floats, spec.budget, held, whole_networks),
         ),
         "tuning": (tables.TUNING, found.tuning),
         "bytes": (tables.BYTES, _bytes(config, plan, found)),
@@ -193,18 +193,18 @@ def publish(store: Store, config: EvaluateConfig, plan: Plan, found: Found, comm
         "changed_shares": (tables.SHARES, shares),
         "frequency": (tables.FREQUENCY, found.frequency),
     }
-    clips = len(set(work.data.val.clips))
+    clips = len(set(spec.data.val.clips))
     evaluation = Evaluation(
         name=plan.name,
         release=plan.release,
         command=command,
-        data=f"{work.data.name}, {len(work.data.val)} validation images of {clips} clip{'s' if clips > 1 else ''}",
-        network=work.network.name,
+        data=f"{spec.data.name}, {len(spec.data.val)} validation images of {clips} clip{'s' if clips > 1 else ''}",
+        network=spec.network.name,
         metric=METRIC,
         model_floats=plan.model_floats,
-        budget_floats=work.budget,
-        seed=work.seed,
-        axes=methods.axes_of(plan.levels),
+        budget_floats=spec.budget,
+        seed=spec.seed,
+        axes=baselines.axes_of(plan.levels),
         accuracy=accuracy,
         differences=found.differences,
         averages=found.averages,
@@ -242,7 +242,7 @@ def _bytes(config: EvaluateConfig, plan: Plan, found: Found) -> list[dict[str, A
     points: dict[tuple[str, str, int | None], list[tuple[int, float]]] = {}
     for cell, judged in found.cells:
         if cell.level in (config.budget_levels or (found.tuning_level,)):
-            budget = (cell.budget or plan.work.budget) if cell.method == "gearnn" else None
+            budget = (cell.budget or plan.spec.budget) if cell.method == "gearnn" else None
             points.setdefault((cell.method, cell.level, budget), []).append((cell.weights.floats, judged.score))
     return [
         {
@@ -256,36 +256,36 @@ def _bytes(config: EvaluateConfig, plan: Plan, found: Found) -> list[dict[str, A
 
 def _notes(config: EvaluateConfig, plan: Plan, found: Found) -> list[str]:
     """What a reader must know of how each method was made; first what all share."""
-    work, recipe = plan.work, plan.work.recipe
-    count = len(work.data.train)
+    spec, recipe = plan.spec, plan.spec.recipe
+    count = len(spec.data.train)
     notes = [
         f"All fine-tunes share the {count} training images, {recipe.epochs} epochs, batches of {recipe.batch_size}, crops of "
         f"{recipe.crop} pixels, SGD with momentum {recipe.momentum:g} and a {recipe.schedule} learning rate.",
     ]
-    together = work.coupling.together
-    tuned = {method: rate for method, rate in found.rates.items() if not (together and method == "gearnn")}
+    is_joint = spec.coupling.is_joint
+    tuned = {method: rate for method, rate in found.rates.items() if not (is_joint and method == "gearnn")}
     rates = ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in tuned.items())
     if len(config.learning_rates) > 1:
         notes.append(
-            f"Each method's learning rate was chosen once, at {found.tuning_level}, on the last {methods.held_back(count)} "
+            f"Each method's learning rate was chosen once, at {found.tuning_level}, on the last {baselines.held_back(count)} "
             f"training images after a fine-tune without them: {rates}. The base has seen those images, and GearNN's layers were "
             "chosen on all; random layers were tuned with their first draw."
         )
     else:
         notes.append(f"One learning rate for all methods, which was not tuned: {found.rates['switching']:g}.")
-    if together:
+    if is_joint:
         notes.append(
             f"GearNN's adaptors are the release's own, made at {recipe.learning_rate:g}; its layers were chosen for all "
-            f"levels together ({work.coupling.problem})."
+            f"levels together ({spec.coupling.problem})."
             + (
                 " A level's adaptor may have more floats than its part of the one memory, which is what the other methods get."
-                if work.coupling.problem == "one-memory"
+                if spec.coupling.problem == "one-memory"
                 else ""
             )
         )
-    if work.criterion.codes != PAPERS.codes:
+    if spec.criterion.storage_formats != PAPERS.storage_formats:
         notes.append(
-            f"GearNN's layers are stored as {', '.join(work.criterion.codes)}; floats are of four bytes, so under codes they are "
+            f"GearNN's layers are stored as {', '.join(spec.criterion.storage_formats)}; floats are of four bytes, so they are "
             "fewer than the numbers restored. Its learning rate is tuned with the same layers as float32."
         )
     if any(cell.method == "gearnn-released" for cell, _ in found.cells):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gearnn_ray.errors import UserError
+from gearnn_ray.core.errors import UserError
 from gearnn_ray.tasks.segmentation import Image, logits_of, loss_of, resize_label
 
 BLOCK = 8

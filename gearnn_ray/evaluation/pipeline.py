@@ -14,31 +14,31 @@ from typing import Any, cast
 
 import ray
 
-from gearnn_ray.cluster import (
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.config.schema import EvaluateConfig, ResourcesConfig, budget_floats
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.evaluation import baselines, runs, statistics
+from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
+from gearnn_ray.evaluation.findings import Cell, Found, Outcome, Plan, publish
+from gearnn_ray.evaluation.runs import Judged, Main, Making, Picture, Weights
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.offline.job_spec import JobSpec
+from gearnn_ray.offline.release_context import make_images, open_release_context
+from gearnn_ray.ray_jobs.cluster import (
     POLL_SECONDS,
-    Board,
-    Relay,
+    EventBoard,
+    EventRelay,
     beside_driver,
     cluster,
     cluster_resources,
+    event_sender,
     reason_of,
     result_of,
-    saying,
 )
-from gearnn_ray.config import EvaluateConfig, ResourcesConfig, budget_floats
-from gearnn_ray.errors import UserError
-from gearnn_ray.evaluation import methods, stages, statistics
-from gearnn_ray.evaluation.findings import Cell, Found, Outcome, Plan, publish
-from gearnn_ray.evaluation.methods import CONSTANT, TITLES
-from gearnn_ray.evaluation.stages import Judged, Main, Making, Picture, Weights
-from gearnn_ray.levels import parse_level
-from gearnn_ray.offline.finetune import prepare_process
-from gearnn_ray.offline.recipe import Recipe
-from gearnn_ray.offline.reopen import make_images, reopen
-from gearnn_ray.offline.resources import check_resources
-from gearnn_ray.offline.work import Work
-from gearnn_ray.progress import Reporter
-from gearnn_ray.store import Store
+from gearnn_ray.ray_jobs.resources import check_resources
+from gearnn_ray.reporting.progress import Reporter
+from gearnn_ray.store.releases import Store
+from gearnn_ray.training.trainer import prepare_process
 
 _MAIN = ("switching", "gearnn")
 _PICTURED = 3  # levels, the worst ones
@@ -49,17 +49,17 @@ _ALL = "all"
 _COST = {"main": 1.65, "stability": 2.0, "bn-statistics": 0.2, "judged": 0.11}
 
 
-def evaluate(config: EvaluateConfig, say: Reporter, command: str) -> Outcome:
+def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when what it was told is wrong."""
     store = Store(config.store)
     store.manifest(config.release)  # there is one, or nothing is started
     store.check_writable()
     with cluster():
         check_resources(ResourcesConfig(**config.resources.model_dump()), *cluster_resources())
-        board = cast(Any, Board).options(scheduling_strategy=beside_driver()).remote()
-        relay = Relay(board, say)
+        board = cast(Any, EventBoard).options(scheduling_strategy=beside_driver()).remote()
+        relay = EventRelay(board, emit)
         plan = _checked(config, store, relay)
-        found = _Run(config, plan, board, relay, say).all()
+        found = _Run(config, plan, board, relay, emit).all()
         relay.flush()
     return publish(store, config, plan, found, command)
 
@@ -67,12 +67,12 @@ def evaluate(config: EvaluateConfig, say: Reporter, command: str) -> Outcome:
 # ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
 
 
-def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
+def _checked(config: EvaluateConfig, store: Store, relay: EventRelay) -> Plan:
     """Release, data, network, levels: looked at, and every level's images made. Raises UserError."""
-    release = reopen(store, config.release, config.data, relay)
-    manifest, facts, work = release.manifest, release.facts, release.work
+    release = open_release_context(store, config.release, config.data, relay)
+    manifest, facts, spec = release.manifest, release.facts, release.spec
     levels = config.levels or release.levels
-    foreign = [name for name in (*config.rival_levels, *config.untrained, *config.budget_levels, *config.frequency_levels)
+    foreign = [name for name in (*config.baseline_levels, *config.untrained, *config.budget_levels, *config.frequency_levels)
                if name not in levels]  # fmt: skip
     if config.tuning_level is not None and config.tuning_level not in levels:
         foreign.append(config.tuning_level)
@@ -89,7 +89,7 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
             f"the level {foreign[0]} is not among the levels evaluated ({', '.join(levels)}): add it to levels"
         )
     trained = [name for name in levels if name not in config.untrained]
-    between = {name: methods.neighbours(name, trained) for name in config.untrained}
+    between = {name: baselines.neighbours(name, trained) for name in config.untrained}
     for name, sides in between.items():
         if sides is None:
             raise UserError(
@@ -98,40 +98,40 @@ def _checked(config: EvaluateConfig, store: Store, relay: Relay) -> Plan:
     if not any(not parse_level(name).is_clean for name in levels):
         raise UserError(f"{config.release} has no distorted level to evaluate: name some with --levels")
     # another budget of one level's own is no part of a problem of all levels together
-    asked = () if work.coupling.together else config.budgets
+    asked = () if spec.coupling.is_joint else config.budgets
     budgets = tuple(dict.fromkeys(budget_floats(text, facts.floats) for text in asked))
-    small = next((m for m in budgets if m < facts.least(work.criterion)), None)
+    small = next((m for m in budgets if m < facts.least(spec.criterion)), None)
     if small is not None:
         raise UserError(
-            f"a budget of {small} floats fits no layer: the smallest of {work.network.name} has {facts.smallest_layer}, so give "
+            f"a budget of {small} floats fits no layer: the smallest of {spec.network.name} has {facts.smallest_layer}, so give "
             "larger budgets"
         )
-    if len(config.learning_rates) > 1 and len(work.data.train) < 2:
+    if len(config.learning_rates) > 1 and len(spec.data.train) < 2:
         raise UserError("learning rates are chosen on held-back training images, and there is only one: give no grid")
-    make_images(work, levels, relay)
-    work = replace(work, budget=_budget_of_each(work, release.levels))
+    make_images(spec, levels, relay)
+    spec = replace(spec, budget=_budget_of_each(spec, release.levels))
     return Plan(
         name=release.name,
         release=release.digest,
         manifest=manifest,
-        work=work,
+        spec=spec,
         model_floats=facts.floats,
         levels=levels,
-        rival_levels=config.rival_levels,
+        baseline_levels=config.baseline_levels,
         untrained={name: sides for name, sides in between.items() if sides is not None},
-        budgets=tuple(m for m in budgets if m != work.budget),
+        budgets=tuple(m for m in budgets if m != spec.budget),
     )
 
 
-def _budget_of_each(work: Work, released: Sequence[str]) -> int:
+def _budget_of_each(spec: JobSpec, released: Sequence[str]) -> int:
     """M in floats of one level's adaptor, which rivals get; where all levels have one memory, an equal part of it."""
     sharing = sum(not parse_level(name).is_clean for name in released)
-    return work.budget // max(1, sharing) if work.coupling.problem == "one-memory" else work.budget
+    return spec.budget // max(1, sharing) if spec.coupling.problem == "one-memory" else spec.budget
 
 
 def _worst_of_each_axis(levels: Sequence[str], worst: Sequence[str]) -> tuple[str, ...]:
     """The level of each axis that comes first in `worst`, in the order of `levels`."""
-    taken = {next((name for name in worst if name in members), None) for members in methods.axes_of(levels).values()}
+    taken = {next((name for name in worst if name in members), None) for members in baselines.axes_of(levels).values()}
     return tuple(name for name in levels if name in taken)
 
 
@@ -139,52 +139,52 @@ def _worst_of_each_axis(levels: Sequence[str], worst: Sequence[str]) -> tuple[st
 
 
 @ray.remote
-def _do(function: Callable[..., Any], arguments: Sequence[Any], work: Work, threads: int, board: Any) -> Any:
+def _do(function: Callable[..., Any], arguments: Sequence[Any], spec: JobSpec, threads: int, board: Any) -> Any:
     """`function(work, *arguments, say)` in a worker."""
     prepare_process(threads)
-    with saying(board) as say:
-        return function(work, *arguments, say)
+    with event_sender(board) as emit:
+        return function(spec, *arguments, emit)
 
 
 def _main(
-    work: Work, full: Recipe, adaptor: Recipe, level: str, seed: int, budgets: Sequence[int], label: str, say: Any
+    spec: JobSpec, full: Recipe, adaptor: Recipe, level: str, seed: int, budgets: Sequence[int], label: str, emit: Any
 ) -> Main:
-    own = replace(work, seed=seed, keep_full=True)
-    return stages.make_main(
-        replace(own, recipe=full), replace(own, recipe=adaptor), level, (work.budget, *budgets), say, label
+    own = replace(spec, seed=seed, keep_full=True)
+    return runs.make_main(
+        replace(own, recipe=full), replace(own, recipe=adaptor), level, (spec.budget, *budgets), emit, label
     )
 
 
 def _released(
-    work: Work, full: Recipe, level: str, seed: int, entry: Mapping[str, Any] | None, label: str, say: Any
+    spec: JobSpec, full: Recipe, level: str, seed: int, entry: Mapping[str, Any] | None, label: str, emit: Any
 ) -> Main:
-    return stages.released_main(replace(work, seed=seed, keep_full=True, recipe=full), level, entry, say, label)
+    return runs.released_main(replace(spec, seed=seed, keep_full=True, recipe=full), level, entry, emit, label)
 
 
-def _control(work: Work, full: Recipe, seed: int, say: Any) -> None:
-    stages.make_control(replace(work, seed=seed, keep_full=True, recipe=full), say)
+def _control(spec: JobSpec, full: Recipe, seed: int, emit: Any) -> None:
+    runs.make_control(replace(spec, seed=seed, keep_full=True, recipe=full), emit)
 
 
-def _judge_original(work: Work, level: str, say: Any) -> dict[str | None, Judged]:
-    return stages.judge(work, level, [None], lambda event: say(replace(event, stage="original")))
+def _judge_original(spec: JobSpec, level: str, emit: Any) -> dict[str | None, Judged]:
+    return runs.judge(spec, level, [None], lambda event: emit(replace(event, stage="original")))
 
 
-def _mix(work: Work, lower: Weights, upper: Weights, share: float, say: Any) -> Weights:
-    del say
-    return stages.mix_adaptors(work, lower, upper, share)
+def _mix(spec: JobSpec, lower: Weights, upper: Weights, share: float, emit: Any) -> Weights:
+    del emit
+    return runs.mix_adaptors(spec, lower, upper, share)
 
 
-def _see(work: Work, level: str, weights: Weights, original: Judged, adaptor: Judged, say: Any) -> Picture:
-    del say
-    return stages.see(work, level, weights, original, adaptor)
+def _see(spec: JobSpec, level: str, weights: Weights, original: Judged, adaptor: Judged, emit: Any) -> Picture:
+    del emit
+    return runs.see(spec, level, weights, original, adaptor)
 
 
 def _compare(
-    work: Work, judged: Mapping[tuple[str, str], Sequence[Judged]], axes: Mapping[str, Sequence[str]], say: Any
+    spec: JobSpec, judged: Mapping[tuple[str, str], Sequence[Judged]], axes: Mapping[str, Sequence[str]], emit: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of DIFFERENCES and AVERAGES."""
-    del say
-    counts = {place: [stages.counts_of(work, each) for each in cells] for place, cells in judged.items()}
+    del emit
+    counts = {place: [runs.counts_of(spec, each) for each in cells] for place, cells in judged.items()}
     return statistics.differences(counts), statistics.averages(counts, axes)
 
 
@@ -202,11 +202,11 @@ class _Unit:
 class _Run:
     """The tasks of one evaluation, in the order in which each can start."""
 
-    def __init__(self, config: EvaluateConfig, plan: Plan, board: Any, relay: Relay, say: Reporter) -> None:
-        self.config, self.plan, self.relay, self.say = config, plan, relay, say
+    def __init__(self, config: EvaluateConfig, plan: Plan, board: Any, relay: EventRelay, emit: Reporter) -> None:
+        self.config, self.plan, self.relay, self.emit = config, plan, relay, emit
         self.found = Found()
         self._board = board
-        self._shared = ray.put(plan.work)
+        self._shared = ray.put(plan.spec)
         self._threads = max(1, int(config.resources.cpus))
         self._running: dict[Any, tuple[str, Callable[[Any], None]]] = {}
         resources = config.resources
@@ -221,11 +221,11 @@ class _Run:
         if not scores:
             raise UserError(f"the original cannot be judged at any level: {next(iter(self.found.failed.values()))}")
         worst = sorted(scores, key=scores.__getitem__)
-        if not self.plan.rival_levels:
-            self.plan = replace(self.plan, rival_levels=_worst_of_each_axis(self.plan.levels, worst))
+        if not self.plan.baseline_levels:
+            self.plan = replace(self.plan, baseline_levels=_worst_of_each_axis(self.plan.levels, worst))
         self.found.tuning_level = self.config.tuning_level or worst[0]
         self._tune()
-        if self.plan.work.criterion.against == "clean" and not self.plan.work.coupling.together:
+        if self.plan.spec.criterion.against == "clean" and not self.plan.spec.coupling.is_joint:
             self._make_controls()
         self._make_and_judge()
         self._look_closer()
@@ -256,7 +256,7 @@ class _Run:
         """What the original scores at every distorted level."""
         scores: dict[str, float] = {}
         distorted = [level for level in self.plan.levels if not parse_level(level).is_clean]
-        self.say.expect({(level, "original"): _COST["judged"] for level in distorted})
+        self.emit.expect({(level, "original"): _COST["judged"] for level in distorted})
 
         def note(level: str, judged: Any) -> None:
             if judged is not None:
@@ -271,12 +271,12 @@ class _Run:
         """Each method's learning rate: the one of the grid with the best score on held-back training images."""
         plan, grid, found, level = self.plan, self.config.learning_rates, self.found, self.found.tuning_level
         trained = [m for m in (*_MAIN, *self.config.methods) if m != "bn-statistics"]
-        if plan.work.coupling.together:
+        if plan.spec.coupling.is_joint:
             # as released, its adaptors have the learning rate that they have
             trained.remove("gearnn")
-            found.rates["gearnn"] = plan.work.recipe.learning_rate
+            found.rates["gearnn"] = plan.spec.recipe.learning_rate
         if len(grid) <= 1:
-            found.rates |= dict.fromkeys(trained, *(grid or (plan.work.recipe.learning_rate,)))
+            found.rates |= dict.fromkeys(trained, *(grid or (plan.spec.recipe.learning_rate,)))
             return
         scores: dict[str, dict[float, float]] = {method: {} for method in trained}
 
@@ -287,9 +287,9 @@ class _Run:
             for rate in grid if layers is not None else ():
                 making = replace(self._making(method, level), learning_rate=rate, layers=tuple(layers))
                 label = f"learning rate {rate:g} of {method}"
-                self.start(label, stages.tune, making, level, then=partial(note, method, rate))
+                self.start(label, runs.tune, making, level, then=partial(note, method, rate))
 
-        self.say.expect(
+        self.emit.expect(
             {
                 (making.level, f"tuning: {making.label} at {rate:g}"): 0.8 * _COST.get(method, 1.0)
                 for method, making in ((method, self._making(method, level)) for method in trained)
@@ -302,13 +302,13 @@ class _Run:
             elif level in plan.manifest["levels"]:
                 try_rates(method, plan.manifest["levels"][level]["layers"])
             else:
-                self.start(f"{level} layers", stages.choose_layers, level, then=partial(try_rates, method))
+                self.start(f"{level} layers", runs.choose_layers, level, then=partial(try_rates, method))
         self.settle()
         for method, tried in scores.items():
             if len(tried) < len(grid) or None in tried.values():
                 # a task failed, and is tried again by the next run: this one leaves a rival out, and what is evaluated untuned
                 if method in _MAIN:
-                    found.rates[method] = plan.work.recipe.learning_rate
+                    found.rates[method] = plan.spec.recipe.learning_rate
                 continue
             # in the grid's order, not that in which tasks ended
             best = max(sorted(tried), key=tried.__getitem__)
@@ -327,7 +327,7 @@ class _Run:
         making = Making(
             method,
             _ALL if method in CONSTANT else level,
-            seed=plan.work.seed,
+            seed=plan.spec.seed,
             draw=draw,
             learning_rate=self.found.rates.get(method, 0.0),
         )
@@ -336,15 +336,15 @@ class _Run:
         if method == "stability":
             # where its learning rate is chosen: the middle of the grid
             return replace(making, alpha=grid.alphas[len(grid.alphas) // 2], sigma=grid.sigmas[len(grid.sigmas) // 2])
-        return replace(making, budget=plan.work.budget) if method in ("first-block", "auto-rgn", "random") else making
+        return replace(making, budget=plan.spec.budget) if method in ("first-block", "auto-rgn", "random") else making
 
     # ── weights and judging
 
     def _make_controls(self) -> None:
         """What the levels' changes are measured against, before tasks of several levels would each make it."""
-        full = self.plan.work.recipe.model_copy(update={"learning_rate": self.found.rates["switching"]})
+        full = self.plan.spec.recipe.model_copy(update={"learning_rate": self.found.rates["switching"]})
         seeds = dict.fromkeys(seed for level in self.plan.levels for seed in self.plan.seeds(self.config.seeds, level))
-        self.say.expect({("clean", "full"): 1.0 * len(seeds)})
+        self.emit.expect({("clean", "full"): 1.0 * len(seeds)})
         for seed in seeds:
             self.start(f"clean seed {seed}", _control, full, seed, then=lambda _: None)
         self.settle()
@@ -357,12 +357,12 @@ class _Run:
         for level in self.plan.untrained:
             self._waiting[level].add("its neighbours")
         for level in self.plan.levels:
-            self._cells[level].append(Cell("original", level, self.plan.work.seed, Weights()))
+            self._cells[level].append(Cell("original", level, self.plan.spec.seed, Weights()))
             if parse_level(level).is_clean:
                 # undistorted, every method with weights per level is the base itself
                 adaptive = (*_MAIN, *(method for method in self.config.methods if method not in CONSTANT))
-                self._cells[level] += [Cell(method, level, self.plan.work.seed, Weights()) for method in adaptive]
-        self.say.expect(
+                self._cells[level] += [Cell(method, level, self.plan.spec.seed, Weights()) for method in adaptive]
+        self.emit.expect(
             {(level, "judging"): _COST["judged"] * (1 + len(units)) for level, units in self._waiting.items()}
         )
         for unit in units:
@@ -374,45 +374,45 @@ class _Run:
     def _constant_units(self) -> Iterator[_Unit]:
         """One network for all levels, each; judged at the rivals' levels and undistorted."""
         grid, plan = self.config.stability, self.plan
-        levels = tuple(level for level in plan.levels if level in plan.rival_levels or parse_level(level).is_clean)
+        levels = tuple(level for level in plan.levels if level in plan.baseline_levels or parse_level(level).is_clean)
         for method in self.config.methods:
             if method not in CONSTANT or method not in self.found.rates:
                 continue
             making = self._making(method, _ALL)
             if method == "stability":
                 for alpha, sigma in itertools.product(grid.alphas, grid.sigmas):
-                    yield self._rival_unit(replace(making, alpha=alpha, sigma=sigma), levels)
+                    yield self._baseline_unit(replace(making, alpha=alpha, sigma=sigma), levels)
             else:
-                yield self._rival_unit(making, levels)
+                yield self._baseline_unit(making, levels)
 
     def _units_per_level(self) -> Iterator[_Unit]:
         """Rivals' levels first, in the order given: that is where comparisons become complete."""
         plan, rates = self.plan, self.found.rates
-        rivals = [method for method in self.config.methods if method in rates or method == "bn-statistics"]
-        for level in dict.fromkeys((*plan.rival_levels, *plan.levels)):
+        baselines = [method for method in self.config.methods if method in rates or method == "bn-statistics"]
+        for level in dict.fromkeys((*plan.baseline_levels, *plan.levels)):
             if parse_level(level).is_clean:
                 continue
             for seed in plan.seeds(self.config.seeds, level):
                 yield self._main_unit(level, seed)
-            for method in rivals if level in plan.rival_levels else ():
+            for method in baselines if level in plan.baseline_levels else ():
                 draws = range(self.config.draws if method == "random" else 1)
                 for draw in draws if method not in CONSTANT else ():
-                    yield self._rival_unit(self._making(method, level, draw), (level,))
+                    yield self._baseline_unit(self._making(method, level, draw), (level,))
 
-    def _rival_unit(self, making: Making, levels: tuple[str, ...]) -> _Unit:
+    def _baseline_unit(self, making: Making, levels: tuple[str, ...]) -> _Unit:
         def cells(weights: Weights) -> Sequence[Cell]:
             # of random layers each draw is one of several, as a seed is of others
             seed = making.draw if making.method == "random" else making.seed
             about = (seed, weights, making.alpha, making.sigma)
             return [Cell(making.method, level, *about) for level in levels]
 
-        self.say.expect({(making.level, making.label): _COST.get(making.method, 0.65)})
+        self.emit.expect({(making.level, making.label): _COST.get(making.method, 0.65)})
         label = making.label if making.level == _ALL else f"{making.level} {making.label}"
-        return _Unit(label, levels, stages.make_weights, (making,), cells)
+        return _Unit(label, levels, runs.make_weights, (making,), cells)
 
     def _main_unit(self, level: str, seed: int) -> _Unit:
-        plan, found, first = self.plan, self.found, seed == self.plan.work.seed
-        full, adaptor = (plan.work.recipe.model_copy(update={"learning_rate": found.rates[m]}) for m in _MAIN)
+        plan, found, first = self.plan, self.found, seed == self.plan.spec.seed
+        full, adaptor = (plan.spec.recipe.model_copy(update={"learning_rate": found.rates[m]}) for m in _MAIN)
         further = plan.budgets if first and level in (self.config.budget_levels or (found.tuning_level,)) else ()
         suffix, entry = "" if first else f" seed {seed}", plan.manifest["levels"].get(level)
 
@@ -420,18 +420,18 @@ class _Run:
             found.mains[level, seed] = main
             made = [Cell("switching", level, seed, main.switching)]
             for budget, weights in main.gearnn.items():
-                own = budget == plan.work.budget
+                own = budget == plan.spec.budget
                 made.append(Cell("gearnn", level, seed, weights, budget=None if own else budget))
-            if first and entry is not None and entry["digest"] != main.gearnn[plan.work.budget].digest:
+            if first and entry is not None and entry["digest"] != main.gearnn[plan.spec.budget].digest:
                 made.append(Cell("gearnn-released", level, seed, Weights(entry["digest"], entry["floats"])))
             return made
 
         name = f"{level} switching and gearnn{suffix}"
-        self.say.expect({(level, f"switching{suffix}"): 1.0})
-        if plan.work.coupling.together and entry is not None:
+        self.emit.expect({(level, f"switching{suffix}"): 1.0})
+        if plan.spec.coupling.is_joint and entry is not None:
             released = (full, level, seed, entry if first else None, suffix)
             return _Unit(name, (level,), _released, released, cells)
-        self.say.expect({(level, f"gearnn{suffix}"): 0.65 * (1 + len(further))})
+        self.emit.expect({(level, f"gearnn{suffix}"): 0.65 * (1 + len(further))})
         return _Unit(name, (level,), _main, (full, adaptor, level, seed, further, suffix), cells)
 
     def _made(self, unit: _Unit, result: Any) -> None:
@@ -451,20 +451,20 @@ class _Run:
             if not self._waiting[level]:
                 self._judge(level)
 
-    def _between(self, level: str, sides: methods.Neighbours) -> None:
+    def _between(self, level: str, sides: baselines.Neighbours) -> None:
         """An untrained level by its neighbours' adaptors, once both have ended."""
-        work = self.plan.work
-        lower, upper = (self.found.mains.get((name, work.seed)) for name in (sides.lower, sides.upper))
+        spec = self.plan.spec
+        lower, upper = (self.found.mains.get((name, spec.seed)) for name in (sides.lower, sides.upper))
         if lower is None or upper is None:
             self.found.failed[f"{level} by its neighbours"] = f"{sides.lower} and {sides.upper} are not both there"
             self._ended("its neighbours", [level])
             return
-        adaptors = [main.gearnn[work.budget] for main in (lower, upper)]
-        self._cells[level].append(Cell("gearnn-nearest", level, work.seed, adaptors[sides.nearest == sides.upper]))
+        adaptors = [main.gearnn[spec.budget] for main in (lower, upper)]
+        self._cells[level].append(Cell("gearnn-nearest", level, spec.seed, adaptors[sides.nearest == sides.upper]))
 
         def mixed(weights: Weights | None) -> None:
             if weights is not None:
-                self._cells[level].append(Cell("gearnn-interpolated", level, work.seed, weights))
+                self._cells[level].append(Cell("gearnn-interpolated", level, spec.seed, weights))
             self._ended("its neighbours", [level])
 
         self.start(f"{level} interpolated adaptors", _mix, *adaptors, sides.share, then=mixed)
@@ -477,12 +477,12 @@ class _Run:
                 self.found.cells += [(cell, results[cell.weights.digest]) for cell in cells]
 
         digests = list(dict.fromkeys(cell.weights.digest for cell in cells))
-        self.start(f"{level} judging", stages.judge, level, digests, then=judged)
+        self.start(f"{level} judging", runs.judge, level, digests, then=judged)
 
     # ── what is made of it
 
     def _look_closer(self) -> None:
-        found, work = self.found, self.plan.work
+        found, spec = self.found, self.plan.spec
         found.put_in_order(self.plan.levels)
         found.choose_stability()
 
@@ -490,7 +490,7 @@ class _Run:
             if rows is not None:
                 found.differences, found.averages = rows
 
-        self.start("the comparison", _compare, found.judged(), methods.axes_of(self.plan.levels), then=compared)
+        self.start("the comparison", _compare, found.judged(), baselines.axes_of(self.plan.levels), then=compared)
 
         def responded(network: str, level: str, response: Any) -> None:
             found.frequency += [
@@ -500,24 +500,24 @@ class _Run:
             ]
 
         for level in self.config.frequency_levels or (found.tuning_level,):
-            main = found.mains.get((level, work.seed))
+            main = found.mains.get((level, spec.seed))
             if main is None:
                 continue
-            networks = {"original": Weights(), "switching": main.switching, "gearnn": main.gearnn[work.budget]}
+            networks = {"original": Weights(), "switching": main.switching, "gearnn": main.gearnn[spec.budget]}
             for network, weights in networks.items():
                 label = f"frequency response: {network}"
-                self.say.expect({(level, label): 0.3})
+                self.emit.expect({(level, label): 0.3})
                 then = partial(responded, network, level)
-                self.start(f"{level} {label}", stages.frequency, level, weights, network, then=then)
+                self.start(f"{level} {label}", runs.frequency, level, weights, network, then=then)
 
         def seen(picture: Picture | None) -> None:
             if picture is not None:
                 found.pictures.append(picture)
 
-        worst = found.worst_levels(work.seed)[:_PICTURED]
+        worst = found.worst_levels(spec.seed)[:_PICTURED]
         for level in worst:
-            weights = found.mains[level, work.seed].gearnn[work.budget]
-            self.start(f"{level} picture", _see, level, weights, *found.pair(level, work.seed), then=seen)
+            weights = found.mains[level, spec.seed].gearnn[spec.budget]
+            self.start(f"{level} picture", _see, level, weights, *found.pair(level, spec.seed), then=seen)
         self.settle()
         found.pictures.sort(key=lambda picture: worst.index(picture.level))
         found.frequency.sort(key=lambda row: (row["level"], list(TITLES).index(row["network"])))

@@ -5,14 +5,22 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from gearnn_ray.errors import UserError
-from gearnn_ray.layers import layers_of, network_state
-from gearnn_ray.models import build_model, load_weights, read_weights
-from gearnn_ray.offline.events import Event, Say
-from gearnn_ray.offline.finetune import fine_tune
-from gearnn_ray.offline.recipe import PAPERS, Criterion, Recipe
-from gearnn_ray.offline.work import Network, StoredCheckpoint, Work, device, progress_to, stage_key, training_data
-from gearnn_ray.store import Blob, Store
+from gearnn_ray.config.recipe import PAPERS, Criterion, Recipe
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.core.events import Emit, Event
+from gearnn_ray.models.layers import layers_of, network_state
+from gearnn_ray.models.registry import build_model, load_weights, read_weights
+from gearnn_ray.offline.job_spec import (
+    JobSpec,
+    Network,
+    StoredCheckpoint,
+    device,
+    progress_to,
+    stage_key,
+    training_data,
+)
+from gearnn_ray.store.releases import Blob, Store
+from gearnn_ray.training.trainer import fine_tune
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class NetworkFacts:
 
     def least(self, criterion: Criterion) -> int:
         """A budget of fewer floats fits no layer; under codes that shows only when layers are chosen."""
-        return self.smallest_layer if criterion.codes == PAPERS.codes else 1
+        return self.smallest_layer if criterion.storage_formats == PAPERS.storage_formats else 1
 
 
 def check_network(network: Network, weights: str | None) -> NetworkFacts:
@@ -43,40 +51,40 @@ def network_from_weights(network: Network, weights: str | None) -> nn.Module:
     return model
 
 
-def publish_given_base(work: Work, weights: str) -> Blob:
+def publish_given_base(spec: JobSpec, weights: str) -> Blob:
     """Put the base from the user's weights file into the store."""
-    return Store(work.store).put_state(network_state(network_from_weights(work.network, weights)))
+    return Store(spec.store).put_state(network_state(network_from_weights(spec.network, weights)))
 
 
-def base_key(work: Work, recipe: Recipe) -> str:
+def base_key(spec: JobSpec, recipe: Recipe) -> str:
     """Key of the stage that trains the base."""
     return stage_key(
         "base",
-        network=asdict(work.network),
-        train=work.data.train.digest,
+        network=asdict(spec.network),
+        train=spec.data.train.digest,
         recipe=recipe.inputs(),
-        seed=work.seed,
+        seed=spec.seed,
     )
 
 
-def train_base(work: Work, recipe: Recipe, say: Say) -> Blob:
+def train_base(spec: JobSpec, recipe: Recipe, emit: Emit) -> Blob:
     """Train the base on the undistorted images from a seeded initialisation and put it into the store."""
-    store, key = Store(work.store), base_key(work, recipe)
+    store, key = Store(spec.store), base_key(spec, recipe)
     record = store.get_record(key)
     if record is not None and store.has_blob(record["digest"]):
-        say(Event("reused", "base", "clean"))
+        emit(Event("reused", "base", "clean"))
         return Blob(record["digest"], record["bytes"])
-    say(Event("started", "base", "clean"))
-    torch.manual_seed(work.seed)
-    model = build_model(work.network.name, work.network.num_classes).to(device())
-    images, labels = training_data(work, "clean")
+    emit(Event("started", "base", "clean"))
+    torch.manual_seed(spec.seed)
+    model = build_model(spec.network.name, spec.network.num_classes).to(device())
+    images, labels = training_data(spec, "clean")
     checkpoint = StoredCheckpoint(store, key)
     outcome = fine_tune(
-        model, images, labels, recipe, work.network.normalisation,
-        chosen=None, seed=work.seed, checkpoint=checkpoint, progress=progress_to(say, "base", "clean"),
+        model, images, labels, recipe, spec.network.normalisation,
+        chosen=None, seed=spec.seed, checkpoint=checkpoint, progress=progress_to(emit, "base", "clean"),
     )  # fmt: skip
     blob = store.put_state(network_state(model))
     store.put_record(key, {**asdict(blob), "seconds": outcome.seconds, "precision": outcome.precision})
     checkpoint.drop()
-    say(Event("finished", "base", "clean", seconds=outcome.seconds))
+    emit(Event("finished", "base", "clean", seconds=outcome.seconds))
     return blob

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gearnn_ray import tables
-from gearnn_ray.config import SplitConfig
-from gearnn_ray.levels import codec_versions, parse_level
+from gearnn_ray.config.recipe import Coupling
+from gearnn_ray.config.schema import SplitConfig
+from gearnn_ray.levels.level import codec_versions, parse_level
 from gearnn_ray.offline.base import NetworkFacts
-from gearnn_ray.offline.recipe import Coupling
+from gearnn_ray.offline.importance import VALUES
+from gearnn_ray.offline.job_spec import ImageStatistics, JobSpec
+from gearnn_ray.offline.level_run import LevelResult
 from gearnn_ray.offline.sensitivity import Sensitivity, table_row
-from gearnn_ray.offline.stages import LevelResult
-from gearnn_ray.offline.values import VALUES
-from gearnn_ray.offline.work import ImageStatistics, Work
-from gearnn_ray.store import SCHEMA, Blob
+from gearnn_ray.store import tables
+from gearnn_ray.store.releases import SCHEMA, Blob
 from gearnn_ray.tasks.segmentation import METRIC
 
 _PACKAGES = ("gearnn-ray", "torch", "torchvision", "ray", "ortools", "numpy", "pyarrow")
@@ -42,7 +42,7 @@ def summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str
 
 def manifest_of(
     config: SplitConfig,
-    work: Work,
+    spec: JobSpec,
     base: Blob,
     facts: NetworkFacts,
     images: Mapping[str, ImageStatistics],
@@ -68,8 +68,8 @@ def manifest_of(
             "luma": images[result.level].luma,
             "scores": {name: score for name, score in scores.items() if score is not None},
         }
-        if result.codes:
-            levels[result.level]["codes"] = result.codes
+        if result.storage_formats:
+            levels[result.level]["storage_formats"] = result.storage_formats
         if result.full is not None:
             by_layer, by_weight = result.share_changed
             # the paper's Fig. 5 fact, of the full fine-tune: floats in layers whose mean moved by more, floats that did
@@ -81,24 +81,24 @@ def manifest_of(
         "schema": SCHEMA,
         "name": config.name,
         "model": {
-            "name": work.network.name,
-            "num_classes": work.network.num_classes,
-            "class_names": list(work.data.class_names),
+            "name": spec.network.name,
+            "num_classes": spec.network.num_classes,
+            "class_names": list(spec.data.class_names),
             "floats": facts.floats,
             "task": "segmentation",
-            "normalisation": {k: list(v) for k, v in asdict(work.network.normalisation).items()},
+            "normalisation": {k: list(v) for k, v in asdict(spec.network.normalisation).items()},
         },
         "data": {
-            "name": work.data.name,
-            "train": work.data.train.digest,
-            "val": work.data.val.digest,
+            "name": spec.data.name,
+            "train": spec.data.train.digest,
+            "val": spec.data.val.digest,
             "reference": asdict(images["clean"]),
         },
         "base": asdict(base),
         "levels": levels,
-        "budget": {"asked": config.budget, "floats": work.budget},
-        "recipe": work.recipe.model_dump(),
-        "seed": work.seed,
+        "budget": {"asked": config.budget, "floats": spec.budget},
+        "recipe": spec.recipe.model_dump(),
+        "seed": spec.seed,
         "config": _config_to_keep(config),
         "versions": {"python": platform.python_version(), **packages, **codec_versions()},
     }
@@ -116,13 +116,13 @@ def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
     # where levels are chosen apart, releases are the bytes that they were before there was anything else
     later = set(config.selection.criterion.model_dump()) - set(config.selection.criterion.inputs())
-    apart = {"selection": later | (set() if config.selection.together else set(Coupling.model_fields))}
+    apart = {"selection": later | (set() if config.selection.is_joint else set(Coupling.model_fields))}
     where: dict[str, Any] = {"store": True, "data": {"cache"}, "resources": True, "tags": True}
     return config.model_dump(mode="json", exclude=where | apart)
 
 
 def tables_of(
-    name: str, work: Work, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
+    name: str, spec: JobSpec, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
 ) -> dict[str, Any]:
     made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, summary)}
     for result in results:
@@ -136,10 +136,12 @@ def tables_of(
                 "level": result.level,
                 "layer": row.layer,
                 "numel": row.numel,
-                "value": VALUES[work.criterion.value](own.change),
+                "value": VALUES[spec.criterion.importance](own.change),
                 "selected": row.layer in chosen,
-                "code": result.selection.get("codes", {}).get(row.layer, "float32") if row.layer in chosen else None,
-                "budget": work.budget,
+                "storage_format": result.selection.get("storage_formats", {}).get(row.layer, "float32")
+                if row.layer in chosen
+                else None,
+                "budget": spec.budget,
                 **{k: result.selection[k] for k in ("objective", "bound", "status")},
             }
             for row, own in zip(rows, judged, strict=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearnn_ray.codes import applies, restored, stored_bytes
-from gearnn_ray.layers import Layer
-from gearnn_ray.offline.gradients import Gradients
+from gearnn_ray.adaptors.storage_formats import applies, restored, stored_bytes
+from gearnn_ray.models.layers import Layer
+from gearnn_ray.training.gradients import Gradients
 
 CHANGED = 2e-4
 """A weight counts as changed beyond this (the paper's Fig. 5)."""
@@ -85,18 +85,18 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Coded:
+class StoredVariant:
     """One layer under one code: its bytes in a store, headers not counted, and the rounding error Δ - Δ̂ of what comes back."""
 
     layer: str
-    code: str
+    storage_format: str
     bytes: int
     error: Change
 
 
-def coded_of(record: Mapping[str, Any]) -> Coded:
+def stored_variant_of(record: Mapping[str, Any]) -> StoredVariant:
     """`asdict`'s way back."""
-    return Coded(**{**record, "error": Change(**record["error"])})
+    return StoredVariant(**{**record, "error": Change(**record["error"])})
 
 
 def sensitivity(
@@ -111,16 +111,16 @@ def measure(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     gradients: Gradients | None,
-    codes: Sequence[str],
+    storage_formats: Sequence[str],
     control: Mapping[str, Tensor] | None = None,
-) -> tuple[list[Sensitivity], list[Coded]]:
+) -> tuple[list[Sensitivity], list[StoredVariant]]:
     """One row per layer, in order; and one per layer and code that applies to all of the layer's tensors.
 
     float32 has no error and is not listed. Gradients are of the loss at `before`, on the CPU as the two states are. With a
     control Δ is what `after` differs from it by, not from `before`; what is stored, and rounded, is the difference to `before`
     all the same. Raises KeyError for a missing tensor, ValueError for shapes that differ.
     """
-    rows, coded = [], list[Coded]()
+    rows, stored_variants = [], list[StoredVariant]()
     for layer in layers:
         shapes = [before[name].shape for name in layer.tensors]
         for name, shape in zip(layer.tensors, shapes, strict=True):
@@ -130,15 +130,19 @@ def measure(
         g, f = (None, None) if gradients is None else (_flat(layer, gradients.mean), _flat(layer, gradients.square))
         delta = q - (p if control is None else _flat(layer, control))
         rows.append(_row(layer, _change(p, delta, g, f), delta.abs()))
-        for code in codes:
-            if code == "float32" or not all(applies(code, shape) for shape in shapes):
+        for storage_format in storage_formats:
+            if storage_format == "float32" or not all(applies(storage_format, shape) for shape in shapes):
                 continue
-            if code == "int8" and layer.kind == "norm_statistics":
+            if storage_format == "int8" and layer.kind == "norm_statistics":
                 continue  # one step of a whole variance's scale may take a small one to 0, which no mean of errors shows
             changed = {name: after[name] for name in layer.tensors}
-            held = _flat(layer, restored(before, changed, dict.fromkeys(layer.tensors, code)))
-            coded.append(Coded(layer.name, code, stored_bytes(code, shapes), _change(p, q - held, g, f)))
-    return rows, coded
+            held = _flat(layer, restored(before, changed, dict.fromkeys(layer.tensors, storage_format)))
+            stored_variants.append(
+                StoredVariant(
+                    layer.name, storage_format, stored_bytes(storage_format, shapes), _change(p, q - held, g, f)
+                )
+            )
+    return rows, stored_variants
 
 
 def _flat(layer: Layer, state: Mapping[str, Tensor]) -> Tensor:

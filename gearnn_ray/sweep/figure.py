@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gearnn_ray.report import figure_png, new_figure
+from gearnn_ray.reporting.summary import figure_png, new_figure
 from gearnn_ray.sweep.findings import Point, knee, pareto_front, recommended
 
 _MARKERS = "osv^D<>p"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gearnn_ray.offline.stages import LevelResult
+from gearnn_ray.offline.level_run import LevelResult
 
 
 @dataclass(frozen=True)

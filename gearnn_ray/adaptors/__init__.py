@@ -1,0 +1,1 @@
+"""Adaptors A_q: taken from a network, stored, restored."""

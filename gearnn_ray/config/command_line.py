@@ -1,0 +1,143 @@
+"""How a job is told: a YAML file and a command line made from `config`'s types, and one plain sentence where they are wrong.
+
+Knows nothing of Ray, nor of what the options mean.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gearnn_ray.config.schema import PRESETS, SplitConfig
+from gearnn_ray.core.errors import UserError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def from_mapping(kind: type[ConfigT], values: object, source: str) -> ConfigT:
+    """Validate plain values (of a YAML file) as `kind`. Raises UserError: one sentence naming the first thing wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} holds a {type(values).__name__}: expected a mapping of options to values")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from error
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{source} has an unknown option {where!r}: remove it or correct its name (--help lists the options)"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source}: {where + ': ' if where else ''}{message}"
+    return f"{source}: {where} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def read_yaml(path: str | Path) -> object:
+    """Contents of a YAML file. Raises UserError when it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"the configuration file {path} cannot be read ({error.strerror}): check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not readable as YAML ({reason}): correct it") from error
+
+
+class JobOptions(BaseModel):
+    """Options of every job that are no part of what it computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str | None = None
+    """YAML file with any of the options below; the command line wins over it"""
+    preset: str | None = None
+    """of jobs/split.py: fast"""
+    json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """one JSON object per line instead of text, for machines"""
+
+
+def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], description: str) -> tuple[ConfigT, JobOptions]:
+    """A job's configuration from `--config FILE` and the options of the command line, which win.
+
+    Raises UserError with one sentence for anything wrong; `--help` prints and exits 0.
+    """
+    options, rest = _own_options(arguments)
+    told = read_yaml(options.config) if options.config else {}
+    if options.preset is not None and isinstance(told, dict):
+        told = {**told, "preset": options.preset}
+    base = from_mapping(kind, told, options.config or "the command line")
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            config = tyro.cli(
+                kind,
+                default=base,
+                args=rest,
+                prog=Path(sys.argv[0]).name,
+                description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line wins. "
+                "--json: one JSON object per line, for machines."
+                + (
+                    f" --preset {' or '.join(PRESETS)}: fewer epochs, or more accuracy for each byte; what else is said wins."
+                    * (kind is SplitConfig)
+                ),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            sys.stdout.write(shown.getvalue())
+            raise
+        raise UserError(f"the command line: {_plain(shown.getvalue())}") from None
+    except ValidationError as error:
+        raise UserError(_sentence(error, "the command line")) from error
+    # defaults are not validated by pydantic when tyro fills them in: once more, whole
+    return from_mapping(kind, config.model_dump(), "the command line"), options
+
+
+def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
+    after = {"config": "the path of a YAML file", "preset": " or ".join(PRESETS)}
+    found: dict[str, str] = {}
+    json_lines = False
+    rest: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--json":
+            json_lines = True
+        elif argument.startswith("--") and option in after:
+            given = value if equals else next(pending, None)
+            if given is None:
+                raise UserError(f"--{option} stands alone: expected {after[option]} after it")
+            found[option] = given
+        else:
+            rest.append(argument)
+    return JobOptions(**found, json_lines=json_lines), rest
+
+
+def _plain(box: str) -> str:
+    """tyro's framed message as one sentence."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"[─│╭╮╰╯]+|-{4,}", " ", line).strip() for line in text.splitlines()]
+    words = re.sub(r"\s+", " ", " ".join(lines[1:])).strip()
+    words = re.split(r" ?(?:Argument helptext|For full helptext|Perhaps you meant)", words)[0].strip()
+    invalid = re.match(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=(\w+), input_value=(.*?), input_type=",
+        words,
+    )
+    if invalid is None:
+        return words.rstrip(".") + " (--help lists the options)"
+    section, found, kind, value = invalid.groups()
+    if kind == "value_error":  # of an option, or of several that do not go together
+        return found.partition("Value error, ")[2]
+    option, _, message = found.partition(" ")
+    where = option if section[0].isupper() else f"{section}.{option}"
+    return f"{where} is {value}: {message[0].lower()}{message[1:]}"

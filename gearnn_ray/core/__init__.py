@@ -1,0 +1,1 @@
+"""What every room rests on: errors and events. Imports nothing of the package."""

@@ -1,0 +1,1 @@
+"""Distortion levels: names, effects on frames, and places on their axes."""

@@ -1,0 +1,1 @@
+"""The edge where Ray is known: a cluster, tasks, resources."""

@@ -1,0 +1,242 @@
+"""What a job says while it works: live bars on a terminal, one plain line per event in a log, JSON lines for machines.
+
+Knows events, not Ray. `Estimate` is plain arithmetic; the reporters only draw.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+
+from gearnn_ray.core.events import Event
+from gearnn_ray.levels.level import parse_level
+
+Plan = Mapping[tuple[str, str], float]
+"""What a job will do: (level, stage) to its part of the time, in any one unit; each level has something above 0."""
+
+TITLES: dict[str, str] = {
+    "images": "images",
+    "base": "base training",
+    "original": "judging the original",
+    "full": "full fine-tune",
+    "measure": "measuring the change",
+    "selection": "selection",
+    "partial": "partial fine-tune",
+}
+# parts of one level's time, from runs on CamVid; they only steer the remaining time
+_SHARES: dict[str, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
+
+
+def split_plan(levels: Sequence[str], control: bool = False) -> Plan:
+    """What the split job does; the undistorted level is only judged, and fine-tuned where it is the others' control."""
+    plan = {
+        (level, stage): part
+        for level in levels
+        for stage, part in _SHARES.items()
+        if stage == "original" or not parse_level(level).is_clean
+    }
+    return plan | ({("clean", "full"): _SHARES["full"]} if control else {})
+
+
+@dataclass
+class Estimate:
+    """How far a job is and how long it still takes, from its events. Times in seconds on any steady clock."""
+
+    plan: Plan
+    _done: dict[tuple[str, str], float] = field(default_factory=dict)
+    _reused: set[tuple[str, str]] = field(default_factory=set)
+    _begun: float | None = None
+    _stage_began: dict[str, float] = field(default_factory=dict)
+
+    def expect(self, plan: Plan) -> None:
+        """More to do than was known before."""
+        self.plan = {**self.plan, **plan}
+
+    def plans(self, event: Event) -> bool:
+        """Whether an event is of the planned work, not of what comes before it."""
+        return (event.level, event.stage) in self.plan
+
+    def see(self, event: Event, now: float) -> None:
+        """Take note of an event."""
+        place = (event.level, event.stage)
+        self._stage_began.setdefault(event.stage, now)
+        if self.plans(event) and event.kind != "reused" and self._begun is None:
+            self._begun = now
+        if event.kind == "reused":
+            self._reused.add(place)
+            self._done[place] = 1.0
+        elif event.kind == "finished":
+            self._done[place] = 1.0
+        elif event.kind == "progress" and event.steps:
+            self._done[place] = event.step / event.steps
+
+    def share(self, level: str) -> float:
+        """How much of a level is done, 0 to 1."""
+        parts = {place: part for place, part in self.plan.items() if place[0] == level}
+        return sum(part * self._done.get(place, 0.0) for place, part in parts.items()) / sum(parts.values())
+
+    def remaining(self, event: Event, now: float) -> float | None:
+        """Seconds to the end: of the stage before the planned work begins, of all of it after; None while unknown."""
+        if not self.plans(event):
+            done = self._done.get((event.level, event.stage), 0.0)
+            return (now - self._stage_began[event.stage]) * (1 - done) / done if done > 0 else None
+        if self._begun is None:
+            return None
+        new = {place: part for place, part in self.plan.items() if place not in self._reused}
+        done = sum(part * self._done.get(place, 0.0) for place, part in new.items())
+        return (now - self._begun) * (sum(new.values()) - done) / done if done > 0 else None
+
+
+class Reporter(Protocol):
+    """Where a job's events go."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def __call__(self, event: Event) -> None: ...
+
+    def expect(self, plan: Plan) -> None:
+        """More to do than was known before."""
+
+
+class _Plain:
+    """One line per event: enough to follow a job in its log, without a line per step."""
+
+    def __init__(self, plan: Plan, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._estimate, self._out, self._clock = Estimate(plan), out, clock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.flush()
+
+    def expect(self, plan: Plan) -> None:
+        self._estimate.expect(plan)
+
+    def __call__(self, event: Event) -> None:
+        now = self._clock()
+        self._estimate.see(event, now)
+        if event.kind == "progress" and not _worth_a_line(event):
+            return
+        self.write(event, self._estimate.remaining(event, now))
+
+    def write(self, event: Event, remaining: float | None) -> None:
+        line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {_place(event)}: {describe(event)}"
+        if remaining is not None and remaining >= 1:
+            line += f"; {'' if self._estimate.plans(event) else 'this stage '}about {duration(remaining)} left"
+        print(line, file=self._out, flush=True)
+
+
+class _JsonLines(_Plain):
+    """One JSON object per event."""
+
+    def write(self, event: Event, remaining: float | None) -> None:
+        row = {"event": event.kind, **asdict(event), "remaining_seconds": remaining}
+        del row["kind"]
+        print(json.dumps(row), file=self._out, flush=True)
+
+
+class _LiveBars:
+    """One bar per level of the plan with the stage it is in, and one for what comes before."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._estimate = Estimate({})
+        self._bars = Bars(
+            TextColumn("{task.fields[name]}", justify="right"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._first = self._bars.add_task("", name="images", total=1.0)
+        self._tasks: dict[str, TaskID] = {}
+        self._all = self._bars.add_task("", name="all", total=1.0)
+        self.expect(plan)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def expect(self, plan: Plan) -> None:
+        self._estimate.expect(plan)
+        self._bars.remove_task(self._all)
+        for level in dict.fromkeys(level for level, _ in plan if level not in self._tasks):
+            name = "all levels" if level == "all" else level
+            self._tasks[level] = self._bars.add_task("waiting", name=name, total=1.0, start=False)
+        self._all = self._bars.add_task("", name="all", total=1.0)  # the last line again
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        self._estimate.see(event, now)
+        remaining = self._estimate.remaining(event, now)
+        left = f"about {duration(remaining)} left" if remaining is not None and remaining >= 1 else ""
+        if self._estimate.plans(event):
+            share = self._estimate.share(event.level)
+            text = f"done, mIoU {event.score:.1f}" if share == 1 and event.score is not None else (
+                f"{_title(event)}, {describe(event)}"
+            )  # fmt: skip
+            self._bars.update(self._tasks[event.level], completed=share, description=text)
+            overall = sum(self._estimate.share(level) for level in self._tasks) / len(self._tasks)
+            self._bars.update(self._all, completed=overall, description=left)
+        else:
+            done = 1.0 if event.kind in ("finished", "reused") else event.step / max(1, event.steps)
+            self._bars.update(self._first, name=_place(event), completed=done, description=f"{describe(event)} {left}")
+
+
+def reporter(plan: Plan, json_lines: bool) -> Reporter:
+    """The reporter that fits where standard output goes."""
+    out = sys.stdout
+    if json_lines:
+        return _JsonLines(plan, out)
+    if out.isatty():
+        return _LiveBars(plan, Console(file=out))
+    return _Plain(plan, out)
+
+
+def describe(event: Event) -> str:
+    """An event in words, without place and time."""
+    score = f", mIoU {event.score:.2f}" if event.score is not None else ""
+    if event.kind == "started":
+        return "started"
+    if event.kind == "reused":
+        return f"already in the store{score}"
+    if event.kind == "finished":
+        return f"done{score}" + (f" after {duration(event.seconds)}" if event.seconds >= 1 else "")
+    if not event.epochs:
+        return f"{event.step} of {event.steps}"
+    loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
+    return f"epoch {event.epoch} of {event.epochs}{loss}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min or 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _title(event: Event) -> str:
+    return TITLES.get(event.stage, event.stage)
+
+
+def _place(event: Event) -> str:
+    return _title(event) if event.level == "all" or event.stage == "base" else f"{event.level} {_title(event)}"
+
+
+def _worth_a_line(event: Event) -> bool:
+    """Progress within an epoch is for bars; a log gets the end of each, and a few lines while images are made."""
+    parts = event.epochs or min(4, event.steps)
+    return event.step * parts // event.steps > (event.step - 1) * parts // event.steps

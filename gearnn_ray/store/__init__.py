@@ -1,0 +1,1 @@
+"""The artifact store: blobs, releases, tables."""

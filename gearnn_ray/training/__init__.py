@@ -1,0 +1,1 @@
+"""Fine-tuning, and the one forward pass of the package."""

@@ -1,0 +1,674 @@
+"""What the methods beside GearNN train on, with which loss, and which layers: against oracles written out plainly."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.data.sampling import Mixture, Subset, mixed_batches
+from gearnn_ray.evaluation import baselines
+from gearnn_ray.evaluation.baselines import reestimate_statistics
+from gearnn_ray.models.layers import layers_of, network_state, same_bits
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.tasks import segmentation
+from gearnn_ray.tasks.segmentation import Image
+from gearnn_ray.training.trainer import Forward, cross_entropy, fine_tune
+from tests.conftest import NORMALISATION
+
+Pictures = tuple[list[Image], list[Image]]
+RECIPE = Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32")
+examples = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("tests.nets:small", num_classes=3)
+
+
+# ── axes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_method_has_a_title() -> None:
+    assert set(baselines.CONSTANT) < baselines.TITLES.keys()
+    assert len(set(baselines.TITLES.values())) == len(baselines.TITLES)
+
+
+def test_axes_are_families_in_order_of_their_value() -> None:
+    levels = ["jpeg-100", "h264-64x48", "brightness-2.0", "jpeg-5", "h264-crf24", "jpeg-30", "brightness-0.1"]
+    levels += ["h264-128x96", "h264-crf15", "brightness-0.4+jpeg-30", "clean"]
+    assert baselines.axes_of(levels) == {
+        "jpeg": ("jpeg-5", "jpeg-30", "jpeg-100"),
+        "h264-size": ("h264-64x48", "h264-128x96", "clean"),
+        "brightness": ("brightness-0.1", "clean", "brightness-2.0"),
+        "h264-crf": ("h264-crf15", "h264-crf24"),
+        "combination": ("brightness-0.4+jpeg-30",),
+    }
+
+
+def test_clean_is_no_second_level_of_factor_1() -> None:
+    axes = baselines.axes_of(["clean", "brightness-1.0", "brightness-0.4", "h264-64x48"])
+    assert axes == {"brightness": ("brightness-0.4", "brightness-1.0"), "h264-size": ("h264-64x48", "clean")}
+
+
+def test_clean_belongs_to_no_axis_of_compression_and_stands_alone_beside_those() -> None:
+    assert baselines.axes_of(["clean", "jpeg-10"]) == {"jpeg": ("jpeg-10",), "clean": ("clean",)}
+    assert baselines.axes_of(["h264-crf18", "clean"]) == {"h264-crf": ("h264-crf18",), "clean": ("clean",)}
+    assert baselines.axes_of(["clean"]) == {"clean": ("clean",)}
+    assert baselines.axes_of([]) == {}
+
+
+# ── which images ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stored_variants(count: int, sizes: Sequence[tuple[int, int]]) -> tuple[list[list[Image]], list[Image]]:
+    """A level per size [height, width]; red is the image's index, green its level, blue the quadrant, which with the
+    index makes the label, whose size is 16 × 24."""
+
+    def quadrants(height: int, width: int) -> Image:
+        rows, columns = (np.arange(side) >= side // 2 for side in (height, width))
+        return (2 * rows[:, None] + columns).astype(np.uint8)
+
+    def image(index: int, level: int, height: int, width: int) -> Image:
+        code = [np.full((height, width), v, np.uint8) for v in (index, level)]
+        return np.stack([*code, quadrants(height, width)], -1)
+
+    levels = [[image(i, level, *size) for i in range(count)] for level, size in enumerate(sizes)]
+    return levels, [4 * i + quadrants(16, 24) for i in range(count)]
+
+
+def epoch(
+    count: int, sizes: Sequence[tuple[int, int]], batch_size: int, seed: Sequence[int], **more: int
+) -> list[tuple[Tensor, Tensor]]:
+    levels, labels = stored_variants(count, sizes)
+    mixture = Mixture(levels, crop=10)
+    crop = segmentation.crop_size(mixture, 10)
+    return list(mixed_batches(mixture, labels, batch_size, crop, seed, **more))
+
+
+def indices(x: Tensor) -> list[int]:
+    return [int(image[0, 0, 0]) for image in x]
+
+
+def levels_in(x: Tensor) -> list[int]:
+    return [int(image[1, 0, 0]) for image in x]
+
+
+SAME, BIG, SMALL = (16, 24), (16, 24), (8, 12)
+
+
+def test_a_subset_is_what_it_says() -> None:
+    images = [np.full((2, i + 1, 3), i, np.uint8) for i in range(6)]
+    part = Subset(images, range(2, 5))
+    assert len(part) == 3
+    assert [int(image[0, 0, 0]) for image in part] == [2, 3, 4]
+    assert part.shapes == [(2, 3, 3), (2, 4, 3), (2, 5, 3)]
+    assert int(part[-1][0, 0, 0]) == 4
+
+    class Unread(list[Image]):
+        shapes = [image.shape for image in images]  # noqa: RUF012
+
+        def __getitem__(self, index: object) -> Image:  # type: ignore[override]
+            raise AssertionError("an image was read to learn its shape")
+
+    assert Subset(Unread(images), [4, 1]).shapes == [(2, 5, 3), (2, 2, 3)]
+    assert Subset(part, [2, 0]).shapes == [(2, 5, 3), (2, 3, 3)]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (4, 1), (5, 1), (9, 1), (10, 2), (367, 73)])
+def test_a_fifth_is_held_back_and_never_nothing(count: int, expected: int) -> None:
+    assert baselines.held_back(count) == expected
+
+
+@pytest.mark.parametrize(("count", "batch_size", "steps"), [(12, 4, 3), (14, 4, 3), (3, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize("sizes", [[SAME, SAME, SAME], [BIG, SMALL, BIG, SMALL]])
+def test_an_epoch_of_all_levels_has_every_image_once_in_as_many_steps_as_one(
+    count: int, batch_size: int, steps: int, sizes: list[tuple[int, int]]
+) -> None:
+    batches = epoch(count, sizes, batch_size, (7, 0))
+    seen = [index for x, _ in batches for index in indices(x)]
+    assert len(batches) == steps == segmentation.steps_per_epoch(count, batch_size)
+    assert len(set(seen)) == len(seen) == min(count, steps * batch_size)
+    assert set(seen) <= set(range(count))
+
+
+@examples
+@given(
+    st.integers(1, 20),
+    st.lists(st.sampled_from([BIG, SMALL, (12, 12)]), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_labels_belong_to_their_images_and_every_batch_to_one_size(
+    count: int, sizes: list[tuple[int, int]], batch_size: int, seed: int
+) -> None:
+    for x, y in epoch(count, sizes, batch_size, (seed, 1)):
+        assert x.dtype == torch.uint8
+        assert y.dtype == torch.int64
+        assert torch.equal(4 * x[:, 0].long() + x[:, 2].long(), y)
+        (size,) = {sizes[level] for level in levels_in(x)}
+        assert x.shape[1:] == (3, min(10, size[0]), min(10, size[1]))
+
+
+def test_batches_are_a_function_of_the_seed_and_epochs_differ() -> None:
+    def drawn(seed: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        return [(indices(x), levels_in(x)) for x, _ in epoch(12, [SAME] * 3, 4, seed)]
+
+    first, again = (epoch(12, [SAME, SAME, SMALL], 4, (7, 0)) for _ in range(2))
+    assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
+    assert drawn((7, 0)) != drawn((7, 1))
+    assert drawn((7, 0)) != drawn((8, 0))
+    # an image is not tied to one level
+    of_image = [dict(zip(i, v, strict=True)) for e in range(8) for i, v in drawn((7, e))]
+    assert all(len({levels[i] for levels in of_image if i in levels}) > 1 for i in range(12))
+
+
+def test_crops_differ_from_step_to_step() -> None:
+    """The first image of every step: where its quadrants meet tells its crop."""
+    firsts = [tuple(x[0, 2].flatten().tolist()) for x, _ in epoch(40, [SAME], 4, (7, 0))]
+    assert len(set(firsts)) > 5
+
+
+def test_levels_of_equal_size_are_mixed_within_a_batch_and_equally_often() -> None:
+    batches = [x for e in range(50) for x, _ in epoch(12, [SAME] * 3, 4, (7, e))]
+    assert sum(len(set(levels_in(x))) > 1 for x in batches) > 0.9 * len(batches)
+    often = Counter(level for x in batches for level in levels_in(x))
+    assert all(often[level] == pytest.approx(200, abs=45) for level in range(3))
+
+
+def test_every_size_gets_steps_in_proportion_to_its_levels() -> None:
+    for number in range(3):
+        batches = epoch(32, [BIG, BIG, SMALL, BIG], 4, (7, number))
+        assert Counter(tuple(x.shape[2:]) for x, _ in batches) == {(10, 10): 6, (8, 10): 2}
+
+
+def test_no_size_is_left_out_for_ever_where_there_are_fewer_steps_than_levels() -> None:
+    # which levels get a step where there are fewer than levels is drawn anew in each epoch
+    batches = [x for e in range(60) for x, _ in epoch(8, [BIG, SMALL, (12, 12)], 4, (7, e))]
+    often = Counter(level for x in batches for level in set(levels_in(x)))
+    assert all(often[level] == pytest.approx(40, abs=15) for level in range(3))
+
+
+def test_workers_share_a_batch() -> None:
+    whole = epoch(12, [SAME, SAME, SMALL], 4, (7, 0))
+    shares = [epoch(12, [SAME, SAME, SMALL], 4, (7, 0), rank=rank, world_size=2) for rank in range(2)]
+    for (x, y), *parts in zip(whole, *shares, strict=True):
+        for rank, (own_x, own_y) in enumerate(parts):
+            assert torch.equal(own_x, x[rank::2])
+            assert torch.equal(own_y, y[rank::2])
+
+
+def test_a_mixture_takes_the_levels_in_turn_for_who_only_looks() -> None:
+    levels, _ = stored_variants(3, [BIG, SMALL])
+    mixture = Mixture(levels, crop=10)
+    assert len(mixture) == 3
+    assert mixture.shapes == [image.shape for image in mixture] == [(16, 24, 3), levels[1][1].shape, (16, 24, 3)]
+    assert np.array_equal(mixture[1], levels[1][1])
+    assert np.array_equal(mixture[2], levels[0][2])
+
+
+# ── which loss ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Recorder:
+    """A linear network of its own per pixel, after a strong non-linearity; remembers what went through it."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.inputs.append(x.detach().clone())
+        return torch.einsum("kc,bchw->bkhw", self.weight, torch.sin(x.double() / 25))
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (4, 3, 10, 12), generator=generator, dtype=torch.uint8)
+    y = torch.randint(0, 3, (4, 10, 12), generator=generator)
+    y[:, :2] = 255
+    return x, y
+
+
+def divergence(p_logits: Tensor, q_logits: Tensor) -> float:
+    """KL(p || q), a mean over pixels, one after the other."""
+    total, pixels = 0.0, 0
+    for b, h, w in itertools.product(*map(range, (p_logits.shape[0], *p_logits.shape[2:]))):
+        p, q = ([math.exp(v) for v in logits[b, :, h, w].tolist()] for logits in (p_logits, q_logits))
+        p, q = ([v / sum(each) for v in each] for each in (p, q))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        pixels += 1
+    return total / pixels
+
+
+def test_without_alpha_stability_is_cross_entropy(batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    loss = baselines.stability_objective(0.0, 0.1)(Recorder(), x, y, (1, 2))
+    expected = F.cross_entropy(Recorder()(x), y, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(cross_entropy(Recorder(), x, y, (1, 2)), expected)
+
+
+def test_without_a_perturbation_nothing_diverges(batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    loss = baselines.stability_objective(1000.0, 1e-7)(Recorder(), x, y, (1, 2))
+    torch.testing.assert_close(loss, F.cross_entropy(Recorder()(x), y, ignore_index=255), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.04, 0.1])
+def test_the_perturbation_is_gaussian_of_that_width_and_drawn_from_the_seed(
+    batch: tuple[Tensor, Tensor], sigma: float
+) -> None:
+    x, y = batch
+
+    def noise(seed: Sequence[int]) -> NDArray[np.float64]:
+        network = Recorder()
+        baselines.stability_objective(1.0, sigma)(network, x, y, seed)
+        (both,) = network.inputs  # one batch: a normalisation sees clean and perturbed images alike
+        clean, perturbed = both.chunk(2)
+        assert torch.equal(clean, x.float())
+        return (perturbed.double() - clean.double()).numpy() / 255
+
+    drawn = noise((1, 2, 3, 0))
+    assert drawn.std() == pytest.approx(sigma, rel=0.06)
+    assert drawn.mean() == pytest.approx(0, abs=sigma / 10)
+    assert np.mean(np.abs(drawn) < sigma) == pytest.approx(0.683, abs=0.05)
+    assert np.array_equal(drawn, noise((1, 2, 3, 0)))
+    for other in [(2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)]:
+        assert not np.array_equal(drawn, noise(other))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_stability_against_a_plain_implementation(batch: tuple[Tensor, Tensor], alpha: float) -> None:
+    x, y = batch
+    network = Recorder()
+    loss = baselines.stability_objective(alpha, 0.1)(network, x, y, (1, 2))
+    other = Recorder()
+    clean, perturbed = other(network.inputs[0]).chunk(2)
+    kl = divergence(clean, perturbed)
+    assert abs(kl - divergence(perturbed, clean)) > 1e-3 * kl  # or the direction would not be tested
+    entropy = F.cross_entropy(clean, y, ignore_index=255)
+    assert float(loss.detach()) == pytest.approx(float(entropy.detach()) + alpha * kl, rel=1e-6)
+    # the gradient goes through both copies
+    expected = (
+        entropy
+        + alpha
+        * F.kl_div(F.log_softmax(perturbed, 1), F.log_softmax(clean, 1), reduction="none", log_target=True)
+        .sum(1)
+        .mean()
+    )
+    ours, theirs = torch.autograd.grad(loss, network.weight)[0], torch.autograd.grad(expected, other.weight)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+# ── which layers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def numel(model: nn.Module, names: Sequence[str]) -> int:
+    sizes = {layer.name: layer.numel for layer in layers_of(model)}
+    return sum(sizes[name] for name in names)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    """Convolutions and normalisations of random widths, some parameters frozen by the network itself."""
+    parts: list[nn.Module] = []
+    width = draw(st.integers(1, 4))
+    for _ in range(draw(st.integers(1, 4))):
+        other = draw(st.integers(1, 6))
+        parts.append(nn.Conv2d(width, other, draw(st.integers(1, 3)), bias=draw(st.booleans())))
+        width = other
+        kind = draw(st.sampled_from(["batch", "group", "no statistics", "none"]))
+        if kind == "group":
+            parts.append(nn.GroupNorm(1, width))
+        elif kind != "none":
+            parts.append(nn.BatchNorm2d(width, track_running_stats=kind == "batch"))
+    network = nn.Sequential(*parts)
+    for parameter in network.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 3)) > 0)
+    return network
+
+
+def frozen(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@examples
+@given(networks(), st.integers(0, 200), st.integers(0, 50))
+def test_layers_under_a_budget(model: nn.Module, budget: int, draw: int) -> None:
+    order = [layer.name for layer in layers_of(model) if layer.name not in frozen(model)]
+    first, random = baselines.first_layers(model, budget), baselines.random_layers(model, budget, draw)
+    assert list(first) == order[: len(first)]
+    assert numel(model, first) <= budget
+    assert len(first) == len(order) or numel(model, order[: len(first) + 1]) > budget
+    assert list(random) == [name for name in order if name in random]
+    room = budget - numel(model, random)
+    assert room >= 0
+    assert all(numel(model, [name]) > room for name in order if name not in random)
+    assert random == baselines.random_layers(model, budget, draw)
+
+
+def test_a_budget_may_be_used_to_the_last_float(model: nn.Module) -> None:
+    assert baselines.first_layers(model, 215) == ()
+    assert baselines.first_layers(model, 216) == ("conv1.weight",)
+    assert baselines.first_layers(model, 224) == ("conv1.weight", "bn1.weight")
+
+
+def test_a_normalisation_frozen_for_good_is_not_movable(pictures: Pictures) -> None:
+    # its buffers are no layers that training can move
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), FrozenBatchNorm2d(3))
+    assert baselines.statistics_layers(model) == ()
+    assert baselines.norm_layers(model) == ()
+    assert baselines.first_layers(model, 10**6) == ("0.weight", "0.bias")
+    assert rgn(model, pictures).keys() == {"0.weight", "0.bias"}
+
+
+def test_draws_differ_and_reach_every_layer(model: nn.Module) -> None:
+    drawn = [baselines.random_layers(model, 300, draw) for draw in range(40)]
+    assert len(set(drawn)) > 5
+    movable = {layer.name for layer in layers_of(model)} - {"up.weight", "conv2.weight"}  # frozen; too large
+    assert set(itertools.chain.from_iterable(drawn)) == movable
+
+
+def test_normalisations_of_the_small_network(model: nn.Module) -> None:
+    assert baselines.statistics_layers(model) == ("bn1.running_stats", "bn2.running_stats")
+    assert baselines.norm_layers(model) == (
+        "bn1.weight", "bn1.bias", "bn1.running_stats", "bn2.weight", "bn2.bias", "bn2.running_stats",
+    )  # fmt: skip
+    model.get_parameter("bn1.weight").requires_grad_(False)
+    assert "bn1.weight" not in baselines.norm_layers(model)
+
+
+@examples
+@given(networks())
+def test_normalisations_are_all_that_is_a_normalisation(model: nn.Module) -> None:
+    norms = {path for path, module in model.named_modules() if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm))}
+    tracked = {path for path in norms if getattr(model.get_submodule(path), "track_running_stats", False)}
+    assert set(baselines.statistics_layers(model)) == {f"{path}.running_stats" for path in tracked}
+    affine = {f"{path}.{leaf}" for path in norms for leaf in ("weight", "bias")} - frozen(model)
+    assert set(baselines.norm_layers(model)) == affine | {f"{path}.running_stats" for path in tracked}
+
+
+def rgn(model: nn.Module, pictures: Pictures, seed: int = 5) -> dict[str, float]:
+    return baselines.relative_gradients(model, *pictures, NORMALISATION, 4, 24, seed, "float32")
+
+
+def test_relative_gradients_against_autograd_by_hand(model: nn.Module, pictures: Pictures) -> None:
+    for norm in ("bn1", "bn2"):  # statistics that are not a batch's own
+        model.get_buffer(f"{norm}.running_mean").normal_()
+    before = network_state(model)
+    found = rgn(model, pictures)
+    assert all(same_bits(before[name], tensor) for name, tensor in network_state(model).items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == parameters.keys()
+    sums = dict.fromkeys(parameters, 0.0)
+    model.eval()
+    batches = list(segmentation.training_batches(*pictures, 4, (24, 24), (5, 0)))
+    assert len(batches) == 3
+    for x, y in batches:
+        loss = F.cross_entropy(model(NORMALISATION(x)), y, ignore_index=255)
+        for (name, parameter), gradient in zip(
+            parameters.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+        ):
+            sums[name] += float(gradient.norm() / parameter.detach().norm()) if parameter.any() else 0.0
+    assert found == pytest.approx({name: total / 3 for name, total in sums.items()}, rel=1e-4)
+    assert found["bn1.bias"] == 0.0  # initialised to zero, and no number can be had by dividing by it
+    assert rgn(model, pictures, seed=6) != found
+
+
+def test_auto_rgn_against_every_choice(model: nn.Module) -> None:
+    layers = {layer.name: layer for layer in layers_of(model) if layer.kind not in ("norm_statistics", "buffer")}
+    del layers["up.weight"]
+    rng = np.random.default_rng(2)
+    for budget in (0, 2, 23, 30, 80, 300, 620, 2000):
+        values = dict(zip(layers, rng.random(len(layers)).tolist(), strict=True))
+        values["head.bias"] = 0.0
+        cost = {name: layer.numel + (16 if layer.kind == "norm_weight" else 0) for name, layer in layers.items()}
+        subsets = itertools.chain.from_iterable(itertools.combinations(layers, k) for k in range(len(layers) + 1))
+        best = max(sum(values[n] for n in s) for s in subsets if sum(cost[n] for n in s) <= budget)
+        chosen, rates = baselines.auto_rgn(model, budget, values)
+        assert numel(model, chosen) <= budget
+        assert sum(values.get(name, 0.0) for name in chosen) == pytest.approx(best)
+        # a weight's statistics come along, and nothing else's do
+        for norm in ("bn1", "bn2"):
+            assert (f"{norm}.running_stats" in chosen) == (f"{norm}.weight" in chosen)
+        assert "up.weight" not in chosen
+        assert "head.bias" not in chosen
+        assert list(chosen) == [layer.name for layer in layers_of(model) if layer.name in chosen]
+        trained = {name for name in chosen if not name.endswith("running_stats")}
+        top = max((values[name] for name in trained), default=1.0)
+        assert rates == pytest.approx({name: values[name] / top for name in trained})
+        assert all(0 < rate <= 1 for rate in rates.values())
+
+
+def test_auto_rgn_without_a_gradient_chooses_nothing(model: nn.Module) -> None:
+    assert baselines.auto_rgn(model, 10**6, {"conv1.weight": 0.0, "head.bias": 0.0}) == ((), {})
+
+
+# ── without training ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def batch_of(images: Iterable[Image]) -> Tensor:
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+
+
+def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Module, pictures: Pictures) -> None:
+    batches = [batch_of(pictures[0][:3]), batch_of(image[:16, :24] for image in pictures[0][3:8])]
+    norm_1, norm_2 = model.get_submodule("bn1"), model.get_submodule("bn2")
+    assert isinstance(norm_1, nn.BatchNorm2d)
+    assert isinstance(norm_2, nn.BatchNorm2d)
+    norm_1.momentum, norm_2.momentum = 0.3, None
+    model.get_buffer("bn1.running_mean").fill_(17.0)
+    with torch.no_grad():
+        norm_1.weight.uniform_(0.5, 2.0)
+        norm_1.bias.normal_()
+    before = network_state(model)
+
+    sums: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        for batch in batches:
+            x = NORMALISATION(batch)
+            y = model.conv1(x)  # type: ignore[operator]
+            inner = F.relu(F.batch_norm(y, None, None, norm_1.weight, norm_1.bias, training=True))
+            z = model.conv2(inner)  # type: ignore[operator]
+            sums.append((y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))
+    expected = [torch.stack(each).mean(0) for each in zip(*sums, strict=True)]
+
+    reestimate_statistics(model, batches, NORMALISATION, "float32")
+    found = [norm_1.running_mean, norm_1.running_var, norm_2.running_mean, norm_2.running_var]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    after = network_state(model)
+    assert all(same_bits(before[name], after[name]) for name in before if "running" not in name)
+    assert (norm_1.momentum, norm_2.momentum) == (0.3, None)
+    assert not any(module.training for module in model.modules())
+
+
+def test_what_the_statistics_were_before_does_not_matter(model: nn.Module, pictures: Pictures) -> None:
+    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
+    once = network_state(model)
+    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
+    assert all(same_bits(once[name], tensor) for name, tensor in network_state(model).items())
+
+
+@examples
+@given(st.sets(st.integers(1, 30), max_size=6), st.integers(1, 30), st.sampled_from(["jpeg-{}", "h264-crf{}"]))
+def test_neighbours_by_brute_force(trained: set[int], wanted: int, axis: str) -> None:
+    others = ["brightness-0.4", "brightness-9.0", "clean", "jpeg-3+brightness-0.4", "h264-64x48", "jpeg-3+jpeg-9"]
+    names = sorted([*(axis.format(value) for value in trained), *others])
+    found = baselines.neighbours(axis.format(wanted), names)
+    below = [value for value in trained if value < wanted]
+    above = [value for value in trained if value > wanted]
+    if not below or not above:
+        assert found is None
+        return
+    low, high = max(below), min(above)
+    assert found is not None
+    assert (found.lower, found.upper) == (axis.format(low), axis.format(high))
+    assert found.share == pytest.approx((wanted - low) / (high - low))
+    assert found.nearest == axis.format(min(low, high, key=lambda value: (abs(value - wanted), value)))
+
+
+def test_neighbours_of_factors_and_of_what_has_no_place() -> None:
+    found = baselines.neighbours("brightness-0.7", ["brightness-1.5", "brightness-0.4", "jpeg-10", "brightness-1.0"])
+    assert found is not None
+    assert (found.lower, found.upper, found.nearest) == ("brightness-0.4", "brightness-1.0", "brightness-1.0")
+    assert found.share == pytest.approx(math.log(0.7 / 0.4) / math.log(1.0 / 0.4))
+    found = baselines.neighbours("h264-80x60", ["h264-160x120", "h264-40x30", "h264-20x16", "jpeg-10"])
+    assert found is not None
+    assert (found.lower, found.upper) == ("h264-40x30", "h264-160x120")
+    assert found.share == pytest.approx(0.5)  # in the logarithm of the area
+    for level in ("clean", "brightness-0.4+jpeg-30"):
+        assert baselines.neighbours(level, ["jpeg-10", "brightness-0.4+jpeg-10", "brightness-0.4+jpeg-50"]) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_interpolated_adaptors(share: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base, lower, upper = (
+        {name: torch.randn(2, 3, generator=generator) for name in names} for names in ("abcd", "ba", "cb")
+    )
+    mixed = baselines.interpolated(base, lower, upper, share)
+    assert list(mixed) == ["a", "b", "c"]  # in the base's order, and nothing that neither adapts
+    for name, tensor in mixed.items():
+        one, other = lower.get(name, base[name]), upper.get(name, base[name])
+        torch.testing.assert_close(tensor, (1 - share) * one + share * other)
+        if share in (0.0, 1.0):
+            assert same_bits(tensor, other if share else one)
+    assert baselines.interpolated(base, {}, {}, share) == {}
+
+
+# ── what fine-tuning takes from a method ─────────────────────────────────────────────────────────────────────────
+
+
+def tuned(model: nn.Module, images: Sequence[Image], labels: Sequence[Image], **options: object) -> dict[str, Tensor]:
+    options = {"chosen": None, "seed": 7, "recipe": RECIPE} | options
+    recipe = options.pop("recipe")
+    start = network_state(model)
+    fine_tune(model, images, labels, recipe, NORMALISATION, **options)  # type: ignore[arg-type]
+    result = network_state(model)
+    model.load_state_dict(start)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name != "up.weight")
+    return result
+
+
+WEIGHTS = ("conv1.weight", "bn1.weight", "bn1.bias", "head.weight", "head.bias")
+
+
+def test_a_factor_of_0_moves_nothing(model: nn.Module, pictures: Pictures) -> None:
+    before = network_state(model)
+    still = tuned(model, *pictures, chosen=WEIGHTS, rates=dict.fromkeys(WEIGHTS, 0.0))
+    assert all(same_bits(before[name], tensor) for name, tensor in still.items())
+    partly = tuned(model, *pictures, chosen=WEIGHTS, rates={"conv1.weight": 0.0})
+    moved = {name for name, tensor in partly.items() if not same_bits(before[name], tensor)}
+    assert moved == {*WEIGHTS} - {"conv1.weight"}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_factor_is_one_on_the_learning_rate(model: nn.Module, pictures: Pictures, schedule: str) -> None:
+    recipe = RECIPE.model_copy(update={"schedule": schedule})
+    halved = tuned(model, *pictures, recipe=recipe, rates={n: 0.5 for n, _ in model.named_parameters()})
+    slower = tuned(model, *pictures, recipe=recipe.model_copy(update={"learning_rate": 0.05}))
+    assert all(same_bits(slower[name], tensor) for name, tensor in halved.items())
+
+
+def test_factors_are_by_name(model: nn.Module, pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[int, float]] = []
+    real = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *arguments: object) -> object:
+        seen.append({id(p): group["lr"] for group in self.param_groups for p in group["params"]})
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    tuned(model, *pictures, chosen=WEIGHTS, rates={"bn1.bias": 0.25, "head.bias": 0.5, "conv1.weight": 0.25})
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    factors = {"bn1.bias": 0.25, "head.bias": 0.5, "conv1.weight": 0.25, "bn1.weight": 1.0, "head.weight": 1.0}
+    for number, rates in enumerate(seen):
+        expected = {name: 0.1 * (1 - number / 6) * factor for name, factor in factors.items()}
+        assert {name_of[key]: rate for key, rate in rates.items()} == pytest.approx(expected)
+    assert len(seen) == 6
+
+
+def test_the_objective_is_what_is_minimised(model: nn.Module, pictures: Pictures) -> None:
+    model.eval()
+    calls: list[SimpleNamespace] = []
+
+    def objective(forward: Forward, x: Tensor, y: Tensor, seed: Sequence[int]) -> Tensor:
+        logits = forward(x)
+        assert x.dtype == torch.uint8
+        calls.append(SimpleNamespace(seed=tuple(seed), x=x, y=y, logits=logits.detach()))
+        return logits[:, 0].mean()
+
+    recipe = RECIPE.model_copy(update={"weight_decay": 0.0})
+    before = network_state(model)
+    with torch.no_grad():
+        expected = {i: model(NORMALISATION(x)) for i, (x, _) in enumerate(
+            segmentation.training_batches(*pictures, 4, (24, 24), (7, 0)))}  # fmt: skip
+    after = tuned(model, *pictures, recipe=recipe, chosen=("head.bias",), objective=objective)
+    assert [call.seed for call in calls] == [(7, epoch, index, 0) for epoch in range(2) for index in range(3)]
+    torch.testing.assert_close(calls[0].logits, expected[0])
+    fallen = before["head.bias"] - after["head.bias"]
+    assert fallen[0] > 0.1  # up.weight is 1: its gradient is 1 at every step
+    assert torch.equal(fallen[1:], torch.zeros(2))
+
+
+def test_batches_come_from_the_source(model: nn.Module, pictures: Pictures) -> None:
+    """It gets the images as they are, and each epoch its own seed."""
+    calls: list[tuple[object, ...]] = []
+
+    def source(images: Sequence[Image], labels: Sequence[Image], *rest: object) -> list[tuple[Tensor, Tensor]]:
+        calls.append((images, labels, *rest))
+        return list(segmentation.training_batches(images, labels, 4, (24, 24), (0, 0)))
+
+    images, labels = pictures
+    result = tuned(model, images, labels, batches=source)
+    assert [call[0] is images and call[1] is labels for call in calls] == [True, True]
+    assert [call[2:] for call in calls] == [(4, (24, 24), (7, epoch), 0, 1) for epoch in range(2)]
+    assert not same_bits(result["conv1.weight"], tuned(model, images, labels)["conv1.weight"])
+
+
+def test_without_them_it_is_the_plain_fine_tune(model: nn.Module, pictures: Pictures) -> None:
+    plain = tuned(model, *pictures)
+    named = tuned(model, *pictures, batches=segmentation.training_batches, objective=cross_entropy, rates={})
+    assert all(same_bits(plain[name], tensor) for name, tensor in named.items())
+
+
+def test_a_fine_tune_on_a_mixture_learns_every_level(model: nn.Module, pictures: Pictures) -> None:
+    images, labels = pictures
+    darker = [image // 3 for image in images]
+    smaller = [np.ascontiguousarray(image[::2, ::2]) for image in images]
+    mixture = Mixture([images, darker, smaller], RECIPE.crop)
+    recipe = RECIPE.model_copy(update={"epochs": 12})
+    reports: list[int] = []
+    run: Callable[[], dict[str, Tensor]] = lambda: tuned(  # noqa: E731
+        model, mixture, labels, recipe=recipe, batches=mixed_batches, progress=lambda p: reports.append(p.step)
+    )
+    first, second = run(), run()
+    assert all(same_bits(first[name], tensor) for name, tensor in second.items())
+    assert reports[-1] == 36
+    model.load_state_dict(first)
+    model.eval()
+    for level in mixture.levels:
+        hist = torch.zeros(3, 3, dtype=torch.int64)
+        with torch.no_grad():
+            for image, label in zip(level, labels, strict=True):
+                x = NORMALISATION(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
+                hist += segmentation.confusion(segmentation.logits_of(model, x), label)
+        assert segmentation.mean_iou(hist) > 55
