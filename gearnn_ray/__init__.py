@@ -10,8 +10,15 @@ The names below are imported when they are first used: torch and CP-SAT take sec
 needs both.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Under `uv run` Ray would upload the folder and build a second environment for its workers; the present one is enough. Ray reads
+# the variable at import; where that has happened already, its constant is corrected.
+if os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0") == "0" and "ray._private.ray_constants" in sys.modules:
+    sys.modules["ray._private.ray_constants"].RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
     from gearnn_ray.core.errors import CorruptStoreError, TrainingFailedError, UserError

@@ -5,13 +5,16 @@
     uv run jobs/split.py --config FILE --levels jpeg-10 jpeg-30
     ray job submit --working-dir . jobs/split.py                 on a running cluster
 
-Exits 0 when every level is published, 1 when a level failed (the others are published), 2 when what it was told is wrong.
+Exit codes:
+    0  every level was published
+    1  a level failed; the others were published with the tag `partial`
+    2  invalid configuration: the job prints the reason; nothing was trained and the store is unchanged
 """
 
 import sys
 from pathlib import Path
 
-# where only the working directory was shipped, the package is not installed but lies next door
+# in a submitted job the package is not installed: it is in the working directory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gearnn_ray.cli.main import run_split

@@ -2,9 +2,6 @@
 
 import os
 
-# before Ray is imported anywhere: no token file in the home folder, no second environment under `uv run`
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray starts workers at niceness 15: beside anything else that runs, a start of seconds becomes minutes
 os.environ.setdefault("RAY_worker_niceness", "0")
 # for the S3 server on loopback; Ray's workers inherit them
@@ -12,17 +9,20 @@ os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gearnn_ray.tasks.segmentation import Image, Normalisation
+from gearnn_ray.tasks import task_by_name
+from gearnn_ray.tasks.base import Image
+from gearnn_ray.training.predict import Normalisation
 
 ROOT = Path(__file__).resolve().parent.parent
 NORMALISATION = Normalisation((0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
+SEGMENTATION = task_by_name("segmentation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,10 +62,9 @@ def pictures() -> tuple[list[Image], list[Image]]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """The address of one Ray with two CPUs for the whole session; a job told RAY_ADDRESS joins it."""
-    import ray
+def ray_cluster() -> Iterator[Mapping[str, str]]:
+    """One Ray with two CPUs for the whole session; a job with these environment variables joins it."""
+    from gearnn_ray.ray_jobs.local_ray import local_ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", namespace="tests")
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with local_ray(num_cpus=2, log_to_driver=False, logging_level="error", namespace="tests") as own:
+        yield own.joining

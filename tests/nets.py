@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TRUST = ("tests", "torchvision")
+"""modules whose networks the releases of the tests may name"""
+
 
 class Small(nn.Module):
     """Conv, BatchNorm, a residual 1x1, a head with bias, and a frozen upsampler: one layer of every kind that matters."""
@@ -26,6 +29,31 @@ class Small(nn.Module):
 
 def small(num_classes: int) -> nn.Module:
     return Small(num_classes)
+
+
+class _WithDropout(Small):
+    """Draws from torch's generator in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.dropout(F.relu(self.bn2(self.conv2(y)) + y), 0.3, self.training)
+        return self.up(self.head(y))[..., : x.shape[-2], : x.shape[-1]]
+
+
+def with_dropout(num_classes: int) -> nn.Module:
+    return _WithDropout(num_classes)
+
+
+class _WithAuxiliaryHead(Small):
+    """A second head that the loss does not use, as torchvision's segmentation networks have one."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.auxiliary = nn.Conv2d(8, num_classes, 1)
+
+
+def with_auxiliary_head(num_classes: int) -> nn.Module:
+    return _WithAuxiliaryHead(num_classes)
 
 
 def no_module(num_classes: int) -> str:

@@ -1,4 +1,4 @@
-"""A tiny release to serve: one small network, levels whose outputs differ clearly, and what each of them must answer."""
+"""A tiny release to serve: a small network, levels whose outputs differ clearly, and the expected answers of each level."""
 
 import io
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.store.releases import Store
+from tests.manifests import CLEAN, level_entry, manifest_of
 from tests.tiny import CLASSES
 
 LEVELS = ("jpeg-10", "jpeg-50")
@@ -19,34 +20,37 @@ MEAN, STD = (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)
 ADAPTED = ("bn2.weight", "head.weight", "head.bias")
 
 
-def publish(store: Store, name: str = "tiny", seed: int = 0, tags: tuple[str, ...] = (), shared: bool = False) -> str:
-    """A release with a network of random weights; every level has its own head, or shares one. Returns its digest."""
+def publish(
+    store: Store,
+    name: str = "tiny",
+    seed: int = 0,
+    tags: tuple[str, ...] = (),
+    shared: bool = False,
+    network_name: str = "tests.nets:small",
+) -> str:
+    """A release of `tests.nets:small` with random weights, under any name of a network. Returns its digest.
+
+    Every level has its own head, or with `shared` all levels have the same.
+    """
     torch.manual_seed(seed)
     network = build_model("tests.nets:small", CLASSES)
     state = network_state(network)
     base = store.put_state(state)
-    levels: dict[str, Any] = {"clean": {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}}}
+    levels: dict[str, Any] = {"clean": CLEAN}
     adaptors = [{key: torch.randn_like(state[key]) for key in ADAPTED} for _ in LEVELS]
     for level, adaptor in zip(LEVELS, adaptors[:1] * len(LEVELS) if shared else adaptors, strict=True):
         blob = store.put_state(adaptor)
-        floats = sum(tensor.numel() for tensor in adaptor.values())
-        entry = {"floats": floats, "layers": list(ADAPTED), "scores": {}}
-        levels[level] = {"digest": blob.digest, "bytes": blob.bytes, **entry}
-    manifest = {
-        "schema": 1, "name": name,
-        "model": {
-            "name": "tests.nets:small", "num_classes": CLASSES, "class_names": ["road", "car", "sky"], "floats": 1,
-            "task": "segmentation", "normalisation": {"mean": list(MEAN), "std": list(STD)},
-        },
-        "data": {"reference": {"height": 64, "width": 80, "luma": 100.0, "luma_spread": 0.3}},
-        "base": {"digest": base.digest, "bytes": base.bytes},
-        "levels": levels, "budget": {}, "recipe": {}, "versions": {},
-    }  # fmt: skip
+        levels[level] = level_entry(blob, sum(tensor.numel() for tensor in adaptor.values()), ADAPTED)
+    manifest = manifest_of(
+        name, network_name, CLASSES, base, levels, class_names=["road", "car", "sky"],
+        reference={"height": 64, "width": 80, "luma": 100.0, "luma_spread": 0.3},
+        normalisation={"mean": MEAN, "std": STD},
+    )  # fmt: skip
     return store.publish(manifest, {}, tags)
 
 
 def picture(seed: int = 0, height: int = 64, width: int = 80) -> NDArray[np.uint8]:
-    """Smooth colours [H, W, 3] that JPEG leaves much as they are."""
+    """Smooth colours [H, W, 3] that JPEG changes little."""
     rough = np.random.default_rng(seed).integers(20, 236, (4, 5, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC))
 

@@ -1,4 +1,4 @@
-"""A release under codes is served from what is stored, and every sample gets the bits of the restored network."""
+"""A release in several storage formats is served from its stored tensors, with the bits of the restored network."""
 
 from pathlib import Path
 
@@ -11,37 +11,39 @@ from torch import Tensor
 from gearnn_ray import AdaptiveModel, Release, Store, UserError
 from gearnn_ray.adaptors import storage_formats
 from gearnn_ray.models.layers import same_bits
-from gearnn_ray.serving.adaptive_model import _by_format, _rows, _table
+from gearnn_ray.serving.assembly import _by_format, _rows, _table
 from gearnn_ray.serving.batch import CompressedTable, Mixture, Selection, Table
 from gearnn_ray.serving.modules import AdaptiveConv
+from tests.manifests import CLEAN, level_entry, manifest_of
+from tests.nets import TRUST
 from tests.test_adaptive_model import LEVELS, MIXED, SIZE, far, release_of, wanted
 
-CODES = ("float32", "bfloat16", "int8", "int8")
+FORMATS = ("float32", "bfloat16", "int8", "int8")
 
 
 def stored_variants(release: Release) -> Release:
-    """Each level under another code, or as bfloat16 where that does not apply: most tables hold rows of several."""
+    """Each level in another storage format, or in bfloat16 where that does not apply: most tables have rows of several."""
     base, stored = release.base_state(), {}
     for level in release.levels:
         changed = release.adaptor_state(level)
-        storage_format = dict(zip(LEVELS, CODES, strict=True)).get(level, "float32")
+        storage_format = dict(zip(LEVELS, FORMATS, strict=True)).get(level, "float32")
         chosen = {
             name: storage_format if storage_formats.applies(storage_format, t.shape) else "bfloat16"
             for name, t in changed.items()
         }
         stored[level] = storage_formats.encode(base, changed, chosen)
-    return Release(release.manifest, release.digest, base, stored)
+    return Release(release.content, release.digest, base, stored)
 
 
 def decoded(release: Release) -> Release:
-    """The same levels without codes."""
+    """The same levels as float32."""
     states = {level: release.adaptor_state(level) for level in release.levels}
-    return Release(release.manifest, release.digest, release.base_state(), states)
+    return Release(release.content, release.digest, release.base_state(), states)
 
 
 def pair(release: Release, device: str = "cpu") -> tuple[AdaptiveModel, AdaptiveModel]:
-    """Models of the coded and the decoded release, whose convolutions compute in the same ways."""
-    ours, its = (AdaptiveModel(each, device, "interpolate") for each in (release, decoded(release)))
+    """Models of the release and of its float32 form, whose convolutions use the same methods."""
+    ours, its = (AdaptiveModel(each, device, "interpolate", trust=TRUST) for each in (release, decoded(release)))
     convolutions = [[m for m in model._network.modules() if isinstance(m, AdaptiveConv)] for model in (ours, its)]
     for a, b in zip(*convolutions, strict=True):
         a.eager_method, a.compiled_method = b.eager_method, b.compiled_method
@@ -57,9 +59,9 @@ def held(release: Release) -> int:
 
 
 def restored_bytes(release: Release, level: str) -> int:
-    """What the tensors of a level that are under codes occupy once they are restored."""
-    under = storage_formats.formats_of(release.stored_state(level))
-    return nbytes({n: t for n, t in release.adaptor_state(level).items() if under[n] != "float32"})
+    """Bytes of the level's tensors in formats other than float32, once they are restored."""
+    formats = storage_formats.formats_of(release.stored_state(level))
+    return nbytes({n: t for n, t in release.adaptor_state(level).items() if formats[n] != "float32"})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def release() -> Release:
 
 @pytest.fixture
 def model(release: Release) -> AdaptiveModel:
-    return AdaptiveModel(release)
+    return AdaptiveModel(release, trust=TRUST)
 
 
 # ── one table ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,9 +91,7 @@ NUMBERS = torch.tensor([0.0, 0.0, -0.0, 1.0, -2.5, 0.3, 1e-3, 1e-38])
 
 @settings(max_examples=80, deadline=None)
 @given(st.data(), shapes, st.sampled_from(["w", "bn.running_var"]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_every_row_is_what_decode_gives(
-    data: st.DataObject, shape: tuple[int, ...], name: str, own: torch.dtype
-) -> None:
+def test_every_row_equals_decode(data: st.DataObject, shape: tuple[int, ...], name: str, own: torch.dtype) -> None:
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
 
     def drawn() -> Tensor:
@@ -101,9 +101,7 @@ def test_every_row_is_what_decode_gives(
     stored = {}
     for level in LEVELS:
         storage_format = data.draw(
-            st.sampled_from(
-                [storage_format for storage_format in CODES if storage_formats.applies(storage_format, shape)]
-            )
+            st.sampled_from([storage_format for storage_format in FORMATS if storage_formats.applies(storage_format, shape)])
         )
         changed = {name: (base[name] + drawn()).to(own)} if data.draw(st.integers(0, 3)) else {}
         stored[level] = storage_formats.encode(base, changed, dict.fromkeys(changed, storage_format))
@@ -114,10 +112,10 @@ def test_every_row_is_what_decode_gives(
     table = _table(name, base[name], by_format, 0, selection)
     want = torch.stack([storage_formats.decode(base, stored.get(level, {})).get(name, base[name]) for level in levels])
 
-    under = {
-        storage_format for state in stored.values() for storage_format in storage_formats.formats_of(state).values()
-    } - {"float32"}
-    assert type(table) is (CompressedTable if under else Table)
+    formats = {storage_format for state in stored.values() for storage_format in storage_formats.formats_of(state).values()} - {
+        "float32"
+    }
+    assert type(table) is (CompressedTable if formats else Table)
     assert nbytes({n: t for n, t in table.named_buffers() if "selection" not in n}) == nbytes(base, *stored.values())
     assert len(table) == 1 + sum(map(bool, stored.values()))
     for number, row in enumerate(rows):
@@ -135,7 +133,7 @@ def test_every_row_is_what_decode_gives(
 
 
 def check_bits(release: Release, images: Tensor, device: str = "cpu") -> None:
-    """Alone and mixed, set, given or between two levels: what the model of the decoded release gives."""
+    """One level or several, set, given or between two levels: equal to the model of the float32 release."""
     ours, its = pair(release, device)
     for level in (*ours.levels, None):
         for model in (ours, its):
@@ -143,17 +141,17 @@ def check_bits(release: Release, images: Tensor, device: str = "cpu") -> None:
         levels = MIXED if level is None else [level] * 7
         want = its(images, levels)
         assert far(want.cpu(), wanted(release, images, levels)) < 1e-4
-        for _ in range(2):  # where a level is set: what is restored, and then what is held
+        for _ in range(2):  # if a level is set, the first run restores it and the second one uses what is held
             assert torch.equal(ours(images, None if level else levels), want)
             assert torch.equal(ours(images, levels), want)
         between = ["jpeg-15", *levels[1:]]
         assert torch.equal(ours(images, between), its(images, between))
-        # what a compiled graph reads; it has methods of its own
+        # as in a compiled graph, which has methods of its own
         answers = []
         for model in (ours, its):
             model._selection.set_index(torch.tensor([model.levels.index(q) for q in levels], device=device))
             with torch.no_grad():
-                answers.append(model._logits(model._network, images))
+                answers.append(model._outputs(model._predictor, images))
         assert torch.equal(*answers)
 
 
@@ -169,7 +167,7 @@ def test_the_same_on_a_gpu(release: Release, images: Tensor) -> None:
 
 @pytest.mark.usefixtures("no_recompile")
 def test_one_graph_for_all_levels(release: Release, images: Tensor) -> None:
-    model = AdaptiveModel(release)
+    model = AdaptiveModel(release, trust=TRUST)
     model.compile(backend="eager")
     sums = {rows.is_sum for table in model.modules() if isinstance(table, CompressedTable) for rows in table._groups()}
     assert sums == {True, False}
@@ -178,14 +176,14 @@ def test_one_graph_for_all_levels(release: Release, images: Tensor) -> None:
     for level in model.levels:
         model.set_level(level)
         assert far(model(images), wanted(release, images, [level] * 7)) < 1e-5
-    assert model.weight_bytes == held(release)  # a graph restores for itself
+    assert model.weight_bytes == held(release)  # a compiled graph holds nothing
 
 
-# ── what is held ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── memory ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_adaptors_are_held_as_they_are_stored(release: Release, model: AdaptiveModel, images: Tensor) -> None:
-    assert model.weight_bytes == held(release) < AdaptiveModel(decoded(release)).weight_bytes
+    assert model.weight_bytes == held(release) < AdaptiveModel(decoded(release), trust=TRUST).weight_bytes
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     indices = sum(t.nbytes for t in model._selection.buffers())
     assert sum(t.untyped_storage().nbytes() for t in tensors.values()) == held(release) + indices
@@ -194,7 +192,7 @@ def test_adaptors_are_held_as_they_are_stored(release: Release, model: AdaptiveM
         assert model.weight_bytes == held(release)
 
 
-def test_the_level_that_is_set_is_restored_once_and_held(
+def test_the_level_of_set_level_is_restored_once_and_held(
     release: Release, model: AdaptiveModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -215,7 +213,7 @@ def test_the_level_that_is_set_is_restored_once_and_held(
         assert model.weight_bytes == held(release) + restored_bytes(release, level)
     model.set_level("jpeg-50")
     model(images)
-    model(images, levels=["jpeg-30"] * 7)  # in between: of this nothing stays, and what is held does
+    model(images, levels=["jpeg-30"] * 7)  # in between: keeps nothing, and drops nothing
     model.set_level("jpeg-50")
     calls.clear()
     model(images)
@@ -232,8 +230,7 @@ def test_shared_models_hold_one_copy(release: Release, model: AdaptiveModel, ima
     assert other.weight_bytes == held(release)
     other.set_level("jpeg-30")
     ours, its = (
-        {t.untyped_storage().data_ptr() for t in [*m._network.parameters(), *m._network.buffers()]}
-        for m in (model, other)
+        {t.untyped_storage().data_ptr() for t in [*m._network.parameters(), *m._network.buffers()]} for m in (model, other)
     )
     indices = {t.untyped_storage().data_ptr() for m in (model, other) for t in m._selection.buffers()}
     assert ours - indices == its - indices
@@ -241,9 +238,9 @@ def test_shared_models_hold_one_copy(release: Release, model: AdaptiveModel, ima
     assert far(model(images), wanted(release, images, ["jpeg-50"] * 7)) < 1e-5
 
 
-def test_without_codes_tables_are_plain_and_nothing_is_made_anew() -> None:
+def test_in_float32_tables_are_plain_and_no_tensor_is_copied() -> None:
     release = release_of("tests.nets:small")
-    model = AdaptiveModel(release)
+    model = AdaptiveModel(release, trust=TRUST)
     assert {type(m) for m in model._network.modules() if isinstance(m, Table)} == {Table}
     for level in LEVELS:
         stored, state = release.stored_state(level), release.adaptor_state(level)
@@ -258,21 +255,11 @@ def test_from_a_store(tmp_path: Path, release: Release, images: Tensor) -> None:
     for level in release.levels:
         stored, state = release.stored_state(level), release.adaptor_state(level)
         blob = store.put_state(stored) if stored else None
-        levels[level] = {
-            "digest": blob and blob.digest,
-            "bytes": blob.bytes if blob else 0,
-            "floats": sum(t.numel() for t in state.values()),
-            "layers": list(state),
-            "scores": {},
-            "storage_formats": {
-                n: storage_format
-                for n, storage_format in storage_formats.formats_of(stored).items()
-                if storage_format != "float32"
-            },
-        }
-    model = {**release.manifest["model"], "floats": 0, "task": "segmentation"}
-    manifest = {"schema": 1, "name": "made", "model": model, "base": {"digest": base.digest, "bytes": base.bytes}}
-    store.publish({**manifest, "levels": levels, "budget": {}, "recipe": {}, "versions": {}}, {})
+        entry = CLEAN if blob is None else level_entry(blob, sum(t.numel() for t in state.values()), state)
+        formats = storage_formats.formats_of(stored).items()
+        levels[level] = {**entry, "storage_formats": {name: each for name, each in formats if each != "float32"}}
+    network, classes = release.content.model.name, release.content.model.num_classes
+    store.publish(manifest_of("made", network, classes, base, levels), {})
     pulled = store.pull("made")
     for level in release.levels:
         for ours, its in (
@@ -281,15 +268,15 @@ def test_from_a_store(tmp_path: Path, release: Release, images: Tensor) -> None:
         ):
             assert ours.keys() == its.keys()
             assert all(same_bits(ours[name], its[name]) for name in its)
-    assert AdaptiveModel(pulled).weight_bytes == held(release)
+    assert AdaptiveModel(pulled, trust=TRUST).weight_bytes == held(release)
 
     # levels that share an adaptor: it is read and held once
     shared = {level: levels[LEVELS[0]] if level in LEVELS else entry for level, entry in levels.items()}
-    store.publish({**manifest, "levels": shared, "budget": {}, "recipe": {}, "versions": {}}, {})
+    store.publish(manifest_of("made", network, classes, base, shared), {})
     pulled = store.pull("made")
     alike = [pulled.stored_state(level) for level in LEVELS]
     assert all(tensor is alike[0][name] for state in alike for name, tensor in state.items())
-    model_of_all = AdaptiveModel(pulled)
+    model_of_all = AdaptiveModel(pulled, trust=TRUST)
     assert model_of_all.weight_bytes == nbytes(release.base_state(), alike[0])
     answers = [model_of_all(images, [level] * len(images)) for level in (*LEVELS, "clean")]
     assert all(torch.equal(answers[0], answer) for answer in answers[1 : len(LEVELS)])

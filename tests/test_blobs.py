@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from gearnn_ray.core.errors import CorruptStoreError
-from gearnn_ray.store.blobs import decode_state, encode_state
+from gearnn_ray.store.states import decode_state, encode_state
 
 STATE = {
     "weight": torch.arange(24.0).reshape(2, 3, 4),
@@ -72,9 +72,7 @@ HEADER = 8 + int.from_bytes(DATA[:8], "little")
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, HEADER + 8), st.integers(0, 255)), max_size=3), st.integers(-20, 20))
-def test_a_damaged_header_is_read_as_the_library_reads_it_or_refused(
-    changes: list[tuple[int, int]], length: int
-) -> None:
+def test_a_damaged_header_is_read_as_the_library_reads_it_or_refused(changes: list[tuple[int, int]], length: int) -> None:
     damaged = bytearray(DATA)
     for position, value in changes:
         damaged[position] = value

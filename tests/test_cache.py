@@ -1,12 +1,15 @@
-"""The image cache: made once, whole or not at all, and read back as views of the file."""
+"""The image cache: entries are made once, complete or not at all, and read as views of the file; statistics of their images."""
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
+import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from PIL import Image
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.data import cache as images
-from gearnn_ray.data.cache import PackedImages, level_images, split_labels
-from gearnn_ray.levels.level import CLEAN, parse_level
+from gearnn_ray.data.cache import ImageStatistics, PackedImages, level_images, level_statistics, split_targets
+from gearnn_ray.levels.level import CLEAN, Level, parse_level
+from gearnn_ray.tasks.segmentation import Segmentation
 
 H, W, CLASSES = 48, 64, 4
 JPEG = parse_level("jpeg-10")
+check = Segmentation().check
 processes = multiprocessing.get_context("fork")  # spawned ones would import torch by way of the package first
 
 
@@ -91,12 +96,64 @@ def test_images_of_a_level_are_made_once(split: TinySplit, cache: Path) -> None:
 
 
 def test_clean_images_and_labels_are_those_of_the_split(split: TinySplit, cache: Path) -> None:
-    labels = split_labels(split, CLASSES, cache)
+    labels = split_targets(split, CLASSES, cache, check)
     assert split.reads() == len(split)  # the validation pass looks at every image once
-    split_labels(split, CLASSES, cache)
+    split_targets(split, CLASSES, cache, check)
     assert split.reads() == len(split)
     assert same(labels, [split.label(index) for index in range(len(split))])
     assert same(level_images(split, CLEAN, cache), originals(split))
+
+
+def directly(pictures: list[np.ndarray]) -> ImageStatistics:
+    """The statistics of these images, computed as their definition says."""
+    lumas = [float(np.asarray(Image.fromarray(picture).convert("L")).mean()) for picture in pictures]
+    (height, width), _ = Counter(picture.shape[:2] for picture in pictures).most_common(1)[0]
+    spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
+    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))
+
+
+@pytest.mark.parametrize("free", [10**9, 60_000], ids=["raw", "png"])
+@pytest.mark.parametrize("level", [JPEG, parse_level("brightness-0.01"), parse_level("h264-32x48")], ids=str)
+def test_statistics_come_with_the_images(
+    split: TinySplit, cache: Path, level: Level, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_free_bytes", lambda _: free)
+    expected = directly(level.apply(originals(split)[:3]) + level.apply(originals(split)[3:]))
+    split.log.unlink()
+    assert level_statistics(split, level, cache) == expected
+    assert level_images(split, level, cache).statistics() == expected
+    assert level_statistics(split, level, cache) == expected
+    assert split.reads() == len(split), "one pass made the images and the statistics"
+
+
+def test_the_most_frequent_size_counts(split: TinySplit, cache: Path) -> None:
+    odd = replace(split, heights=(40, 48, 33, 48, 20))
+    measured = level_statistics(odd, JPEG, cache)
+    assert measured == directly(JPEG.apply(originals(odd)))
+    assert (measured.height, measured.width) == (48, W)
+
+
+@pytest.mark.parametrize("level", [CLEAN, JPEG], ids=str)
+def test_at_most_200_evenly_spaced_images_are_measured(
+    split: TinySplit, cache: Path, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert images._measured_positions(200) == list(range(200))
+    assert images._measured_positions(500) == [i * 500 // 200 for i in range(200)]
+    monkeypatch.setattr(images, "_MEASURED_IMAGES", 3)
+    expected = directly(level.apply([split.image(i) for i in (0, 1, 3)]))
+    assert level_statistics(split, level, cache) == expected
+
+
+def test_undistorted_images_are_not_cached_to_be_measured(split: TinySplit, cache: Path) -> None:
+    expected = directly(originals(split))
+    split.log.unlink()
+    assert level_statistics(split, CLEAN, cache) == expected
+    assert split.reads() == len(split)
+    assert not cache.exists()
+    level_images(split, CLEAN, cache)
+    split.log.unlink()
+    assert level_statistics(split, CLEAN, cache) == expected
+    assert split.reads() == 0, "they are in the cache now"
 
 
 def test_a_video_level_is_given_whole_clips(split: TinySplit, cache: Path) -> None:
@@ -140,9 +197,7 @@ def test_raw_images_are_views_of_the_file(split: TinySplit, cache: Path) -> None
     assert packed[2][0, 0].tolist() == [1, 2, 3]
 
 
-def test_png_takes_the_place_of_raw_where_space_is_short(
-    split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_png_takes_the_place_of_raw_where_space_is_short(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = 5 * H * W * 3
     monkeypatch.setattr(images, "_free_bytes", lambda _: 2 * raw)
     assert level_images(split, CLEAN, cache).encoding == "raw"
@@ -150,13 +205,11 @@ def test_png_takes_the_place_of_raw_where_space_is_short(
     packed = level_images(split, JPEG, cache)
     assert packed.encoding == "png"
     assert same(packed, JPEG.apply(originals(split)))
-    labels = split_labels(split, CLASSES, cache)
+    labels = split_targets(split, CLASSES, cache, check)
     assert same(labels, [split.label(index) for index in range(len(split))])
 
 
-def test_too_little_space_is_refused_naming_the_sizes(
-    split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_refused_naming_the_sizes(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match=r"0\.0 MB free, but 5 images need about 0\.0 MB as PNG and 0\.1 MB"):
         level_images(split, CLEAN, cache)
@@ -179,8 +232,8 @@ def test_the_key_is_what_decides_the_pixels(split: TinySplit, cache: Path, monke
         level_images(split, parse_level("jpeg-11"), cache).folder,
         level_images(replace(split, digest="1" * 64), CLEAN, cache).folder,
         level_images(replace(split, name="train"), CLEAN, cache).folder,
-        split_labels(split, CLASSES, cache).folder,
-        split_labels(split, CLASSES + 1, cache).folder,
+        split_targets(split, CLASSES, cache, check).folder,
+        split_targets(split, CLASSES + 1, cache, check).folder,
     }
     assert len(folders) == 7
     monkeypatch.setattr(images, "LEVELS_VERSION", 10**6)
@@ -280,7 +333,7 @@ def test_a_disk_that_fills_up_is_a_user_error(split: TinySplit, cache: Path) -> 
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * H * W, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-            split_labels(split, CLASSES, cache)
+            split_targets(split, CLASSES, cache, check)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert entries(cache) == []
@@ -295,7 +348,7 @@ def test_a_cache_that_cannot_be_made_is_a_user_error(split: TinySplit, tmp_path:
 
 
 def test_a_split_without_images_is_refused(split: TinySplit, cache: Path) -> None:
-    with pytest.raises(UserError, match="without images"):
+    with pytest.raises(UserError, match="has no images"):
         level_images(replace(split, ids=(), clips=()), CLEAN, cache)
 
 
@@ -308,7 +361,7 @@ def test_a_label_outside_the_classes_is_refused(split: TinySplit, cache: Path, w
             return label
 
     with pytest.raises(UserError, match=f"val sample 'b/0' has the class id {wrong} .* below {CLASSES}, or 255"):
-        split_labels(WrongSplit(split.log), CLASSES, cache)
+        split_targets(WrongSplit(split.log), CLASSES, cache, check)
     assert entries(cache) == []
 
 
@@ -318,4 +371,4 @@ def test_a_label_of_another_size_than_its_image_is_refused(split: TinySplit, cac
             return super().label(index)[: H - 8 * (index == 2)]
 
     with pytest.raises(UserError, match="val sample 'a/2' has a label of 64x40 for an image of 64x48"):
-        split_labels(CroppedSplit(split.log), CLASSES, cache)
+        split_targets(CroppedSplit(split.log), CLASSES, cache, check)

@@ -46,8 +46,7 @@ def workers(config: Config) -> list[Config]:
 def start_commands(config: Config) -> list[str]:
     """The one command that starts Ray on the head, and the one that does on a worker."""
     commands = [
-        [c for c in config[f"{kind}_start_ray_commands"] if re.search(r"\bray start\b", c)]
-        for kind in ("head", "worker")
+        [c for c in config[f"{kind}_start_ray_commands"] if re.search(r"\bray start\b", c)] for kind in ("head", "worker")
     ]
     assert [len(c) for c in commands] == [1, 1]
     return [c for (c,) in commands]

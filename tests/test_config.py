@@ -1,27 +1,25 @@
 """One typed configuration from a file and a command line, and one sentence for everything wrong with either."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.command_line import from_mapping, parse_command_line
-from gearnn_ray.config.recipe import Criterion
-from gearnn_ray.config.schema import (
-    EvaluateConfig,
-    ModelConfig,
-    SplitConfig,
-    budget_floats,
-    normalisation_values,
-)
+from gearnn_ray.config.recipe import Criterion, Recipe
+from gearnn_ray.config.release_jobs import EvaluateConfig
+from gearnn_ray.config.split import ModelConfig, SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.evaluation.baselines import TITLES
-from gearnn_ray.offline.selection import few_adaptors
+from gearnn_ray.offline.base import network_of
 from tests.conftest import ROOT
 
 
@@ -41,9 +39,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 
 
 def test_what_a_job_saves_of_its_configuration_reads_back(tmp_path: Path) -> None:
-    config = parse(
-        "--levels", "brightness-0.4+jpeg-30", "--model.mean", "0.4", "0.4", "0.4", "--model.std", "1", "1", "1"
-    )
+    config = parse("--levels", "brightness-0.4+jpeg-30", "--model.mean", "0.4", "0.4", "0.4", "--model.std", "1", "1", "1")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse("--config", str(tmp_path / "c.yaml")) == config
 
@@ -87,14 +83,13 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
         (["--recipe.epochs", "0"], r"recipe\.epochs is 0"),
         (["--recipe.epochs", "two"], "'two'"),
         (["--levels", "jpeg-0"], "jpeg-0"),
+        (["--levels", "clean"], "levels has only clean, where nothing is adapted: name at least one distorted level"),
+        (["--task", "detection"], "detection"),
         (["--budget", "lots"], "the budget 'lots' is not understood"),
         (["--data.kind", "coco"], "'coco'"),
         (["--name", "../x"], "'../x' is no safe name"),
         (["--model.std", "1", "1", "1"], r"line: only one of model\.mean and model\.std is given"),
-        (
-            ["--selection.against", "noise"],
-            "invalid choice 'noise' for argument '--selection.against'. Expected one of",
-        ),
+        (["--selection.against", "noise"], "invalid choice 'noise' for argument '--selection.against'. Expected one of"),
         (["--config"], "--config stands alone"),
         (["--preset"], "--preset stands alone: expected fast or compact after it"),
         (["--preset", "slow"], "the preset 'slow' is unknown: expected fast"),
@@ -109,87 +104,65 @@ def test_what_is_wrong_with_a_command_line_is_one_sentence(arguments: list[str],
     assert "pydantic" not in str(caught.value)
 
 
-def test_levels_are_chosen_together_by_name(tmp_path: Path) -> None:
+def test_a_joint_problem_is_chosen_by_name(tmp_path: Path) -> None:
     assert not parse().selection.is_joint
     config = parse(
-        "--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--selection.frequencies", "jpeg-10", "120",
+        "--selection.problem", "one-memory", "--selection.frequencies", "jpeg-10", "120",
         "jpeg-80", "0.5", "--selection.importance", "l2", "--levels", "clean", "jpeg-10", "jpeg-80",
     )  # fmt: skip
     selection = config.selection
-    assert (selection.criterion, selection.coupling.adaptors) == (Criterion(importance="l2"), 2)
+    assert (selection.criterion, selection.coupling.problem) == (Criterion(importance="l2"), "one-memory")
     assert selection.coupling.frequencies == {"jpeg-10": 120, "jpeg-80": 0.5}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse("--config", str(tmp_path / "c.yaml")) == config
-    # what is part of stages' keys is what it was before
-    assert list(selection.criterion.inputs()) == ["importance", "granularity", "storage_formats"]
+
+
+def test_stage_keys_have_every_field_of_the_recipe_but_the_precision() -> None:
+    assert Recipe().inputs().keys() == Recipe.model_fields.keys() - {"precision"}
 
 
 def test_changes_may_be_measured_against_the_undistorted_fine_tune(tmp_path: Path) -> None:
     assert parse().selection.against == "base"
     config = parse("--selection.against", "clean", "--selection.granularity", "module")
     assert config.selection.criterion == Criterion(granularity="module", against="clean")
-    assert config.selection.criterion.inputs() == config.selection.criterion.model_dump()
     (tmp_path / "c.yaml").write_text("selection: {against: clean}\n")
     assert parse("--config", str(tmp_path / "c.yaml")).selection.criterion == Criterion(against="clean")
     # its weights, and those of modules, are looked at again
     plain = {Criterion(): False, Criterion(importance="l2"): False, Criterion(importance="fisher"): True}
-    more = {
-        Criterion(against="clean"): True,
-        Criterion(granularity="module"): True,
-        Criterion(storage_formats=("int8",)): True,
-    }
+    more = {Criterion(against="clean"): True, Criterion(granularity="module"): True, Criterion(storage_formats=("int8",)): True}
     assert {criterion: criterion.needs_weights for criterion in plain | more} == plain | more
-
-
-MANY = [f"jpeg-{quality}" for quality in range(10, 23)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
         (["problem", "all"], "'all'"),
-        (["problem", "few-layers"], r"problem is few-layers and selection\.distinct is not: give it"),
-        (["problem", "few-adaptors"], r"problem is few-adaptors and selection\.adaptors is not: give it"),
-        (
-            ["distinct", "3"],
-            r"problem is per-level and selection\.distinct is given: leave it out or choose few-layers",
-        ),
-        (["problem", "one-memory", "adaptors", "3"], "leave it out or choose few-adaptors"),
-        (["problem", "few-layers", "distinct", "0"], r"selection\.distinct is 0"),
+        (["problem", "few-layers"], "'few-layers'"),
         (["frequencies", "jpeg-10", "3"], "frequencies is given and selection.problem per-level"),
         (["problem", "one-memory", "frequencies", "jpeg-11", "3"], "frequencies has jpeg-11, which levels has not"),
-        (
-            ["problem", "one-memory", "frequencies", "jpeg-10", "-3"],
-            "the frequency of jpeg-10 is -3: expected 0 or more",
-        ),
+        (["problem", "one-memory", "frequencies", "jpeg-10", "-3"], "the frequency of jpeg-10 is -3: expected 0 or more"),
         (["problem", "one-memory", "frequencies", "jpeg-10", "nan"], "nan"),
         (
-            ["problem", "few-layers", "distinct", "3", "storage_formats", "int8"],
-            "few-layers, which chooses tensors as float32",
-        ),
-        (["problem", "few-adaptors", "adaptors", "3", "granularity", "module"], "few-adaptors, which chooses tensors"),
-        (
             ["problem", "one-memory", "frequencies", "jpeg-10", "3"],
-            "frequencies says nothing of jpeg-20: give it for every",
+            "frequencies lacks jpeg-20: give one for every distorted level",
         ),
-        (["problem", "one-memory", "LEVELS", "clean"], "one-memory and no distorted level occurs"),
-        (["problem", "few-adaptors", "adaptors", "3", "LEVELS", *MANY], "13 distorted levels: expected at most 12"),
+        (
+            ["problem", "one-memory", "LEVELS", "jpeg-10", "frequencies", "jpeg-10", "0"],
+            "one-memory and no distorted level occurs",
+        ),
+        (["storage_formats", "int8", "int8"], "the storage formats int8, int8 are given: expected at least one, each once"),
+        (["storage_formats", "int4"], "'int4'"),
+        (["WORKERS", "9"], r"resources\.workers_per_level is 9 and recipe\.batch_size 8: expected at most one worker per image"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(arguments: list[str], found: str) -> None:
-    options = ("problem", "distinct", "adaptors", "frequencies", "storage_formats", "granularity")
-    line = ["--levels" if a == "LEVELS" else f"--selection.{a}" if a in options else a for a in arguments]
+    elsewhere = {"LEVELS": "--levels", "WORKERS": "--resources.workers-per-level"}
+    options = ("problem", "frequencies", "storage_formats")
+    line = [elsewhere.get(a, f"--selection.{a}" if a in options else a) for a in arguments]
     with pytest.raises(UserError, match=found) as caught:
         parse(*line)
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
-
-
-def test_as_many_levels_share_adaptors_as_the_solver_takes() -> None:
-    parse("--selection.problem", "few-adaptors", "--selection.adaptors", "2", "--levels", "clean", *MANY[:12])
-    few_adaptors(np.ones((12, 1)), [1], 1, 2)
-    with pytest.raises(ValueError, match="expected at most 12"):
-        few_adaptors(np.ones((13, 1)), [1], 1, 2)
 
 
 def evaluation(*arguments: str) -> EvaluateConfig:
@@ -214,13 +187,13 @@ def test_an_evaluation_compares_everything_and_reads_back(tmp_path: Path) -> Non
     [
         (["--release", "../x"], "'../x' is no bundle"),
         (["--levels", "jpeg-0"], "jpeg-0"),
+        (["--levels", "clean"], "levels has only clean, where nothing is adapted"),
+        (["--tuning-level", "clean"], "tuning_level has clean, where nothing is adapted: name a distorted level"),
+        (["--budget-levels", "jpeg-10", "clean"], "budget_levels has clean"),
         (["--baseline-levels", "jpeg-0"], "jpeg-0"),
         (["--tuning-level", "jpeg-010"], "write 'jpeg-10'"),
         (["--untrained", "jpeg-10", "jpeg-10"], "the level jpeg-10 is given twice: give each level once"),
-        (
-            ["--levels", "jpeg-10", "--baseline-levels", "jpeg-20"],
-            "line: baseline_levels has jpeg-20, which levels has not",
-        ),
+        (["--levels", "jpeg-10", "--baseline-levels", "jpeg-20"], "line: baseline_levels has jpeg-20, which levels has not"),
         (["--methods", "magic"], "'magic'"),
         (["--methods", "mixed", "mixed"], "the method mixed is given twice"),
         (["--stability.alphas"], "no alpha is given"),
@@ -268,12 +241,17 @@ def test_any_text_is_a_budget_or_a_plain_refusal(text: str) -> None:
     assert "budget" in message
 
 
-def test_normalisation_comes_from_the_configuration_the_file_or_imagenet() -> None:
+def test_normalisation_comes_from_the_configuration_the_file_or_imagenet(tmp_path: Path) -> None:
+    def mean_of(**model: Any) -> tuple[float, float, float]:
+        return network_of(ModelConfig(**model), 3, "segmentation").normalisation.mean
+
+    stated, invalid = str(tmp_path / "stated.safetensors"), str(tmp_path / "invalid.safetensors")
     about = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
-    given_here = ModelConfig(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    assert normalisation_values(given_here, about)[0] == (0.5, 0.5, 0.5)
-    assert normalisation_values(ModelConfig(), about) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
-    assert normalisation_values(ModelConfig(), {"mean": "?"})[0] == (0.485, 0.456, 0.406)
+    safetensors.numpy.save_file({}, stated, {"about": json.dumps(about)})
+    safetensors.numpy.save_file({}, invalid, {"about": json.dumps({"mean": "?"})})
+    assert mean_of(weights=stated, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)) == (0.5, 0.5, 0.5)
+    assert mean_of(weights=stated) == (0.1, 0.2, 0.3)
+    assert mean_of(weights=invalid) == mean_of() == (0.485, 0.456, 0.406)
 
 
 def test_help_is_made_from_the_same_types_and_needs_no_ray() -> None:
@@ -281,14 +259,7 @@ def test_help_is_made_from_the_same_types_and_needs_no_ray() -> None:
         [sys.executable, "-X", "importtime", str(ROOT / "jobs/split.py"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for option in (
-        "--levels",
-        "--budget",
-        "--recipe.learning-rate",
-        "--resources.workers-per-level",
-        "--config",
-        "--json",
-    ):
+    for option in ("--levels", "--budget", "--recipe.learning-rate", "--resources.workers-per-level", "--config", "--json"):
         assert option in done.stdout
     assert "ray._raylet" not in done.stderr
 
@@ -299,10 +270,17 @@ def test_a_preset_fills_in_what_nothing_else_says(tmp_path: Path) -> None:
     assert fast.recipe == SplitConfig().recipe.model_copy(update={"epochs": 3})
     (tmp_path / "my.yaml").write_text("preset: fast\nrecipe: {epochs: 2}\n")
     for arguments in (["--config", str(tmp_path / "my.yaml")], ["--preset=fast", "--recipe.epochs", "2"]):
-        told = parse(*arguments)
-        assert (told.sensitivity.epochs, told.recipe.epochs) == (0.125, 2)
-    assert from_mapping(SplitConfig, told.model_dump(), "a manifest") == told  # which knows of no preset
+        config = parse(*arguments)
+        assert (config.sensitivity.epochs, config.recipe.epochs) == (0.125, 2)
+    assert from_mapping(SplitConfig, config.model_dump(), "a manifest") == config  # a preset is not recorded
     with pytest.raises(UserError, match="preset \\['fast'\\] is unknown"):
         from_mapping(SplitConfig, {"preset": ["fast"]}, "my.yaml")
     with pytest.raises(UserError, match="recipe is 3"):
         from_mapping(SplitConfig, {"preset": "fast", "recipe": 3}, "my.yaml")
+
+
+def test_the_operator_names_the_modules_that_a_release_may_import() -> None:
+    assert evaluation().trust == ()
+    assert evaluation("--trust", "my_package.nets", "other").trust == ("my_package.nets", "other")
+    with pytest.raises(UserError, match=r"'os:abort' is no import path of a module: expected one such as my_package\.nets"):
+        evaluation("--trust", "os:abort")

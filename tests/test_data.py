@@ -5,6 +5,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +21,7 @@ from PIL import Image, ImageFile
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED, KINDS, Dataset, Split, open_dataset
+from tests.conftest import ROOT
 
 H, W = 6, 8
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
@@ -54,12 +57,7 @@ def make_camvid(root: Path, *, lists: bool = True) -> Path:
 
 def make_cityscapes(root: Path, kind: str = "labelIds", high: int = 34) -> Path:
     for split, frames in {
-        "train": [
-            "aachen_000000_000019",
-            "aachen_000001_000019",
-            "bochum_000000_000313",
-            "bochum_000000_000600",
-        ],
+        "train": ["aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313", "bochum_000000_000600"],
         "val": ["lindau_000000_000019"],
     }.items():
         for seed, frame in enumerate(frames):
@@ -99,11 +97,7 @@ def plain(error: UserError) -> str:
     return text
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "camvid": make_camvid,
-    "cityscapes": make_cityscapes,
-    "folder": make_folder,
-}
+MAKERS: dict[str, Callable[[Path], Path]] = {"camvid": make_camvid, "cityscapes": make_cityscapes, "folder": make_folder}
 
 
 def open_tree(kind: str, root: Path) -> Dataset:
@@ -140,6 +134,31 @@ def test_splits_are_pickled_and_work_elsewhere(kind: str, tmp_path: Path, monkey
     assert copy == data
     np.testing.assert_array_equal(copy.train.image(1), before[0])
     assert copy.train.digest == before[1]
+
+
+def test_opening_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    """A job judges its data set before it starts a Ray, and must not take seconds for it."""
+    make_folder(tmp_path)
+    program = f"""
+import sys
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.models.names import check_name
+open_dataset("folder", {str(tmp_path)!r}, num_classes=5)
+open_dataset("scenes")
+for refused in (lambda: open_dataset("camvid", "/nowhere"), lambda: check_name("drn_d_99")):
+    try:
+        refused()
+    except UserError as error:
+        print(error)
+print(sorted({{"torch", "ray", "pyarrow", "pydantic"}} & sys.modules.keys()))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines() == [
+        "/nowhere does not exist: expected a folder of camvid data, so correct the path.",
+        "there is no network 'drn_d_99': expected drn_d_22, drn_d_38 or an import path like package.module:function",
+        "[]",
+    ]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -233,10 +252,7 @@ def test_camvid_list_decides_membership_and_frames_are_in_order_of_time(tmp_path
         ("/a/train/0001TP_006690.png", "line 4 of .*train.txt is '/a/train/0001TP_006690.png'"),
         ("a/train/x.png a/trainannot/x.png more", "line 4 of .*train.txt"),
         ("train/0016E5_00001.png trainannot/0016E5_00001.png", "line 4 of .*train.txt repeats 0016E5_00001"),
-        (
-            "train/x.png trainannot/x.png",
-            "2 of the images and labels listed in .* the first is .*train/x.png",
-        ),
+        ("train/x.png trainannot/x.png", "2 of the images and labels listed in .* the first is .*train/x.png"),
     ],
 )
 def test_camvid_refuses_a_line_of_a_list(line: str, said: str, tmp_path: Path) -> None:
@@ -275,35 +291,11 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
     # id by id from labels.py of cityscapesScripts; 34 and more are no label ids and are left to the check
-    train_ids = [255] * 7 + [
-        0,
-        1,
-        255,
-        255,
-        2,
-        3,
-        4,
-        255,
-        255,
-        255,
-        5,
-        255,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-    ]
+    train_ids = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
     train_ids += [255, 255, 16, 17, 18]
     make_cityscapes(tmp_path)
     save(
-        tmp_path / "gtFine" / "val" / "lindau" / "lindau_000000_000019_gtFine_labelIds.png",
-        np.arange(256, dtype=np.uint8)[None],
+        tmp_path / "gtFine" / "val" / "lindau" / "lindau_000000_000019_gtFine_labelIds.png", np.arange(256, dtype=np.uint8)[None]
     )
     data = open_dataset("cityscapes", str(tmp_path))
     assert data.val.label(0)[0].tolist() == train_ids + list(range(34, 256))

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import evaluation
+from gearnn_ray.cli import early_checks
 from gearnn_ray.cli.main import run_evaluate, run_split
-from gearnn_ray.config.schema import EvaluateConfig
+from gearnn_ray.config.release_jobs import EvaluateConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Event
 from gearnn_ray.evaluation.baselines import TITLES
-from gearnn_ray.reporting.progress import Reporter
+from gearnn_ray.reporting.progress import Reporter, reporter
+from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
@@ -33,7 +35,7 @@ from tests.test_recovery import GATES, Job, closed, wait_until_gone
 
 
 @dataclass(frozen=True)
-class Judged:
+class Outcome:
     """An outcome as the pipeline hands it over."""
 
     accuracy: tuple[dict[str, Any], ...] = ()
@@ -61,22 +63,17 @@ ACCURACY = (
     accuracy("gearnn", "jpeg-10", 51.0, 0), accuracy("gearnn", "jpeg-10", 52.0, 1), accuracy("original", "jpeg-10", 43.21),
     accuracy("original", "jpeg-100", 60.0),
 )  # fmt: skip
-AVERAGES = (
-    average("gearnn", 0, 0),
-    average("original", 8.0, 9.5),
-    average("bn-tuned", -1.0, 0.5),
-    average("switching", -3, -1),
-)
+AVERAGES = (average("gearnn", 0, 0), average("original", 8.0, 9.5), average("bn-tuned", -1.0, 0.5), average("switching", -3, -1))
 
 
-def job(monkeypatch: pytest.MonkeyPatch, outcome: Judged | BaseException) -> list[tuple[EvaluateConfig, str]]:
+def job(monkeypatch: pytest.MonkeyPatch, outcome: Outcome | BaseException) -> list[tuple[EvaluateConfig, str]]:
     """In the pipeline's place: says one thing and ends so. Returns what it is told."""
     told: list[tuple[EvaluateConfig, str]] = []
 
-    def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Judged:
+    def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Outcome:
         told.append((config, command))
-        emit.expect({("jpeg-10", "judging"): 1.0})
-        emit(Event("finished", "judging", "jpeg-10"))
+        emit.expect({("jpeg-10", "evaluation"): 1.0})
+        emit(Event("finished", "evaluation", "jpeg-10"))
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -85,6 +82,7 @@ def job(monkeypatch: pytest.MonkeyPatch, outcome: Judged | BaseException) -> lis
     fake.evaluate = evaluate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setattr(evaluation, "pipeline", fake, raising=False)
+    monkeypatch.setattr(early_checks, "check_release_job", lambda config: None)
     return told
 
 
@@ -101,10 +99,26 @@ def test_what_is_wrong_is_one_sentence_on_standard_error(capsys: pytest.CaptureF
     assert os.access(ROOT / "jobs/evaluate.py", os.X_OK)
 
 
+def test_levels_are_checked_before_a_cluster_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gearnn_ray.evaluation import pipeline
+
+    manifest = SimpleNamespace(levels={"clean": None, "jpeg-10": None, "jpeg-30": None})
+    monkeypatch.setattr(Store, "manifest", lambda store, ref: ("sha256:0", manifest))
+    monkeypatch.setattr(pipeline, "job_tasks", lambda *_: pytest.fail("a cluster was started"))
+    for options, sentence in (
+        ({"tuning_level": "jpeg-20"}, "the level jpeg-20 is not among the levels evaluated"),
+        ({"budget_levels": ("jpeg-5",)}, "the level jpeg-5 is not among the levels evaluated"),
+        ({"untrained": ("jpeg-10",)}, "the untrained level jpeg-10 does not lie between"),
+    ):
+        config = EvaluateConfig.model_validate({"store": str(tmp_path), **options})
+        with pytest.raises(UserError, match=sentence):
+            pipeline.evaluate(config, reporter({}, json_lines=True), "")
+
+
 def test_it_prints_scores_verdicts_and_where_things_lie(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = job(monkeypatch, Judged(ACCURACY, AVERAGES))
+    told = job(monkeypatch, Outcome(ACCURACY, AVERAGES))
     assert run_evaluate(["--store", "/s", "--release", "tiny", "--data.path", "/my data"]) == 0
     assert told[0][1] == "jobs/evaluate.py --store /s --release tiny --data.path '/my data'"
     assert told[0][0].release == "tiny:latest"
@@ -129,7 +143,7 @@ def test_a_table_is_no_wider_than_the_terminal_and_leaves_nothing_out(
     monkeypatch.setenv("COLUMNS", str(width))
     levels = ("brightness-0.4+jpeg-30", "h264-512x256")
     scores = {(m, level): 10.1 + 3 * i for i, (m, level) in enumerate((m, level) for m in TITLES for level in levels)}
-    job(monkeypatch, Judged(tuple(accuracy(*place, value) for place, value in scores.items())))
+    job(monkeypatch, Outcome(tuple(accuracy(*place, value) for place, value in scores.items())))
     assert run_evaluate(["--store", "/s"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width
@@ -140,10 +154,10 @@ def test_a_table_is_no_wider_than_the_terminal_and_leaves_nothing_out(
 
 
 def test_machines_get_one_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    job(monkeypatch, Judged(ACCURACY, AVERAGES, failed={"mixed": "no memory"}))
+    job(monkeypatch, Outcome(ACCURACY, AVERAGES, failed={"mixed": "no memory"}))
     assert run_evaluate(["--store", "/s", "--json"]) == 1
     said, result = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (said["event"], said["stage"]) == ("finished", "judging")
+    assert (said["event"], said["stage"]) == ("finished", "evaluation")
     assert result["event"] == "result"
     assert result["accuracy"] == list(ACCURACY)
     assert result["averages"] == list(AVERAGES)
@@ -155,25 +169,19 @@ def test_machines_get_one_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ("ends", "code", "sentence"),
     [
         (UserError("there is no release tiny: publish one"), 2, "error: there is no release tiny: publish one\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again to go on from here\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again to continue\n"),
     ],
 )
 def test_how_it_ends_early(
-    ends: BaseException,
-    code: int,
-    sentence: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    ends: BaseException, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job(monkeypatch, ends)
     assert run_evaluate([]) == code
     assert capsys.readouterr().err == sentence
 
 
-def test_a_failure_is_said_beside_what_was_judged(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job(monkeypatch, Judged(ACCURACY, failed={"mixed, all levels": "the loss is [nan]"}))
+def test_a_failure_is_said_beside_what_was_evaluated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    job(monkeypatch, Outcome(ACCURACY, failed={"mixed, all levels": "the loss is [nan]"}))
     assert run_evaluate(["--store", "/s"]) == 1
     out = capsys.readouterr().out
     assert "mixed, all levels failed: the loss is [nan]\n" in out
@@ -207,15 +215,15 @@ def gated(num_classes: int) -> nn.Module:
 
 def told(spec: Path, store: str) -> list[str]:
     return [
-        "--store", str(spec / store), "--release", "tiny", "--data.cache", str(spec / "cache"),
-        "--levels", "clean", *BRIGHT, DARK, "--rival-levels", BRIGHT[0],
+        "--store", str(spec / store), "--release", "tiny", "--trust", "tests", "--data.cache", str(spec / "cache"),
+        "--levels", "clean", *BRIGHT, DARK, "--baseline-levels", BRIGHT[0],
         "--methods", "clean-tuned", "bn-statistics", "bn-tuned", "random", "--draws", "1",
         "--tuning-level", BRIGHT[0], "--budgets", "60%", "--json",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     """A folder with a release of one level in the store `released`."""
     folder = tmp_path_factory.mktemp("killed")
     tiny.write_folder(folder / "data", train=16)
@@ -276,12 +284,10 @@ def places(kind: str, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def only_darkness_is_left(lines: Sequence[dict[str, Any]]) -> bool:
-    """All other levels are judged, and the dark one's fine-tune has done two epochs of four."""
-    judged = {level for level, stage in places("finished", lines) if stage == "judging"}
-    waits = any(
-        e["event"] == "progress" and (e["level"], e["stage"], e["epoch"]) == (DARK, "switching", 2) for e in lines
-    )
-    return waits and judged >= {"clean", *BRIGHT}
+    """All other levels are evaluated, and the dark one's fine-tune has done two epochs of four."""
+    evaluated = {level for level, stage in places("finished", lines) if stage == "evaluation"}
+    waits = any(e["event"] == "progress" and (e["level"], e["stage"], e["epoch"]) == (DARK, "switching", 2) for e in lines)
+    return waits and evaluated >= {"clean", *BRIGHT}
 
 
 def workers_of(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
@@ -289,7 +295,7 @@ def workers_of(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     working, others = list[psutil.Process](), list[psutil.Process]()
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # some come and go
-            (working if "ray::_do" in " ".join(process.cmdline()) else others).append(process)
+            (working if "ray::_run" in " ".join(process.cmdline()) else others).append(process)
     return working, others
 
 
@@ -304,12 +310,12 @@ def assert_same(spec: Path, store: str, result: dict[str, Any], undisturbed: dic
 
 @pytest.mark.usefixtures("no_figures")
 def test_killed_and_run_again_it_repeats_nothing_it_had_finished(
-    spec: Path, undisturbed: dict[str, Any], ray_cluster: str
+    spec: Path, undisturbed: dict[str, Any], ray_cluster: Mapping[str, str]
 ) -> None:
     """As a process of its own on the Ray of all tests, which ends the tasks of a driver that is gone."""
     shutil.copytree(spec / "released", spec / "driver")
     with closed(GATE):
-        job = Job(tiny.start_job(told(spec, "driver")[:-1], "evaluate.py", RAY_ADDRESS=ray_cluster))
+        job = Job(tiny.start_job(told(spec, "driver")[:-1], "evaluate.py", **ray_cluster))
         try:
             job.wait_for(only_darkness_is_left)
         finally:

@@ -1,4 +1,4 @@
-"""What the methods beside GearNN train on, with which loss, and which layers: against oracles written out plainly."""
+"""The baselines' images, losses and layers, against plain reference implementations."""
 
 import itertools
 import math
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.config.recipe import Recipe
-from gearnn_ray.data.sampling import Mixture, Subset, mixed_batches
 from gearnn_ray.evaluation import baselines
 from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.tasks import segmentation
-from gearnn_ray.tasks.segmentation import Image
-from gearnn_ray.training.trainer import Forward, cross_entropy, fine_tune
-from tests.conftest import NORMALISATION
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, loss_of, score
+from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.sampling import Mixture, Subset, crop_size, steps_per_epoch, training_batches
+from gearnn_ray.training.trainer import fine_tune
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 Pictures = tuple[list[Image], list[Image]]
 RECIPE = Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32")
@@ -38,36 +38,12 @@ def model() -> nn.Module:
     return build_model("tests.nets:small", num_classes=3)
 
 
-# ── axes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── titles ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_method_has_a_title() -> None:
     assert set(baselines.CONSTANT) < baselines.TITLES.keys()
     assert len(set(baselines.TITLES.values())) == len(baselines.TITLES)
-
-
-def test_axes_are_families_in_order_of_their_value() -> None:
-    levels = ["jpeg-100", "h264-64x48", "brightness-2.0", "jpeg-5", "h264-crf24", "jpeg-30", "brightness-0.1"]
-    levels += ["h264-128x96", "h264-crf15", "brightness-0.4+jpeg-30", "clean"]
-    assert baselines.axes_of(levels) == {
-        "jpeg": ("jpeg-5", "jpeg-30", "jpeg-100"),
-        "h264-size": ("h264-64x48", "h264-128x96", "clean"),
-        "brightness": ("brightness-0.1", "clean", "brightness-2.0"),
-        "h264-crf": ("h264-crf15", "h264-crf24"),
-        "combination": ("brightness-0.4+jpeg-30",),
-    }
-
-
-def test_clean_is_no_second_level_of_factor_1() -> None:
-    axes = baselines.axes_of(["clean", "brightness-1.0", "brightness-0.4", "h264-64x48"])
-    assert axes == {"brightness": ("brightness-0.4", "brightness-1.0"), "h264-size": ("h264-64x48", "clean")}
-
-
-def test_clean_belongs_to_no_axis_of_compression_and_stands_alone_beside_those() -> None:
-    assert baselines.axes_of(["clean", "jpeg-10"]) == {"jpeg": ("jpeg-10",), "clean": ("clean",)}
-    assert baselines.axes_of(["h264-crf18", "clean"]) == {"h264-crf": ("h264-crf18",), "clean": ("clean",)}
-    assert baselines.axes_of(["clean"]) == {"clean": ("clean",)}
-    assert baselines.axes_of([]) == {}
 
 
 # ── which images ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,8 +70,8 @@ def epoch(
 ) -> list[tuple[Tensor, Tensor]]:
     levels, labels = stored_variants(count, sizes)
     mixture = Mixture(levels, crop=10)
-    crop = segmentation.crop_size(mixture, 10)
-    return list(mixed_batches(mixture, labels, batch_size, crop, seed, **more))
+    batches = training_batches(SEGMENTATION, mixture, labels, batch_size, crop_size(mixture, 10), seed, **more)
+    return [(batch.images, batch.targets) for batch in batches]
 
 
 def indices(x: Tensor) -> list[int]:
@@ -139,7 +115,7 @@ def test_an_epoch_of_all_levels_has_every_image_once_in_as_many_steps_as_one(
 ) -> None:
     batches = epoch(count, sizes, batch_size, (7, 0))
     seen = [index for x, _ in batches for index in indices(x)]
-    assert len(batches) == steps == segmentation.steps_per_epoch(count, batch_size)
+    assert len(batches) == steps == steps_per_epoch(count, batch_size)
     assert len(set(seen)) == len(seen) == min(count, steps * batch_size)
     assert set(seen) <= set(range(count))
 
@@ -236,12 +212,20 @@ class Recorder:
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 256, (4, 3, 10, 12), generator=generator, dtype=torch.uint8)
     y = torch.randint(0, 3, (4, 10, 12), generator=generator)
     y[:, :2] = 255
-    return x, y
+    return Batch(x, y)
+
+
+def stability(alpha: float, sigma: float, network: Forward, batch: Batch, seed: Sequence[int] = (1, 2)) -> Tensor:
+    return loss_of(baselines.stability_loss(SEGMENTATION, alpha, sigma)(network, batch, seed))
+
+
+def cross_entropy(batch: Batch) -> Tensor:
+    return F.cross_entropy(Recorder()(batch.images).float(), batch.targets, ignore_index=255)
 
 
 def divergence(p_logits: Tensor, q_logits: Tensor) -> float:
@@ -255,32 +239,23 @@ def divergence(p_logits: Tensor, q_logits: Tensor) -> float:
     return total / pixels
 
 
-def test_without_alpha_stability_is_cross_entropy(batch: tuple[Tensor, Tensor]) -> None:
-    x, y = batch
-    loss = baselines.stability_objective(0.0, 0.1)(Recorder(), x, y, (1, 2))
-    expected = F.cross_entropy(Recorder()(x), y, ignore_index=255)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(cross_entropy(Recorder(), x, y, (1, 2)), expected)
+def test_without_alpha_stability_is_cross_entropy(batch: Batch) -> None:
+    torch.testing.assert_close(stability(0.0, 0.1, Recorder(), batch), cross_entropy(batch))
 
 
-def test_without_a_perturbation_nothing_diverges(batch: tuple[Tensor, Tensor]) -> None:
-    x, y = batch
-    loss = baselines.stability_objective(1000.0, 1e-7)(Recorder(), x, y, (1, 2))
-    torch.testing.assert_close(loss, F.cross_entropy(Recorder()(x), y, ignore_index=255), rtol=0, atol=1e-6)
+def test_without_a_perturbation_nothing_diverges(batch: Batch) -> None:
+    loss = stability(1000.0, 1e-7, Recorder(), batch)
+    torch.testing.assert_close(loss, cross_entropy(batch), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.04, 0.1])
-def test_the_perturbation_is_gaussian_of_that_width_and_drawn_from_the_seed(
-    batch: tuple[Tensor, Tensor], sigma: float
-) -> None:
-    x, y = batch
-
+def test_the_perturbation_is_gaussian_of_that_width_and_drawn_from_the_seed(batch: Batch, sigma: float) -> None:
     def noise(seed: Sequence[int]) -> NDArray[np.float64]:
         network = Recorder()
-        baselines.stability_objective(1.0, sigma)(network, x, y, seed)
+        stability(1.0, sigma, network, batch, seed)
         (both,) = network.inputs  # one batch: a normalisation sees clean and perturbed images alike
         clean, perturbed = both.chunk(2)
-        assert torch.equal(clean, x.float())
+        assert torch.equal(clean, batch.images.float())
         return (perturbed.double() - clean.double()).numpy() / 255
 
     drawn = noise((1, 2, 3, 0))
@@ -293,26 +268,22 @@ def test_the_perturbation_is_gaussian_of_that_width_and_drawn_from_the_seed(
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_stability_against_a_plain_implementation(batch: tuple[Tensor, Tensor], alpha: float) -> None:
-    x, y = batch
+def test_stability_against_a_plain_implementation(batch: Batch, alpha: float) -> None:
     network = Recorder()
-    loss = baselines.stability_objective(alpha, 0.1)(network, x, y, (1, 2))
+    loss = stability(alpha, 0.1, network, batch)
     other = Recorder()
     clean, perturbed = other(network.inputs[0]).chunk(2)
     kl = divergence(clean, perturbed)
     assert abs(kl - divergence(perturbed, clean)) > 1e-3 * kl  # or the direction would not be tested
-    entropy = F.cross_entropy(clean, y, ignore_index=255)
-    assert float(loss.detach()) == pytest.approx(float(entropy.detach()) + alpha * kl, rel=1e-6)
+    entropy = F.cross_entropy(clean, batch.targets, ignore_index=255)
+    assert float(loss.detach()) == pytest.approx(float(entropy.detach()) + alpha * kl, rel=1e-5)
     # the gradient goes through both copies
     expected = (
         entropy
-        + alpha
-        * F.kl_div(F.log_softmax(perturbed, 1), F.log_softmax(clean, 1), reduction="none", log_target=True)
-        .sum(1)
-        .mean()
+        + alpha * F.kl_div(F.log_softmax(perturbed, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1).mean()
     )
     ours, theirs = torch.autograd.grad(loss, network.weight)[0], torch.autograd.grad(expected, other.weight)[0]
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # ── which layers ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -404,7 +375,7 @@ def test_normalisations_are_all_that_is_a_normalisation(model: nn.Module) -> Non
 
 
 def rgn(model: nn.Module, pictures: Pictures, seed: int = 5) -> dict[str, float]:
-    return baselines.relative_gradients(model, *pictures, NORMALISATION, 4, 24, seed, "float32")
+    return baselines.relative_gradients(SEGMENTATION, model, *pictures, NORMALISATION, 4, 24, seed, "float32")
 
 
 def test_relative_gradients_against_autograd_by_hand(model: nn.Module, pictures: Pictures) -> None:
@@ -419,10 +390,10 @@ def test_relative_gradients_against_autograd_by_hand(model: nn.Module, pictures:
     assert found.keys() == parameters.keys()
     sums = dict.fromkeys(parameters, 0.0)
     model.eval()
-    batches = list(segmentation.training_batches(*pictures, 4, (24, 24), (5, 0)))
+    batches = list(training_batches(SEGMENTATION, *pictures, 4, (24, 24), (5, 0)))
     assert len(batches) == 3
-    for x, y in batches:
-        loss = F.cross_entropy(model(NORMALISATION(x)), y, ignore_index=255)
+    for batch in batches:
+        loss = F.cross_entropy(model(NORMALISATION(batch.images)), batch.targets, ignore_index=255)
         for (name, parameter), gradient in zip(
             parameters.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
         ):
@@ -506,53 +477,6 @@ def test_what_the_statistics_were_before_does_not_matter(model: nn.Module, pictu
     assert all(same_bits(once[name], tensor) for name, tensor in network_state(model).items())
 
 
-@examples
-@given(st.sets(st.integers(1, 30), max_size=6), st.integers(1, 30), st.sampled_from(["jpeg-{}", "h264-crf{}"]))
-def test_neighbours_by_brute_force(trained: set[int], wanted: int, axis: str) -> None:
-    others = ["brightness-0.4", "brightness-9.0", "clean", "jpeg-3+brightness-0.4", "h264-64x48", "jpeg-3+jpeg-9"]
-    names = sorted([*(axis.format(value) for value in trained), *others])
-    found = baselines.neighbours(axis.format(wanted), names)
-    below = [value for value in trained if value < wanted]
-    above = [value for value in trained if value > wanted]
-    if not below or not above:
-        assert found is None
-        return
-    low, high = max(below), min(above)
-    assert found is not None
-    assert (found.lower, found.upper) == (axis.format(low), axis.format(high))
-    assert found.share == pytest.approx((wanted - low) / (high - low))
-    assert found.nearest == axis.format(min(low, high, key=lambda value: (abs(value - wanted), value)))
-
-
-def test_neighbours_of_factors_and_of_what_has_no_place() -> None:
-    found = baselines.neighbours("brightness-0.7", ["brightness-1.5", "brightness-0.4", "jpeg-10", "brightness-1.0"])
-    assert found is not None
-    assert (found.lower, found.upper, found.nearest) == ("brightness-0.4", "brightness-1.0", "brightness-1.0")
-    assert found.share == pytest.approx(math.log(0.7 / 0.4) / math.log(1.0 / 0.4))
-    found = baselines.neighbours("h264-80x60", ["h264-160x120", "h264-40x30", "h264-20x16", "jpeg-10"])
-    assert found is not None
-    assert (found.lower, found.upper) == ("h264-40x30", "h264-160x120")
-    assert found.share == pytest.approx(0.5)  # in the logarithm of the area
-    for level in ("clean", "brightness-0.4+jpeg-30"):
-        assert baselines.neighbours(level, ["jpeg-10", "brightness-0.4+jpeg-10", "brightness-0.4+jpeg-50"]) is None
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_interpolated_adaptors(share: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    base, lower, upper = (
-        {name: torch.randn(2, 3, generator=generator) for name in names} for names in ("abcd", "ba", "cb")
-    )
-    mixed = baselines.interpolated(base, lower, upper, share)
-    assert list(mixed) == ["a", "b", "c"]  # in the base's order, and nothing that neither adapts
-    for name, tensor in mixed.items():
-        one, other = lower.get(name, base[name]), upper.get(name, base[name])
-        torch.testing.assert_close(tensor, (1 - share) * one + share * other)
-        if share in (0.0, 1.0):
-            assert same_bits(tensor, other if share else one)
-    assert baselines.interpolated(base, {}, {}, share) == {}
-
-
 # ── what fine-tuning takes from a method ─────────────────────────────────────────────────────────────────────────
 
 
@@ -560,7 +484,7 @@ def tuned(model: nn.Module, images: Sequence[Image], labels: Sequence[Image], **
     options = {"chosen": None, "seed": 7, "recipe": RECIPE} | options
     recipe = options.pop("recipe")
     start = network_state(model)
-    fine_tune(model, images, labels, recipe, NORMALISATION, **options)  # type: ignore[arg-type]
+    fine_tune(SEGMENTATION, model, images, labels, recipe, NORMALISATION, "float32", **options)  # type: ignore[arg-type]
     result = network_state(model)
     model.load_state_dict(start)
     for name, parameter in model.named_parameters():
@@ -606,47 +530,33 @@ def test_factors_are_by_name(model: nn.Module, pictures: Pictures, monkeypatch: 
     assert len(seen) == 6
 
 
-def test_the_objective_is_what_is_minimised(model: nn.Module, pictures: Pictures) -> None:
+def test_the_loss_is_what_is_minimised(model: nn.Module, pictures: Pictures) -> None:
     model.eval()
     calls: list[SimpleNamespace] = []
 
-    def objective(forward: Forward, x: Tensor, y: Tensor, seed: Sequence[int]) -> Tensor:
-        logits = forward(x)
-        assert x.dtype == torch.uint8
-        calls.append(SimpleNamespace(seed=tuple(seed), x=x, y=y, logits=logits.detach()))
-        return logits[:, 0].mean()
+    def loss(forward: Forward, batch: Batch, seed: Sequence[int]) -> dict[str, LossTerm]:
+        logits = forward(batch.images)
+        assert batch.images.dtype == torch.uint8
+        calls.append(SimpleNamespace(seed=tuple(seed), logits=logits.detach()))
+        first = logits[:, 0]
+        return {"first": LossTerm(first.sum(), torch.tensor(first.numel()))}
 
     recipe = RECIPE.model_copy(update={"weight_decay": 0.0})
     before = network_state(model)
     with torch.no_grad():
-        expected = {i: model(NORMALISATION(x)) for i, (x, _) in enumerate(
-            segmentation.training_batches(*pictures, 4, (24, 24), (7, 0)))}  # fmt: skip
-    after = tuned(model, *pictures, recipe=recipe, chosen=("head.bias",), objective=objective)
+        batch = next(iter(training_batches(SEGMENTATION, *pictures, 4, (24, 24), (7, 0))))
+        expected = model(NORMALISATION(batch.images))
+    after = tuned(model, *pictures, recipe=recipe, chosen=("head.bias",), loss=loss)
     assert [call.seed for call in calls] == [(7, epoch, index, 0) for epoch in range(2) for index in range(3)]
-    torch.testing.assert_close(calls[0].logits, expected[0])
+    torch.testing.assert_close(calls[0].logits, expected)
     fallen = before["head.bias"] - after["head.bias"]
     assert fallen[0] > 0.1  # up.weight is 1: its gradient is 1 at every step
     assert torch.equal(fallen[1:], torch.zeros(2))
 
 
-def test_batches_come_from_the_source(model: nn.Module, pictures: Pictures) -> None:
-    """It gets the images as they are, and each epoch its own seed."""
-    calls: list[tuple[object, ...]] = []
-
-    def source(images: Sequence[Image], labels: Sequence[Image], *rest: object) -> list[tuple[Tensor, Tensor]]:
-        calls.append((images, labels, *rest))
-        return list(segmentation.training_batches(images, labels, 4, (24, 24), (0, 0)))
-
-    images, labels = pictures
-    result = tuned(model, images, labels, batches=source)
-    assert [call[0] is images and call[1] is labels for call in calls] == [True, True]
-    assert [call[2:] for call in calls] == [(4, (24, 24), (7, epoch), 0, 1) for epoch in range(2)]
-    assert not same_bits(result["conv1.weight"], tuned(model, images, labels)["conv1.weight"])
-
-
-def test_without_them_it_is_the_plain_fine_tune(model: nn.Module, pictures: Pictures) -> None:
+def test_without_a_loss_or_rates_it_is_the_plain_fine_tune(model: nn.Module, pictures: Pictures) -> None:
     plain = tuned(model, *pictures)
-    named = tuned(model, *pictures, batches=segmentation.training_batches, objective=cross_entropy, rates={})
+    named = tuned(model, *pictures, loss=lambda forward, batch, _: SEGMENTATION.losses(forward, batch), rates={})
     assert all(same_bits(plain[name], tensor) for name, tensor in named.items())
 
 
@@ -658,7 +568,7 @@ def test_a_fine_tune_on_a_mixture_learns_every_level(model: nn.Module, pictures:
     recipe = RECIPE.model_copy(update={"epochs": 12})
     reports: list[int] = []
     run: Callable[[], dict[str, Tensor]] = lambda: tuned(  # noqa: E731
-        model, mixture, labels, recipe=recipe, batches=mixed_batches, progress=lambda p: reports.append(p.step)
+        model, mixture, labels, recipe=recipe, progress=lambda p: reports.append(p.step)
     )
     first, second = run(), run()
     assert all(same_bits(first[name], tensor) for name, tensor in second.items())
@@ -666,9 +576,6 @@ def test_a_fine_tune_on_a_mixture_learns_every_level(model: nn.Module, pictures:
     model.load_state_dict(first)
     model.eval()
     for level in mixture.levels:
-        hist = torch.zeros(3, 3, dtype=torch.int64)
-        with torch.no_grad():
-            for image, label in zip(level, labels, strict=True):
-                x = NORMALISATION(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
-                hist += segmentation.confusion(segmentation.logits_of(model, x), label)
-        assert segmentation.mean_iou(hist) > 55
+        predictor = Predictor(model, NORMALISATION)
+        (evidence,) = collect_evidence(SEGMENTATION, model, [predictor], level, labels)
+        assert score(SEGMENTATION, evidence) > 55

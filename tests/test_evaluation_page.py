@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it says of its rows, and how it looks in headless Chromium."""
+"""The report of an evaluation: its sentences and tables, and its layout in headless Chromium."""
 
 import dataclasses
 import io
@@ -11,23 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gearnn_ray.evaluation.baselines import CONSTANT, TITLES, axes_of
+from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
 from gearnn_ray.evaluation.memory import memory_rows
-from gearnn_ray.evaluation.report.figures import short_level, spread_evenly
-from gearnn_ray.evaluation.report.page import METHODS, Evaluation, figures_of, render
-from gearnn_ray.evaluation.runs import Picture
-from gearnn_ray.store.tables import (
-    ACCURACY,
-    AVERAGES,
-    BYTES,
-    CHANGES,
-    DIFFERENCES,
-    FREQUENCY,
-    MEMORY,
-    SHARES,
-    TUNING,
-    table,
-)
+from gearnn_ray.evaluation.records import Picture
+from gearnn_ray.evaluation.report.content import Evaluation
+from gearnn_ray.evaluation.report.figures import spread_evenly
+from gearnn_ray.evaluation.report.methods import GROUPS, METHODS
+from gearnn_ray.evaluation.report.page import figures_of, render
+from gearnn_ray.evaluation.report.pictures import RENDERERS
+from gearnn_ray.levels.axes import axes_of
+from gearnn_ray.store.tables import ACCURACY, AVERAGES, BYTES, CHANGES, DIFFERENCES, FREQUENCY, MEMORY, SHARES, TUNING, table
+from gearnn_ray.tasks import TASKS
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -37,7 +31,7 @@ MODEL, BUDGET = 15_900_987, 31_801
 SIZES = ("h264-480x360", "h264-376x280", "h264-240x180", "h264-120x90")
 LEVELS = ("clean", *(f"jpeg-{q}" for q in (2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)), *SIZES)
 LEVELS += tuple(f"brightness-{b}" for b in (0.1, 0.2, 0.4, 0.7, 1.5, 2.0))
-RIVAL_LEVELS = ("clean", "jpeg-2", "jpeg-10", "jpeg-40", "jpeg-100", *SIZES, "brightness-0.1", "brightness-0.4")
+BASELINE_LEVELS = ("clean", "jpeg-2", "jpeg-10", "jpeg-40", "jpeg-100", *SIZES, "brightness-0.1", "brightness-0.4")
 UNTRAINED = ("jpeg-20", "jpeg-40", "jpeg-60", "jpeg-80")
 GAINS = {
     "original": 0.0, "switching": 1.05, "mixed": 0.7, "stability": 0.3, "gearnn": 1.0, "gearnn-released": 0.97,
@@ -55,9 +49,9 @@ def evaluation() -> Evaluation:
     loss["clean"] = 0.0
     accuracy, means = [], {}
     for method in TITLES:
-        own = UNTRAINED if method in ("gearnn-nearest", "gearnn-interpolated") else RIVAL_LEVELS
+        own = UNTRAINED if method in ("gearnn-nearest", "gearnn-interpolated") else BASELINE_LEVELS
         for level in LEVELS if method in ("original", "switching", "gearnn") else own:
-            seeds = {"switching": 3, "gearnn": 3, "random": 5}.get(method, 1) if level in RIVAL_LEVELS else 1
+            seeds = {"switching": 3, "gearnn": 3, "random": 5}.get(method, 1) if level in BASELINE_LEVELS else 1
             floats = {"original": 0, "switching": MODEL, "bn-statistics": 8_000, "bn-tuned": 16_000}.get(method, 31_243)
             if method in CONSTANT[1:]:
                 floats = MODEL
@@ -75,14 +69,7 @@ def evaluation() -> Evaluation:
             value = mean - means["gearnn", level]
             width = 0.2 + 0.1 * abs(value)
             differences.append(
-                {
-                    "method": method,
-                    "level": level,
-                    "value": value,
-                    "low": value - width,
-                    "high": value + width,
-                    "seeds": 1,
-                }
+                {"method": method, "level": level, "value": value, "low": value - width, "high": value + width, "seeds": 1}
             )
     averages = []
     for axis, levels in axes.items():
@@ -108,15 +95,8 @@ def evaluation() -> Evaluation:
         for level in ("jpeg-10", "jpeg-40") for alpha in (0.5, 1.0, 2.0) for sigma in (0.04, 0.1)
     ]  # fmt: skip
     points = [("original", None, 0), ("switching", None, MODEL), ("mixed", None, MODEL), ("bn-statistics", None, 8_000)]
-    points += [
-        ("bn-tuned", None, 16_000),
-        ("first-block", None, 31_000),
-        ("auto-rgn", None, 31_700),
-        ("random", None, 31_500),
-    ]
-    points += [
-        ("gearnn", round(MODEL * share), round(MODEL * share) - 99) for share in (0.0005, 0.001, 0.002, 0.004, 0.01)
-    ]
+    points += [("bn-tuned", None, 16_000), ("first-block", None, 31_000), ("auto-rgn", None, 31_700), ("random", None, 31_500)]
+    points += [("gearnn", round(MODEL * share), round(MODEL * share) - 99) for share in (0.0005, 0.001, 0.002, 0.004, 0.01)]
     per_byte = [
         {"method": method, "level": "jpeg-10", "budget": budget, "floats": floats,
          "value": means[method, "jpeg-10"] + (0.5 * np.log(floats / BUDGET) if budget else 0)}
@@ -134,13 +114,7 @@ def evaluation() -> Evaluation:
     maps = {"original": original, "switching": original * np.exp(-(v + h) / 20) * 1.3}
     maps["gearnn"] = original + 0.8 * (maps["switching"] - original)
     frequency = [
-        {
-            "network": network,
-            "level": level,
-            "vertical": int(i),
-            "horizontal": int(j),
-            "magnitude": float(magnitude * scale),
-        }
+        {"network": network, "level": level, "vertical": int(i), "horizontal": int(j), "magnitude": float(magnitude * scale)}
         for level, scale in (("brightness-0.2", 3.0), ("jpeg-10", 1.0))
         for network, values in maps.items()
         for (i, j), magnitude in np.ndenumerate(values)
@@ -157,6 +131,7 @@ def evaluation() -> Evaluation:
         command="jobs/evaluate.py --release drn22-camvid:latest --seeds 3 --store /data/store --data.path /data/camvid",
         data="CamVid, 101 validation images of 1 clip",
         network="drn_d_22",
+        task="segmentation",
         metric="mIoU",
         model_floats=MODEL,
         budget_floats=BUDGET,
@@ -182,10 +157,8 @@ def evaluation() -> Evaluation:
 
 def empty(**fields: Any) -> Evaluation:
     nothing = {field.name: () for field in dataclasses.fields(Evaluation)}
-    words = dict.fromkeys(("name", "release", "command", "data", "network", "metric"), "x")
-    return Evaluation(
-        **nothing | words | {"model_floats": 0, "budget_floats": 0, "seed": 0, "axes": {}, "failed": {}} | fields
-    )
+    words = dict.fromkeys(("name", "release", "command", "data", "network", "metric"), "x") | {"task": "segmentation"}
+    return Evaluation(**nothing | words | {"model_floats": 0, "budget_floats": 0, "seed": 0, "axes": {}, "failed": {}} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -260,13 +233,15 @@ def test_every_method_is_described() -> None:
     assert METHODS.keys() == TITLES.keys()
 
 
+def test_every_task_has_a_renderer() -> None:
+    assert RENDERERS.keys() == TASKS.keys()
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_fits_the_window_and_every_picture_is_there(shown: Shown, width: int) -> None:
     shown.page.set_viewport_size({"width": width, "height": 844})
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
-    images = shown.page.evaluate(
-        "[...document.images].map(i => [i.complete && i.naturalWidth > 500, i.alt.length > 20])"
-    )
+    images = shown.page.evaluate("[...document.images].map(i => [i.complete && i.naturalWidth > 500, i.alt.length > 20])")
     assert images == [[True, True]] * len(images)
     assert len(images) == 3 + 1 + 1 + 1 + 1 + 1
 
@@ -286,11 +261,7 @@ def test_every_figure_has_its_command_data_and_seed_under_it(shown: Shown, whole
 
 def figures_of_names(whole: Evaluation) -> list[str]:
     axes = list(whole.axes)
-    names = [f"accuracy_{axis}.png" for axis in axes] + [
-        "averages.png",
-        "accuracy_per_byte.png",
-        "weight_changes_jpeg.png",
-    ]
+    names = [f"accuracy_{axis}.png" for axis in axes] + ["averages.png", "accuracy_per_byte.png", "weight_changes_jpeg.png"]
     return [*names, "frequency.png", "picture_1.png"]
 
 
@@ -304,7 +275,7 @@ def test_figures_are_named_for_what_they_show_and_are_the_same_bytes_every_time(
 
 
 def test_figures_tell_methods_apart_without_colour(whole: Evaluation) -> None:
-    from gearnn_ray.evaluation.report.figures import _STYLES, GROUPS
+    from gearnn_ray.evaluation.report.figures import _STYLES
 
     for members in GROUPS.values():
         for key in ("marker", "linestyle"):
@@ -321,9 +292,7 @@ def test_accuracy_is_that_of_the_rows(shown: Shown, whole: Evaluation) -> None:
                 values = [r["value"] for r in whole.accuracy if (r["method"], r["level"]) == (method, level)]
                 expected = ""
                 if values:
-                    expected = f"{np.mean(values):.1f}" + (
-                        f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                    )
+                    expected = f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
                 assert text == expected
 
 
@@ -360,11 +329,7 @@ def test_differences_verdicts_and_averages_are_those_of_the_rows(shown: Shown, w
     assert len(rows) == len(whole.averages)
     assert {row[0]: row[6] for row in rows if row[6]} == {"original": "+18.12", "stability training": "+4.84"}
     first = at["original", "jpeg"]
-    assert rows[[row[0] for row in rows].index("original")][1:4] == [
-        "12",
-        f"{first['average']:.1f}",
-        f"{first['gearnn']:.1f}",
-    ]
+    assert rows[[row[0] for row in rows].index("original")][1:4] == ["12", f"{first['average']:.1f}", f"{first['gearnn']:.1f}"]
     against = shown.tables("accuracy")[1]
     column = against[0].index("DNN switching")
     row = next(r for r in whole.differences if (r["method"], r["level"]) == ("switching", "jpeg-10"))
@@ -372,7 +337,7 @@ def test_differences_verdicts_and_averages_are_those_of_the_rows(shown: Shown, w
     assert number(text.split()[0]) == round(row["value"], 2)
 
 
-def test_a_rival_of_equal_bytes_that_is_better_is_named(whole: Evaluation) -> None:
+def test_a_baseline_of_equal_bytes_that_is_better_is_named(whole: Evaluation) -> None:
     def page(low: float, high: float) -> str:
         rows = [{**r, "difference": 1.0, "low": 0.5, "high": 1.5} for r in whole.averages if r["axis"] == "jpeg"]
         for row in rows:
@@ -401,12 +366,7 @@ def test_memory_bytes_and_shares_are_those_of_the_rows(shown: Shown, whole: Eval
 def test_the_whole_grid_of_settings_is_shown_and_the_chosen_marked(shown: Shown) -> None:
     rates, stability = shown.tables("rates")
     assert rates[0] == ["method", "0.003", "0.01", "0.03"]
-    assert [row[0] for row in rates[2:]] == [
-        "DNN switching",
-        "stability training",
-        "GearNN adaptors",
-        "BatchNorm fine-tuned",
-    ]
+    assert [row[0] for row in rates[2:]] == ["DNN switching", "stability training", "GearNN adaptors", "BatchNorm fine-tuned"]
     assert rates[2][1:] == ["50.3", "51.0", "53.0"]
     assert stability[0][1:4] == ["α 0.5, σ 0.04", "α 0.5, σ 0.1", "α 1, σ 0.04"]
     assert [row[0] for row in stability[1:]] == ["jpeg-10", "jpeg-40", "2 levels with equal weight", "average"]
@@ -424,9 +384,7 @@ def test_what_the_paper_says_of_frequencies_is_checked(shown: Shown, whole: Eval
     ) in text
     assert "full fine-tune and adaptor change the response alike (cosine similarity at least 0.9)" in text
     swapped = {"original": "switching", "switching": "original", "gearnn": "gearnn"}
-    rows = [
-        {**r, "network": swapped[r["network"]] if r["level"] == "jpeg-10" else r["network"]} for r in whole.frequency
-    ]
+    rows = [{**r, "network": swapped[r["network"]] if r["level"] == "jpeg-10" else r["network"]} for r in whole.frequency]
     html = render(dataclasses.replace(whole, frequency=rows), {})
     assert "turns away from high frequencies; at jpeg-10 the full fine-tune does not turn away" in html
 
@@ -435,18 +393,7 @@ def test_what_is_missing_is_said(browser: Any, tmp_path: Path) -> None:
     nothing = empty()
     assert figures_of(nothing) == {}
     shown = Shown(browser, render(nothing, {}), tmp_path)
-    for section in (
-        "verdict",
-        "methods",
-        "accuracy",
-        "averages",
-        "memory",
-        "bytes",
-        "rates",
-        "changes",
-        "frequency",
-        "pictures",
-    ):
+    for section in ("verdict", "methods", "accuracy", "averages", "memory", "bytes", "rates", "changes", "frequency", "pictures"):
         (sentence,) = shown.page.locator(f"#{section} p").all_inner_texts()
         assert sentence.endswith(".")
     assert shown.complaints == []
@@ -464,13 +411,9 @@ def test_what_comes_from_outside_is_text(browser: Any, whole: Evaluation, tmp_pa
     bad = "<script>alert(1)</script><img src=x onerror=alert(2)>\" onload='x'"
     words = dict.fromkeys(("name", "release", "command", "data", "network", "metric"), bad)
     picture = dataclasses.replace(whole.pictures[0], sample=bad)
-    hostile = dataclasses.replace(
-        whole, **words, notes=[bad], failed={bad: bad}, pictures=[picture], changes=(), frequency=()
-    )
+    hostile = dataclasses.replace(whole, **words, notes=[bad], failed={bad: bad}, pictures=[picture], changes=(), frequency=())
     shown = Shown(browser, render(hostile, {"picture_1.png": png()}), tmp_path)
-    assert shown.page.evaluate(
-        "[document.scripts.length, document.querySelectorAll('[onload], [onerror]').length]"
-    ) == [0, 0]
+    assert shown.page.evaluate("[document.scripts.length, document.querySelectorAll('[onload], [onerror]').length]") == [0, 0]
     assert shown.page.locator("h1").inner_text().startswith(bad)
     assert shown.page.locator("[role=alert] li").all_inner_texts() == [f"{bad}: {bad}"]
     assert shown.requests == [shown.path.as_uri()]
@@ -483,18 +426,7 @@ def png() -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("level", "short"),
-    [("jpeg-10", "10"), ("h264-480x360", "480×360"), ("h264-crf20", "20"), ("brightness-0.4", "0.4"), ("clean", "clean"),
-     ("jpeg-10+brightness-0.4", "jpeg-10+brightness-0.4")],
-)  # fmt: skip
-def test_levels_are_short_where_their_axis_is_named(level: str, short: str) -> None:
-    assert short_level(level) == short
-
-
-@pytest.mark.parametrize(
-    ("items", "chosen"), [("", ""), ("a", "a"), ("abcd", "abcd"), ("abcdefghij", "adgj"), ("abcde", "abde")]
-)
+@pytest.mark.parametrize(("items", "chosen"), [("", ""), ("a", "a"), ("abcd", "abcd"), ("abcdefghij", "adgj"), ("abcde", "abde")])
 def test_few_of_many_are_spread_evenly(items: Sequence[str], chosen: str) -> None:
     assert "".join(spread_evenly(items)) == chosen
 

@@ -18,18 +18,20 @@ from PIL import Image
 from gearnn_ray import Store
 from gearnn_ray.adaptors.adaptor import put_adaptor
 from gearnn_ray.cli.main import run_evaluate, run_split
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.command_line import parse_command_line
-from gearnn_ray.config.schema import EvaluateConfig, budget_floats
+from gearnn_ray.config.release_jobs import EvaluateConfig
 from gearnn_ray.core.events import Event
-from gearnn_ray.evaluation import baselines, findings, memory, pipeline
+from gearnn_ray.evaluation import findings, memory, pipeline
 from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.reporting.progress import Plan
 from gearnn_ray.store import tables
-from gearnn_ray.tasks.segmentation import Normalisation
-from gearnn_ray.training.trainer import evaluate as judge
+from gearnn_ray.tasks.base import score
+from gearnn_ray.training.predict import Normalisation, Predictor, collect_evidence
 from tests import tiny
+from tests.conftest import SEGMENTATION
 from tests.test_pipeline import files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -37,12 +39,12 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 SEED = 3  # of the release
 LEVELS = ["clean", "jpeg-10", "jpeg-30", "jpeg-60", "h264-32x24"]
 DISTORTED = LEVELS[1:]
-RIVALS = ["jpeg-10", "h264-32x24"]  # levels
+BASELINES = ["jpeg-10", "h264-32x24"]  # levels
 RATES = [0.02, 0.1]  # neither is the release's
 BUDGET, FURTHER = "30%", "80%"
-ADAPTIVE_RIVALS = ["bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"]
-CONSTANT_RIVALS = ["mixed", "stability", "clean-tuned"]
-TUNED = {"switching", "gearnn", *CONSTANT_RIVALS, *ADAPTIVE_RIVALS} - {"bn-statistics"}
+ADAPTIVE_BASELINES = ["bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"]
+CONSTANT_BASELINES = ["mixed", "stability", "clean-tuned"]
+TUNED = {"switching", "gearnn", *CONSTANT_BASELINES, *ADAPTIVE_BASELINES} - {"bn-statistics"}
 
 
 @dataclass
@@ -55,9 +57,7 @@ class Listener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
@@ -70,13 +70,14 @@ class Listener:
         return {(e.level, e.stage) for e in self.events if e.kind in kinds and e.stage != "images"}
 
 
-def told(folder: Path, store: str = "store", **changes: Any) -> list[str]:
+def command_line(folder: Path, store: str = "store", **changes: Any) -> list[str]:
     """Command line of an evaluation of everything, in a folder that `tiny` filled."""
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "store": folder / store,
         "release": "tiny",
+        "trust": "tests",
         "data.cache": folder / "cache",
-        "rival-levels": RIVALS,
+        "baseline-levels": BASELINES,
         "untrained": ["jpeg-30"],
         "seeds": 2,
         "learning-rates": RATES,
@@ -86,7 +87,7 @@ def told(folder: Path, store: str = "store", **changes: Any) -> list[str]:
         "budgets": [FURTHER],
     } | changes
     line: list[str] = []
-    for name, value in options.items():
+    for name, value in given.items():
         if value is not None:
             line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return line
@@ -96,6 +97,12 @@ def evaluate(arguments: list[str]) -> tuple[findings.Outcome, Listener]:
     config, _ = parse_command_line(EvaluateConfig, arguments, "")
     with Listener() as said:
         return pipeline.evaluate(config, said, "jobs/evaluate.py --release tiny"), said
+
+
+def mean_iou(model: Any, images: Sequence[Any], labels: Sequence[Any], normalisation: Normalisation) -> float:
+    """In percent, over all these images."""
+    (evidence,) = collect_evidence(SEGMENTATION, model, [Predictor(model, normalisation)], images, labels)
+    return score(SEGMENTATION, evidence)
 
 
 def without_figures() -> pytest.MonkeyPatch:
@@ -113,15 +120,12 @@ def plain() -> Any:
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("evaluation")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    assert (
-        run_split([*tiny.options(folder, levels=LEVELS, seed=SEED, budget=BUDGET, store=folder / "released"), "--json"])
-        == 0
-    )
+    assert run_split([*tiny.options(folder, levels=LEVELS, seed=SEED, budget=BUDGET, store=folder / "released"), "--json"]) == 0
     return folder
 
 
@@ -139,7 +143,7 @@ class Done:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return self.store.manifest("tiny")[1]
+        return self.store.manifest("tiny")[1].as_json()
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.store.get_table(f"tables/tiny/{name}.parquet").to_pylist()
@@ -152,7 +156,7 @@ class Done:
 @pytest.fixture(scope="module")
 def done(spec: Path) -> Done:
     shutil.copytree(spec / "released", spec / "store")
-    return Done(spec, *evaluate(told(spec)))
+    return Done(spec, *evaluate(command_line(spec)))
 
 
 def cells(
@@ -186,7 +190,7 @@ def test_a_row_per_method_level_and_seed(done: Done) -> None:
     assert table.column_names == ["method", "level", "metric", "value", "seed", "floats", "release"]
     found = places_of(table.to_pylist())
     assert max(Counter(found).values()) == 1
-    expected = cells(LEVELS, RIVALS, 2, ADAPTIVE_RIVALS, CONSTANT_RIVALS)
+    expected = cells(LEVELS, BASELINES, 2, ADAPTIVE_BASELINES, CONSTANT_BASELINES)
     expected |= {("gearnn-released", level, SEED) for level in DISTORTED}
     expected |= {(f"gearnn-{kind}", "jpeg-30", SEED) for kind in ("nearest", "interpolated")}
     assert set(found) == expected
@@ -218,7 +222,7 @@ def test_what_was_released_scores_what_its_manifest_says(done: Done) -> None:
         if level != "clean":
             assert done.values("gearnn-released", level) == pytest.approx([entry["scores"]["adaptor"]])
     # undistorted, every adaptive method is the base itself
-    for method in ("switching", "gearnn", *ADAPTIVE_RIVALS):
+    for method in ("switching", "gearnn", *ADAPTIVE_BASELINES):
         assert done.values(method, "clean") == done.values("original", "clean")
 
 
@@ -228,13 +232,13 @@ def test_what_each_method_stores(done: Done) -> None:
         method, stored = row["method"], row["floats"]
         if method == "original" or (row["level"] == "clean" and method not in CONSTANT):
             assert stored == 0, row
-        elif method in ("switching", *CONSTANT_RIVALS):
+        elif method in ("switching", *CONSTANT_BASELINES):
             assert stored == floats, row
         elif method not in ("bn-statistics", "bn-tuned", "gearnn-interpolated"):
             assert 0 < stored <= budget, row
     stored_at = {(row["method"], row["level"]): row["floats"] for row in done.rows("accuracy") if row["seed"] == SEED}
-    assert {stored_at["bn-statistics", level] for level in RIVALS} == {32}  # two BatchNorms of 8 channels
-    assert {stored_at["bn-tuned", level] for level in RIVALS} == {64}
+    assert {stored_at["bn-statistics", level] for level in BASELINES} == {32}  # two BatchNorms of 8 channels
+    assert {stored_at["bn-tuned", level] for level in BASELINES} == {64}
     assert stored_at["gearnn-nearest", "jpeg-30"] == stored_at["gearnn", "jpeg-10"]  # 20 away, and 30
     for level, entry in done.manifest["levels"].items():
         if level != "clean":
@@ -243,7 +247,7 @@ def test_what_each_method_stores(done: Done) -> None:
 
 def test_seeds_and_draws_are_different_trainings(done: Done) -> None:
     for method in ("switching", "gearnn", "random"):
-        assert any(len(set(done.values(method, level))) == 2 for level in RIVALS), method
+        assert any(len(set(done.values(method, level))) == 2 for level in BASELINES), method
 
 
 def test_interpolated_adaptors_are_those_of_both_neighbours_mixed(done: Done) -> None:
@@ -256,7 +260,7 @@ def test_interpolated_adaptors_are_those_of_both_neighbours_mixed(done: Done) ->
 
 def test_differences_and_averages_are_those_of_the_accuracy_rows(done: Done) -> None:
     # undistorted, whatever has weights per level is the base, and equal by definition
-    compared = ("gearnn", *CONSTANT_RIVALS)
+    compared = ("gearnn", *CONSTANT_BASELINES)
     there = [(m, q) for m, q, _ in places_of(done.rows("accuracy")) if q != "clean" or m in compared]
     mean = {place: fmean(done.values(*place)) for place in there}
     differences = done.rows("differences")
@@ -299,10 +303,10 @@ def test_memory_by_formula_and_as_it_is(done: Done) -> None:
             assert by_formula.pop((method, line["levels"])) == line[method]
     assert not by_formula
     actual = {row["method"]: (row["levels"], row["floats"]) for row in rows if row["kind"] == "actual"}
-    assert actual.keys() == {"original", "switching", "gearnn", *CONSTANT_RIVALS, *ADAPTIVE_RIVALS}
-    for method in ("switching", "gearnn", *ADAPTIVE_RIVALS):
+    assert actual.keys() == {"original", "switching", "gearnn", *CONSTANT_BASELINES, *ADAPTIVE_BASELINES}
+    for method in ("switching", "gearnn", *ADAPTIVE_BASELINES):
         assert method == "random" or actual[method] == held(done, method)
-    for method in ("original", *CONSTANT_RIVALS):
+    for method in ("original", *CONSTANT_BASELINES):
         assert actual[method] == (5, floats)
     assert actual["switching"] == (5, 5 * floats)
     assert all(row["of_network"] == pytest.approx(row["floats"] / floats) for row in rows)
@@ -329,7 +333,7 @@ def test_one_setting_of_stability_is_chosen(done: Done) -> None:
     grid = [row for row in done.rows("tuning") if row["alpha"] is not None]
     assert {row["method"] for row in grid} == {"stability"}
     places = {(row["level"], row["alpha"], row["sigma"]) for row in grid}
-    assert places == {(level, 1.0, sigma) for level in (*RIVALS, "clean") for sigma in (0.04, 0.1)}
+    assert places == {(level, 1.0, sigma) for level in (*BASELINES, "clean") for sigma in (0.04, 0.1)}
     assert len(grid) == len(places)
     average = {sigma: fmean(row["value"] for row in grid if row["sigma"] == sigma) for sigma in (0.04, 0.1)}
     best = max(average, key=average.__getitem__)
@@ -347,9 +351,9 @@ def test_no_setting_has_two_values(done: Done) -> None:
 def test_accuracy_per_byte(done: Done) -> None:
     rows, own = done.rows("bytes"), done.manifest["budget"]["floats"]
     further = budget_floats(FURTHER, done.manifest["model"]["floats"])
-    judged = {method for method, level, _ in places_of(done.rows("accuracy")) if level == "jpeg-10"}
+    evaluated = {method for method, level, _ in places_of(done.rows("accuracy")) if level == "jpeg-10"}
     assert {row["level"] for row in rows} == {"jpeg-10"}
-    assert Counter(row["method"] for row in rows) == Counter([*judged, "gearnn"])
+    assert Counter(row["method"] for row in rows) == Counter([*evaluated, "gearnn"])
     for row in rows:
         assert (row["budget"] is not None) == (row["method"] == "gearnn")
         if row["budget"] != further:
@@ -375,10 +379,7 @@ def test_weight_changes_and_what_the_adaptors_hold_of_them(done: Done) -> None:
 def test_frequency_responses(done: Done) -> None:
     rows = done.rows("frequency")
     assert [(r["network"], r["level"], r["vertical"], r["horizontal"]) for r in rows] == [
-        (network, "jpeg-10", v, h)
-        for network in ("original", "switching", "gearnn")
-        for v in range(8)
-        for h in range(8)
+        (network, "jpeg-10", v, h) for network in ("original", "switching", "gearnn") for v in range(8) for h in range(8)
     ]
     assert all(row["magnitude"] > 0 for row in rows)
     magnitudes = np.array([row["magnitude"] for row in rows]).reshape(3, 64)
@@ -389,8 +390,8 @@ def test_frequency_responses(done: Done) -> None:
 def test_the_report_is_one_page_about_all_of_it(done: Done) -> None:
     page = (done.folder / "store" / done.outcome.report).read_text(encoding="utf-8")
     assert done.outcome.report == "reports/tiny/evaluation.html"
-    judged = {row["method"] for row in done.rows("accuracy")}
-    assert all(TITLES[method] in page for method in judged)
+    evaluated = {row["method"] for row in done.rows("accuracy")}
+    assert all(TITLES[method] in page for method in evaluated)
     assert not re.search("https?://(?!www.w3.org/2000/svg)", page)
     assert "<script" not in page
     assert page.count("jobs/evaluate.py --release tiny") >= len(done.outcome.figures)
@@ -421,7 +422,7 @@ def test_what_was_to_be_expected_was_done(done: Done) -> None:
 
 def test_running_again_computes_nothing_and_changes_nothing(done: Done) -> None:
     before = files(done.folder / "store")
-    outcome, said = evaluate(told(done.folder))
+    outcome, said = evaluate(command_line(done.folder))
     assert outcome == done.outcome
     assert {event.kind for event in said.events if event.stage != "images"} == {"reused"}
     assert files(done.folder / "store") == before
@@ -429,23 +430,21 @@ def test_running_again_computes_nothing_and_changes_nothing(done: Done) -> None:
 
 @pytest.mark.usefixtures("plain")
 def test_only_what_is_missing_is_computed(done: Done, tmp_path: Path) -> None:
-    """One more level for the rivals and one more seed."""
+    """One more level for the baselines and one more seed."""
     shutil.copytree(done.folder / "store", tmp_path / "store")
     cache = str(done.folder / "cache")
-    more: dict[str, Any] = {"rival-levels": [*RIVALS, "jpeg-60"], "data.cache": cache}
-    outcome, said = evaluate(told(tmp_path, seeds=3, **more))
+    more: dict[str, Any] = {"baseline-levels": [*BASELINES, "jpeg-60"], "data.cache": cache}
+    outcome, said = evaluate(command_line(tmp_path, seeds=3, **more))
     assert outcome.failed == {}
-    there = ["bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random draw 1", "random draw 2", "judging"]
+    there = ["bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random draw 1", "random draw 2", "evaluation"]
     there += [f"{stage} seed {seed}" for stage in ("switching", "selection", "gearnn") for seed in (4, 5)]
-    again = ["switching seed 5", "selection seed 5", "gearnn seed 5", "judging"]
-    expected = {("jpeg-60", stage) for stage in there} | {(level, stage) for level in RIVALS for stage in again}
+    again = ["switching seed 5", "selection seed 5", "gearnn seed 5", "evaluation"]
+    expected = {("jpeg-60", stage) for stage in there} | {(level, stage) for level in BASELINES for stage in again}
     assert said.places("started") == expected
     assert said.places("finished") == expected
     new = {(row["method"], row["level"], row["seed"]): row for row in outcome.accuracy}
-    assert all(
-        new[place] == row for place, row in zip(places_of(done.outcome.accuracy), done.outcome.accuracy, strict=True)
-    )
-    added = cells(LEVELS, [*RIVALS, "jpeg-60"], 3, ADAPTIVE_RIVALS, CONSTANT_RIVALS)
+    assert all(new[place] == row for place, row in zip(places_of(done.outcome.accuracy), done.outcome.accuracy, strict=True))
+    added = cells(LEVELS, [*BASELINES, "jpeg-60"], 3, ADAPTIVE_BASELINES, CONSTANT_BASELINES)
     assert set(places_of(outcome.accuracy)) == added | set(places_of(done.outcome.accuracy))
 
 
@@ -455,14 +454,9 @@ def test_a_lost_blob_is_made_again(done: Done, tmp_path: Path) -> None:
     kept = tiny.blobs(done.folder / "released")
     for name in tiny.blobs(tmp_path / "store") - kept:
         (tmp_path / "store/blobs/sha256" / name).unlink()
-    options: dict[str, Any] = {
-        "levels": ["jpeg-10"],
-        "rival-levels": ["jpeg-10"],
-        "untrained": None,
-        "methods": ["bn-tuned"],
-    }
+    options: dict[str, Any] = {"levels": ["jpeg-10"], "baseline-levels": ["jpeg-10"], "untrained": None, "methods": ["bn-tuned"]}
     options["data.cache"] = done.folder / "cache"
-    outcome, _ = evaluate(told(tmp_path, seeds=1, **options))
+    outcome, _ = evaluate(command_line(tmp_path, seeds=1, **options))
     assert outcome.failed == {}
     before = {(row["method"], row["level"], row["seed"]): row["value"] for row in done.outcome.accuracy}
     found = {(row["method"], row["level"], row["seed"]): row["value"] for row in outcome.accuracy}
@@ -473,15 +467,11 @@ def test_a_lost_blob_is_made_again(done: Done, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain")
 def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path, tmp_path: Path) -> None:
     shutil.copytree(spec / "released", tmp_path / "store")
-    options: dict[str, Any] = {
-        "levels": ["clean", "jpeg-10", "jpeg-60"],
-        "methods": ["clean-tuned"],
-        "learning-rates": None,
-    }
-    options |= {"untrained": None, "rival-levels": None, "tuning-level": None, "data.cache": spec / "cache"}
-    outcome, said = evaluate(told(tmp_path, seeds=1, **options))
+    options: dict[str, Any] = {"levels": ["clean", "jpeg-10", "jpeg-60"], "methods": ["clean-tuned"], "learning-rates": None}
+    options |= {"untrained": None, "baseline-levels": None, "tuning-level": None, "data.cache": spec / "cache"}
+    outcome, said = evaluate(command_line(tmp_path, seeds=1, **options))
     assert outcome.failed == {}
-    levels = Store(tmp_path / "store").manifest("tiny")[1]["levels"]
+    levels = Store(tmp_path / "store").manifest("tiny")[1].as_json()["levels"]
     worst = min(("jpeg-10", "jpeg-60"), key=lambda level: levels[level]["scores"]["original"])
     asked = ["clean", "jpeg-10", "jpeg-60"]
     assert set(places_of(outcome.accuracy)) == cells(asked, [worst], 1, [], ["clean-tuned"])
@@ -492,9 +482,7 @@ def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path
     # the split job keeps no full fine-tunes; its adaptors it does. The worst level has another budget's, too
     assert ("jpeg-60", "switching") in said.places("started")
     assert {level for level, stage in said.places("started") if stage == "gearnn"} == {worst}
-    assert {row["level"] for row in Store(tmp_path / "store").get_table("tables/tiny/bytes.parquet").to_pylist()} == {
-        worst
-    }
+    assert {row["level"] for row in Store(tmp_path / "store").get_table("tables/tiny/bytes.parquet").to_pylist()} == {worst}
     assert Store(tmp_path / "store").get_table("tables/tiny/tuning.parquet").num_rows == 0
 
 
@@ -502,18 +490,16 @@ def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path
 def test_the_control_is_made_once_per_seed_before_the_levels(spec: Path, tmp_path: Path) -> None:
     options = tiny.options(spec, levels=["jpeg-10", "jpeg-60"], seed=SEED, budget=BUDGET, store=tmp_path / "store")
     assert run_split([*options, "--selection.against", "clean", "--selection.granularity", "module", "--json"]) == 0
-    changes = {"levels": ["jpeg-10", "jpeg-60"], "rival-levels": ["jpeg-10"], "methods": None, "learning-rates": None}
+    changes = {"levels": ["jpeg-10", "jpeg-60"], "baseline-levels": ["jpeg-10"], "methods": None, "learning-rates": None}
     changes |= {"untrained": None, "tuning-level": None, "data.cache": spec / "cache"}
-    outcome, said = evaluate([*told(tmp_path, **changes), "--methods"])
+    outcome, said = evaluate([*command_line(tmp_path, **changes), "--methods"])
     assert outcome.failed == {}
     control = [event.kind for event in said.events if (event.level, event.stage) == ("clean", "full")]
     assert sorted(kind for kind in control if kind != "progress") == ["finished", "reused", "started"]
     assert ("clean", "full") in said.plan
-    fulls = {
-        (e.level, e.stage) for e in said.events if e.kind == "started" and e.stage.startswith(("full", "switching"))
-    }
+    fulls = {(e.level, e.stage) for e in said.events if e.kind == "started" and e.stage.startswith(("full", "switching"))}
     assert fulls == {("clean", "full"), ("jpeg-10", f"switching seed {SEED + 1}")}
-    levels = Store(tmp_path / "store").manifest("tiny")[1]["levels"]
+    levels = Store(tmp_path / "store").manifest("tiny")[1].as_json()["levels"]
     for row in outcome.accuracy:
         if row["method"] == "gearnn" and row["seed"] == SEED:
             entry = levels[row["level"]]
@@ -522,34 +508,32 @@ def test_the_control_is_made_once_per_seed_before_the_levels(spec: Path, tmp_pat
 
 @pytest.mark.usefixtures("plain")
 def test_an_untrained_level_has_its_neighbours_adaptors(spec: Path, tmp_path: Path) -> None:
-    """Against the released adaptors, put together and judged here."""
+    """Against the released adaptors, put together and evaluated here."""
     shutil.copytree(spec / "released", tmp_path / "store")
     options: dict[str, Any] = {
         "levels": ["jpeg-10", "jpeg-30", "jpeg-60"],
-        "rival-levels": ["jpeg-10"],
+        "baseline-levels": ["jpeg-10"],
         "methods": ["bn-statistics"],
         "learning-rates": None,
         "data.cache": spec / "cache",
     }
-    outcome, _ = evaluate(told(tmp_path, seeds=1, **options))
+    outcome, _ = evaluate(command_line(tmp_path, seeds=1, **options))
     release = Store(tmp_path / "store").pull("tiny")
     base, lower, upper = release.base_state(), release.adaptor_state("jpeg-10"), release.adaptor_state("jpeg-60")
     about = release.manifest["model"]["normalisation"]
     normalisation = Normalisation(tuple(about["mean"]), tuple(about["std"]))
     folder = spec / "data/val"
-    images = parse_level("jpeg-30").apply(
-        [np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())]
-    )
+    images = parse_level("jpeg-30").apply([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])
     labels = [np.asarray(Image.open(path)) for path in sorted((folder / "labels").iterdir())]
     mixture = {n: 0.6 * lower.get(n, base[n]) + 0.4 * upper.get(n, base[n]) for n in base if n in lower or n in upper}
     model = build_model("tests.nets:small", tiny.CLASSES)
     for method, state in (("nearest", lower), ("interpolated", mixture)):
         put_adaptor(model, base, state)
-        expected = judge(model, images, labels, normalisation, "float32")
+        expected = mean_iou(model, images, labels, normalisation)
         (row,) = (row for row in outcome.accuracy if row["method"] == f"gearnn-{method}")
         assert row["value"] == pytest.approx(expected, abs=0.1)
     put_adaptor(model, base, upper)
-    assert abs(judge(model, images, labels, normalisation, "float32") - expected) > 0.2
+    assert abs(mean_iou(model, images, labels, normalisation) - expected) > 0.2
 
 
 # ── what a failure costs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -566,13 +550,13 @@ def test_what_fails_takes_nothing_else_down(tmp_path: Path, capsys: pytest.Captu
     baselines = ["brightness-0.01", "brightness-0.8"]
     options: dict[str, Any] = {
         "levels": levels,
-        "rival-levels": baselines,
+        "baseline-levels": baselines,
         "untrained": ["brightness-0.7"],
         "data.cache": spec / "cache",
     }
     options |= {"methods": ["mixed", "clean-tuned", "bn-statistics", "bn-tuned"], "tuning-level": "brightness-0.01"}
     capsys.readouterr()
-    code = run_evaluate([*told(tmp_path, **options), "--json"])
+    code = run_evaluate([*command_line(tmp_path, **options), "--json"])
     out = capsys.readouterr()
     result = json.loads(out.out.splitlines()[-1])
     assert code == 1, out.err
@@ -616,9 +600,9 @@ def _no_ref(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
-    "no such release": ({"release": "other"}, None, "there is no release other:latest"),
+    "no such release": ({"release": "other"}, None, "No release other:latest"),
     "no such store": ({"store": "/proc/nowhere"}, None, "/proc/nowhere"),
-    "a rival level that is not evaluated": ({"rival-levels": ["jpeg-20"]}, None, "the level jpeg-20 is not among"),
+    "a baseline level that is not evaluated": ({"baseline-levels": ["jpeg-20"]}, None, "the level jpeg-20 is not among"),
     "an untrained one": ({"untrained": ["jpeg-20"]}, None, "the level jpeg-20 is not among"),
     "one to tune at": ({"tuning-level": "jpeg-20"}, None, "the level jpeg-20 is not among"),
     "one for budgets": ({"budget-levels": ["jpeg-20"]}, None, "the level jpeg-20 is not among"),
@@ -630,7 +614,7 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
     "untrained beside untrained": ({"untrained": ["jpeg-30", "jpeg-60"]}, None, "jpeg-30 does not lie between"),
     "untrained and undistorted": ({"untrained": ["clean"]}, None, "clean does not lie between"),
     "nothing distorted": (
-        {"levels": ["clean"], "rival-levels": None, "untrained": None, "tuning-level": None}, None, "no distorted level",
+        {"levels": ["clean"], "baseline-levels": None, "untrained": None, "tuning-level": None}, None, "levels has only clean",
     ),
     "a budget that fits no layer": ({"budgets": ["80%", "2"]}, None, "a budget of 2 floats fits no layer"),
     "another image": ({}, _another_image, "the val images"),
@@ -654,7 +638,7 @@ def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
         damage(tmp_path)
     before = files(tmp_path)
     changes = {k: tmp_path / v if k == "data.path" else v for k, v in changes.items()}
-    code = run_evaluate([*told(tmp_path, **{"data.path": tmp_path / "data"} | changes), "--json"])
+    code = run_evaluate([*command_line(tmp_path, **{"data.path": tmp_path / "data"} | changes), "--json"])
     out = capsys.readouterr()
     assert code == 2
     assert found in out.err
@@ -672,10 +656,3 @@ def small(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(spec / "data", folder / "data")
     shutil.copytree(spec / "released", folder / "store")
     return folder
-
-
-def test_neighbours_by_hand() -> None:
-    """What the tests above take for granted of an axis."""
-    sides = baselines.neighbours("jpeg-30", ["jpeg-10", "jpeg-60", "h264-32x24", "clean"])
-    assert sides == baselines.Neighbours("jpeg-10", "jpeg-60", 0.4)
-    assert sides.nearest == "jpeg-10"

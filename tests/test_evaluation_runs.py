@@ -1,4 +1,4 @@
-"""What an evaluation makes and measures at one level, on a tiny street and in a store of its own: no Ray."""
+"""The weights that an evaluation makes at one level, and what it measures of them, on a tiny street without Ray."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,42 +15,45 @@ from torch import Tensor, nn
 from gearnn_ray.config.recipe import Criterion, Recipe
 from gearnn_ray.core.events import Event
 from gearnn_ray.data.dataset import open_dataset
-from gearnn_ray.data.sampling import Subset
-from gearnn_ray.evaluation import baselines, runs
+from gearnn_ray.evaluation import baselines, measurements, runs
 from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.evaluation.frequency import frequency_response
-from gearnn_ray.evaluation.runs import Judged, Making, Weights
+from gearnn_ray.evaluation.records import Evaluated, Weights
+from gearnn_ray.evaluation.runs import WeightsSpec
 from gearnn_ray.models.layers import layers_of, network_state, same_bits, tensors_of
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.base import publish_given_base
-from gearnn_ray.offline.job_spec import JobSpec, Network, training_data, validation_data
-from gearnn_ray.offline.level_run import run_level
+from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.level_run import fine_tune_fully, run_level
+from gearnn_ray.offline.records import Execution
 from gearnn_ray.store.releases import Store
-from gearnn_ray.tasks import segmentation
-from gearnn_ray.tasks.segmentation import Image
-from gearnn_ray.training.trainer import evaluate, fine_tune
+from gearnn_ray.tasks.base import Image, score
+from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.sampling import Subset, training_batches
+from gearnn_ray.training.trainer import fine_tune
 from tests import tiny
-from tests.conftest import NORMALISATION
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 LEVEL, SMALLER = "jpeg-10", "h264-32x24"
 BUDGET = 300  # of the network's 895 floats: conv1 and its normalisation fit, conv2 does not
 TRAIN, VAL = 10, 5
 SEED = 4
 
-MAKINGS = {
-    making.method: making
-    for making in (
-        Making("mixed", "all", SEED, 0.05, levels=(LEVEL, SMALLER, "brightness-0.4")),
-        Making("stability", "all", SEED, 0.05, alpha=1.0, sigma=0.1),
-        Making("clean-tuned", "all", SEED, 0.05),
-        Making("bn-statistics", LEVEL, SEED),
-        Making("bn-tuned", LEVEL, SEED, 0.05),
-        Making("first-block", LEVEL, SEED, 0.05, BUDGET),
-        Making("auto-rgn", LEVEL, SEED, 0.05, BUDGET),
-        Making("random", LEVEL, 4, 0.05, BUDGET, draw=1),
+WANTED = {
+    wanted.method: wanted
+    for wanted in (
+        WeightsSpec("mixed", "all", SEED, 0.05, levels=(LEVEL, SMALLER, "brightness-0.4")),
+        WeightsSpec("stability", "all", SEED, 0.05, alpha=1.0, sigma=0.1),
+        WeightsSpec("clean-tuned", "all", SEED, 0.05),
+        WeightsSpec("bn-statistics", LEVEL, SEED),
+        WeightsSpec("bn-tuned", LEVEL, SEED, 0.05),
+        WeightsSpec("first-block", LEVEL, SEED, 0.05, BUDGET),
+        WeightsSpec("auto-rgn", LEVEL, SEED, 0.05, BUDGET),
+        WeightsSpec("random", LEVEL, 4, 0.05, BUDGET, draw=1),
     )
 }
-PARTIAL = [method for method in MAKINGS if method not in baselines.CONSTANT]
+TRAINING_DATA, VALIDATION_DATA = JobSpec.training_data, JobSpec.validation_data
+PARTIAL = [method for method in WANTED if method not in baselines.CONSTANT]
 
 
 @pytest.fixture(scope="module")
@@ -68,47 +71,50 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], JobSpec]:
-    """The same work in a store that holds nothing but the base."""
-    spec = JobSpec(
-        store="",
-        cache=str(data / "cache"),
-        network=Network("tests.nets:small", tiny.CLASSES, NORMALISATION),
-        data=open_dataset("folder", str(data / "data"), num_classes=tiny.CLASSES),
-        recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32"),
-        budget=BUDGET,
-        seed=SEED,
-        keep_full=True,
-    )
+    """The same job in a store that holds nothing but the base."""
+    network = Network("tests.nets:small", tiny.CLASSES, NORMALISATION)
+    dataset = open_dataset("folder", str(data / "data"), num_classes=tiny.CLASSES)
 
     def make() -> JobSpec:
-        own = replace(spec, store=str(tmp_path_factory.mktemp("store")))
-        return replace(own, base=publish_given_base(own, str(data / "weights.safetensors")).digest)
+        store = str(tmp_path_factory.mktemp("store"))
+        return JobSpec(
+            store=store,
+            cache=str(data / "cache"),
+            network=network,
+            data=dataset,
+            base=publish_given_base(store, network, str(data / "weights.safetensors")).digest,
+            recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32"),
+            budget=BUDGET,
+            seed=SEED,
+            execution=Execution("cpu", "float32", 1),
+            keep_full=True,
+        )
 
     return make
 
 
 @pytest.fixture(scope="module")
 def spec(fresh: Callable[[], JobSpec]) -> JobSpec:
-    """One store for all who only add to it."""
+    """One store for all tests that only add to it."""
     return fresh()
 
 
 @dataclass(frozen=True)
 class Made:
-    """One method's weights, what was said, at which levels it read, and the network it left behind."""
+    """One method's weights, its events, the levels that it read, and the network that it trained."""
 
     weights: Weights
-    said: list[Event]
+    events: list[Event]
     read: list[str]
     network: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
 def made(spec: JobSpec) -> dict[str, Made]:
-    """Every rival, made once."""
+    """Every baseline, made once."""
     result: dict[str, Made] = {}
-    for method, making in MAKINGS.items():
-        said: list[Event] = []
+    for method, wanted in WANTED.items():
+        events: list[Event] = []
         read: list[str] = []
         left: list[dict[str, Tensor]] = []
 
@@ -122,14 +128,14 @@ def made(spec: JobSpec) -> dict[str, Made]:
 
         def training(spec: JobSpec, level: str) -> Any:
             read.append(level)  # noqa: B023
-            return training_data(spec, level)
+            return TRAINING_DATA(spec, level)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "take_adaptor", take)  # the check it makes is made below
             patch.setattr(runs, "network_state", keep)
-            patch.setattr(runs, "training_data", training)
-            weights = runs.make_weights(spec, making, said.append)
-        result[method] = Made(weights, said, read, left[-1])
+            patch.setattr(JobSpec, "training_data", training)
+            weights = runs.make_weights(spec, wanted, events.append)
+        result[method] = Made(weights, events, read, left[-1])
     return result
 
 
@@ -149,11 +155,17 @@ def state_of(spec: JobSpec, digest: str | None) -> dict[str, Tensor]:
     return {**store.get_state(spec.base), **({} if digest is None else store.get_state(digest))}
 
 
+def evaluate(model: nn.Module, images: Sequence[Image], labels: Sequence[Image]) -> float:
+    """mIoU in percent."""
+    (evidence,) = collect_evidence(SEGMENTATION, model, [Predictor(model, NORMALISATION)], images, labels)
+    return score(SEGMENTATION, evidence)
+
+
 def quiet(_: Event) -> None: ...
 
 
-def kinds(said: Sequence[Event]) -> list[tuple[str, str]]:
-    return [(event.kind, event.stage) for event in said if event.kind != "progress"]
+def kinds(events: Sequence[Event]) -> list[tuple[str, str]]:
+    return [(event.kind, event.stage) for event in events if event.kind != "progress"]
 
 
 class Counting(Sequence[Image]):
@@ -172,36 +184,37 @@ class Counting(Sequence[Image]):
         return self._images[index]
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """These of the stages' functions must not be called."""
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network may be built, and no images opened."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    for name in names:
-        monkeypatch.setattr(runs, name, fail)
+    monkeypatch.setattr(runs, "build_model", fail)
+    monkeypatch.setattr(JobSpec, "training_data", fail)
+    monkeypatch.setattr(JobSpec, "validation_data", fail)
 
 
-# ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("level", [LEVEL, SMALLER, "clean"])
-def test_judging_is_the_evaluation_of_a_fine_tune(spec: JobSpec, made: dict[str, Made], level: str) -> None:
+def test_evaluation_is_the_evaluation_of_a_fine_tune(spec: JobSpec, made: dict[str, Made], level: str) -> None:
     digests = [None, *(made[method].weights.digest for method in ("mixed", "bn-statistics", "first-block"))]
-    judged = runs.judge(spec, level, digests, quiet)
-    images, labels = validation_data(spec, level)
-    assert list(judged) == digests
-    for digest, each in judged.items():
-        expected = evaluate(network(state_of(spec, digest)), images, labels, NORMALISATION, "float32")
-        assert each.score == expected
-        counts = runs.counts_of(spec, each)
-        assert counts.dtype == np.int64
+    evaluated = measurements.evaluate_weights(spec, level, digests, quiet)
+    images, labels = spec.validation_data(level)
+    assert list(evaluated) == digests
+    for digest, each in evaluated.items():
+        assert each.score == evaluate(network(state_of(spec, digest)), images, labels)
+        evidence = measurements.evidence_of(spec, each)
+        counts = evidence["counts"]
+        assert counts.dtype == torch.int32
         assert counts.shape == (VAL, 3, 3)
         for image_counts, label in zip(counts, labels, strict=True):
             occurring = [int((label == k).sum()) for k in range(3)]
             assert image_counts.sum(1).tolist() == occurring  # rows are labels
-        assert segmentation.mean_iou(torch.from_numpy(counts.sum(0))) == each.score
-    assert len({each.counts for each in judged.values()}) == 4
+        assert score(SEGMENTATION, evidence) == each.score
+    assert len({each.evidence for each in evaluated.values()}) == 4
 
 
 def test_one_pass_over_the_images_serves_all(
@@ -213,62 +226,62 @@ def test_one_pass_over_the_images_serves_all(
         digest = made[method].weights.digest
         assert digest is not None
         given.append(Store(own.store).put_state(Store(spec.store).get_state(digest)).digest)
-    image_reads, label_reads, said = list[int](), list[int](), list[Event]()
+    image_reads, label_reads, events = list[int](), list[int](), list[Event]()
 
     def counted(spec: JobSpec, level: str) -> Any:
-        images, labels = validation_data(spec, level)
+        images, labels = VALIDATION_DATA(spec, level)
         return Counting(images, image_reads), Counting(labels, label_reads)
 
-    monkeypatch.setattr(runs, "validation_data", counted)
-    first = runs.judge(own, LEVEL, given[:3], said.append)
+    monkeypatch.setattr(JobSpec, "validation_data", counted)
+    first = measurements.evaluate_weights(own, LEVEL, given[:3], events.append)
     assert image_reads == label_reads == list(range(VAL))
-    assert kinds(said) == [("started", "judging"), ("finished", "judging")]
+    assert kinds(events) == [("started", "evaluation"), ("finished", "evaluation")]
 
-    # a second time nothing is judged, and of more only what is new
-    said.clear()
-    assert runs.judge(own, LEVEL, given[:3], said.append) == first
-    assert kinds(said) == [("reused", "judging")]
+    # a second time nothing is evaluated, and with more weights only the new ones
+    events.clear()
+    assert measurements.evaluate_weights(own, LEVEL, given[:3], events.append) == first
+    assert kinds(events) == [("reused", "evaluation")]
     assert len(image_reads) == VAL
-    states: list[int] = []
-    real = runs.confusions
-
-    def spy(model: nn.Module, own: Sequence[Any], *rest: Any) -> Any:
-        states.append(len(own))
-        return real(model, own, *rest)
-
-    monkeypatch.setattr(runs, "confusions", spy)
-    more = runs.judge(own, LEVEL, given, said.append)
-    assert states == [1]
+    passes = count_networks(monkeypatch)
+    more = measurements.evaluate_weights(own, LEVEL, given, events.append)
+    assert passes == [1]
     assert {digest: more[digest] for digest in given[:3]} == first
-    # of no other level or images is anything known
-    runs.judge(own, "clean", given[:2], quiet)
-    assert states == [1, 2]
-    # counts that were lost are counted again
-    (Path(own.store) / "blobs" / "sha256" / first[None].counts.removeprefix("sha256:")).unlink()
-    assert runs.judge(own, LEVEL, given, quiet) == more
-    assert states == [1, 2, 1]
-    assert runs.counts_of(own, first[None]).sum() > 0
+    # another level has results of its own
+    measurements.evaluate_weights(own, "clean", given[:2], quiet)
+    assert passes == [1, 2]
+    # lost evidence is collected again, and so is altered evidence
+    blob = Path(own.store) / "blobs" / "sha256" / first[None].evidence.removeprefix("sha256:")
+    blob.unlink()
+    assert measurements.evaluate_weights(own, LEVEL, given, quiet) == more
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    assert measurements.evaluate_weights(own, LEVEL, given, quiet) == more
+    assert passes == [1, 2, 1, 1]
+    assert measurements.evidence_of(own, first[None])["counts"].sum() > 0
 
 
-def test_equal_weights_are_judged_once(fresh: Callable[[], JobSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    own = fresh()
-    states: list[int] = []
-    real = runs.confusions
+def count_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of networks of every pass over images."""
+    passes: list[int] = []
 
-    def spy(model: nn.Module, given: Sequence[Any], *rest: Any) -> Any:
-        states.append(len(given))
-        return real(model, given, *rest)
+    def collect(task: Any, model: nn.Module, predictors: Sequence[Predictor], *rest: Any) -> Any:
+        passes.append(len(predictors))
+        return collect_evidence(task, model, predictors, *rest)
 
-    monkeypatch.setattr(runs, "confusions", spy)
-    assert len(runs.judge(own, LEVEL, [None, None], quiet)) == 1
-    assert states == [1]
+    monkeypatch.setattr(measurements, "collect_evidence", collect)
+    return passes
 
 
-# ── rivals' weights ──────────────────────────────────────────────────────────────────────────────────────────────
+def test_equal_weights_are_evaluated_once(fresh: Callable[[], JobSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = count_networks(monkeypatch)
+    assert len(measurements.evaluate_weights(fresh(), LEVEL, [None, None], quiet)) == 1
+    assert passes == [1]
+
+
+# ── baselines' weights ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("method", PARTIAL)
-def test_a_partial_rival_is_the_base_outside_its_layers(
+def test_a_partial_baseline_is_the_base_outside_its_layers(
     spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor], method: str
 ) -> None:
     weights, left = made[method].weights, made[method].network
@@ -283,9 +296,7 @@ def test_a_partial_rival_is_the_base_outside_its_layers(
         assert 0 < weights.floats <= BUDGET
 
 
-def test_each_partial_rival_adapts_its_own_layers(
-    spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor]
-) -> None:
+def test_each_partial_baseline_adapts_its_own_layers(spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor]) -> None:
     model = network(base)
     layers = layers_of(model)
     expected = {
@@ -301,7 +312,7 @@ def test_each_partial_rival_adapts_its_own_layers(
 
 
 @pytest.mark.parametrize("method", ["mixed", "stability", "clean-tuned"])
-def test_a_constant_rival_is_a_whole_network(
+def test_a_constant_baseline_is_a_whole_network(
     spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor], method: str
 ) -> None:
     weights = made[method].weights
@@ -313,35 +324,35 @@ def test_a_constant_rival_is_a_whole_network(
     assert same_bits(state["up.weight"], base["up.weight"])
 
 
-def test_rivals_see_their_own_levels(made: dict[str, Made]) -> None:
+def test_baselines_see_their_own_levels(made: dict[str, Made]) -> None:
     for method, each in made.items():
-        expected = {"mixed": list(MAKINGS["mixed"].levels), "stability": ["clean"], "clean-tuned": ["clean"]}
+        expected = {"mixed": list(WANTED["mixed"].levels), "stability": ["clean"], "clean-tuned": ["clean"]}
         assert each.read == expected.get(method, [LEVEL])
 
 
-def test_no_two_rivals_are_the_same(made: dict[str, Made]) -> None:
-    assert len({each.weights.digest for each in made.values()}) == len(MAKINGS)
+def test_no_two_baselines_are_the_same(made: dict[str, Made]) -> None:
+    assert len({each.weights.digest for each in made.values()}) == len(WANTED)
 
 
 def test_what_they_say(made: dict[str, Made]) -> None:
     labels = {method: method for method in made} | {"stability": "stability α 1 σ 0.1", "random": "random draw 2"}
     for method, each in made.items():
-        assert {event.stage for event in each.said} == {labels[method]}
-        assert {event.level for event in each.said} == {MAKINGS[method].level}
-        assert [event.kind for event in each.said][:: len(each.said) - 1] == ["started", "finished"]
+        assert {event.stage for event in each.events} == {labels[method]}
+        assert {event.level for event in each.events} == {WANTED[method].level}
+        assert [event.kind for event in each.events][:: len(each.events) - 1] == ["started", "finished"]
         if method != "bn-statistics":
-            last = each.said[-2]
+            last = each.events[-2]
             assert (last.kind, last.step, last.steps, last.epoch, last.epochs) == ("progress", 4, 4, 2, 2)
 
 
-@pytest.mark.parametrize("method", MAKINGS)
+@pytest.mark.parametrize("method", WANTED)
 def test_what_is_made_is_not_made_again(
     spec: JobSpec, made: dict[str, Made], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "fine_tune", "training_data", "build_model")
-    said: list[Event] = []
-    assert runs.make_weights(spec, MAKINGS[method], said.append) == made[method].weights
-    assert kinds(said) == [("reused", made[method].said[0].stage)]
+    forbid(monkeypatch)
+    events: list[Event] = []
+    assert runs.make_weights(spec, WANTED[method], events.append) == made[method].weights
+    assert kinds(events) == [("reused", made[method].events[0].stage)]
 
 
 def test_the_control_is_a_plain_fine_tune_at_its_learning_rate(
@@ -349,7 +360,7 @@ def test_the_control_is_a_plain_fine_tune_at_its_learning_rate(
 ) -> None:
     model = network(base)
     recipe = spec.recipe.model_copy(update={"learning_rate": 0.05})
-    fine_tune(model, *training_data(spec, "clean"), recipe, NORMALISATION, chosen=None, seed=SEED)
+    fine_tune(SEGMENTATION, model, *spec.training_data("clean"), recipe, NORMALISATION, "float32", chosen=None, seed=SEED)
     by_hand = network_state(model)
     assert all(same_bits(by_hand[name], tensor) for name, tensor in made["clean-tuned"].network.items())
 
@@ -358,19 +369,19 @@ def test_statistics_are_those_of_the_levels_training_images(
     spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor]
 ) -> None:
     model = network(base)
-    batches = segmentation.training_batches(*training_data(spec, LEVEL), 4, (24, 24), (SEED, 0))
-    reestimate_statistics(model, (x for x, _ in batches), NORMALISATION, "float32")
+    batches = training_batches(SEGMENTATION, *spec.training_data(LEVEL), 4, (24, 24), (SEED, 0))
+    reestimate_statistics(model, (batch.images for batch in batches), NORMALISATION, "float32")
     by_hand = network_state(model)
     assert all(same_bits(by_hand[name], tensor) for name, tensor in made["bn-statistics"].network.items())
 
 
 def test_auto_rgn_trains_with_its_rates(spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor]) -> None:
-    images, labels = training_data(spec, LEVEL)
+    images, labels = spec.training_data(LEVEL)
     model = network(base)
-    rgn = baselines.relative_gradients(model, images, labels, NORMALISATION, 4, 24, SEED, "float32")
+    rgn = baselines.relative_gradients(SEGMENTATION, model, images, labels, NORMALISATION, 4, 24, SEED, "float32")
     chosen, rates = baselines.auto_rgn(model, BUDGET, rgn)
     recipe = spec.recipe.model_copy(update={"learning_rate": 0.05})
-    fine_tune(model, images, labels, recipe, NORMALISATION, chosen=chosen, seed=SEED, rates=rates)
+    fine_tune(SEGMENTATION, model, images, labels, recipe, NORMALISATION, "float32", chosen=chosen, seed=SEED, rates=rates)
     by_hand = network_state(model)
     assert min(rates.values()) < 0.9
     assert all(same_bits(by_hand[name], tensor) for name, tensor in made["auto-rgn"].network.items())
@@ -390,54 +401,49 @@ def test_auto_rgn_trains_with_its_rates(spec: JobSpec, made: dict[str, Made], ba
         ("random", {"budget": 60}),
     ],
 )
-def test_other_inputs_make_other_weights(
-    spec: JobSpec, made: dict[str, Made], method: str, change: dict[str, Any]
-) -> None:
-    said: list[Event] = []
-    other = runs.make_weights(spec, replace(MAKINGS[method], **change), said.append)
-    assert kinds(said)[0][0] == "started"
+def test_other_inputs_make_other_weights(spec: JobSpec, made: dict[str, Made], method: str, change: dict[str, Any]) -> None:
+    events: list[Event] = []
+    other = runs.make_weights(spec, replace(WANTED[method], **change), events.append)
+    assert kinds(events)[0][0] == "started"
     assert other.digest != made[method].weights.digest
 
 
 def test_another_recipe_or_base_makes_them_anew(spec: JobSpec, made: dict[str, Made], base: dict[str, Tensor]) -> None:
     other_base = Store(spec.store).put_state({name: tensor + 0.01 for name, tensor in base.items()}).digest
-    for other in (
-        replace(spec, recipe=spec.recipe.model_copy(update={"epochs": 1})),
-        replace(spec, base=other_base),
-    ):
-        said: list[Event] = []
-        runs.make_weights(other, MAKINGS["bn-statistics"], said.append)
-        assert kinds(said)[0][0] == "started"
+    for other in (replace(spec, recipe=spec.recipe.model_copy(update={"epochs": 1})), replace(spec, base=other_base)):
+        events: list[Event] = []
+        runs.make_weights(other, WANTED["bn-statistics"], events.append)
+        assert kinds(events)[0][0] == "started"
 
 
 def test_a_lost_blob_is_made_again(fresh: Callable[[], JobSpec], made: dict[str, Made]) -> None:
-    own, making = fresh(), MAKINGS["bn-tuned"]
-    weights = runs.make_weights(own, making, quiet)
+    own, wanted = fresh(), WANTED["bn-tuned"]
+    weights = runs.make_weights(own, wanted, quiet)
     assert weights == made["bn-tuned"].weights
     assert weights.digest is not None
     (Path(own.store) / "blobs" / "sha256" / weights.digest.removeprefix("sha256:")).unlink()
-    said: list[Event] = []
-    assert runs.make_weights(own, making, said.append) == weights
-    assert kinds(said)[0][0] == "started"
-    assert Store(own.store).has_blob(weights.digest)
+    events: list[Event] = []
+    assert runs.make_weights(own, wanted, events.append) == weights
+    assert kinds(events)[0][0] == "started"
+    assert Store(own.store).is_intact(weights.digest)
 
 
 def test_where_nothing_fits_it_is_the_base(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("first-block", "random", "auto-rgn"):
-        making = replace(MAKINGS[method], budget=1)
-        assert runs.make_weights(spec, making, quiet) == Weights(None, 0)
-        said: list[Event] = []
-        assert runs.make_weights(spec, making, said.append) == Weights(None, 0)
-        assert kinds(said)[0][0] == "reused"
+        wanted = replace(WANTED[method], budget=1)
+        assert runs.make_weights(spec, wanted, quiet) == Weights(None, 0)
+        events: list[Event] = []
+        assert runs.make_weights(spec, wanted, events.append) == Weights(None, 0)
+        assert kinds(events)[0][0] == "reused"
 
 
 class _KilledError(BaseException):
     """As a process dies: nothing in the code under test catches it."""
 
 
-def killed_in_epoch_2(said: list[Event]) -> Callable[[Event], None]:
+def killed_in_epoch_2(events: list[Event]) -> Callable[[Event], None]:
     def emit(event: Event) -> None:
-        said.append(event)
+        events.append(event)
         if event.kind == "progress" and event.epoch == 2:
             raise _KilledError
 
@@ -449,16 +455,14 @@ def checkpoints(spec: JobSpec) -> list[Path]:
 
 
 @pytest.mark.parametrize("method", ["mixed", "stability", "bn-tuned", "auto-rgn"])
-def test_a_killed_fine_tune_goes_on_from_its_checkpoint(
-    fresh: Callable[[], JobSpec], made: dict[str, Made], method: str
-) -> None:
-    own, making = fresh(), MAKINGS[method]
+def test_a_killed_fine_tune_goes_on_from_its_checkpoint(fresh: Callable[[], JobSpec], made: dict[str, Made], method: str) -> None:
+    own, wanted = fresh(), WANTED[method]
     with pytest.raises(_KilledError):
-        runs.make_weights(own, making, killed_in_epoch_2([]))
+        runs.make_weights(own, wanted, killed_in_epoch_2([]))
     assert len(checkpoints(own)) == 1
-    said: list[Event] = []
-    weights = runs.make_weights(own, making, said.append)
-    assert {event.epoch for event in said if event.kind == "progress"} == {2}
+    events: list[Event] = []
+    weights = runs.make_weights(own, wanted, events.append)
+    assert {event.epoch for event in events if event.kind == "progress"} == {2}
     assert weights == made[method].weights
     assert checkpoints(own) == []
 
@@ -468,9 +472,9 @@ def test_a_killed_fine_tune_goes_on_from_its_checkpoint(
 
 KEPT = TRAIN - TRAIN // 5
 TUNED = {
-    "switching": Making("switching", LEVEL, SEED, 0.05),
-    "gearnn": Making("gearnn", LEVEL, SEED, 0.05, layers=("bn1.weight", "head.weight", "head.bias")),
-    **{method: making for method, making in MAKINGS.items() if method != "bn-statistics"},
+    "switching": WeightsSpec("switching", LEVEL, SEED, 0.05),
+    "gearnn": WeightsSpec("gearnn", LEVEL, SEED, 0.05, layers=("bn1.weight", "head.weight", "head.bias")),
+    **{method: wanted for method, wanted in WANTED.items() if method != "bn-statistics"},
 }
 
 
@@ -490,7 +494,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> tuple[Reads, Reads]:
 
     def data(spec: JobSpec, level: str) -> tuple[Sequence[Image], Sequence[Image]]:
         phase[0].levels.append(level)
-        images, labels = training_data(spec, level)
+        images, labels = TRAINING_DATA(spec, level)
         return Counting(images, phase[0].positions), Counting(labels, phase[0].positions)
 
     def train(*arguments: Any) -> Any:
@@ -500,13 +504,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> tuple[Reads, Reads]:
         finally:
             phase[0] = after
 
-    monkeypatch.setattr(runs, "training_data", data)
+    monkeypatch.setattr(JobSpec, "training_data", data)
     monkeypatch.setattr(runs, "_train", train)
     return training, after
 
 
 @pytest.mark.parametrize("method", TUNED)
-def test_held_back_images_are_judged_on_and_not_trained_on(
+def test_held_back_images_are_evaluated_on_and_not_trained_on(
     fresh: Callable[[], JobSpec], reads: tuple[Reads, Reads], method: str
 ) -> None:
     own = fresh()
@@ -515,60 +519,61 @@ def test_held_back_images_are_judged_on_and_not_trained_on(
     training, after = reads
     assert set(training.positions) == set(range(KEPT))
     assert Counter(after.positions) == dict.fromkeys(range(KEPT, TRAIN), 2)  # image and label
-    constant = {"mixed": list(MAKINGS["mixed"].levels), "stability": ["clean"], "clean-tuned": ["clean"]}
+    constant = {"mixed": list(WANTED["mixed"].levels), "stability": ["clean"], "clean-tuned": ["clean"]}
     assert training.levels == constant.get(method, [LEVEL])
     assert after.levels == [LEVEL]
 
 
 def test_the_score_is_of_the_network_trained_on_the_rest(spec: JobSpec, base: dict[str, Tensor]) -> None:
     model = network(base)
-    images, labels = training_data(spec, LEVEL)
+    images, labels = spec.training_data(LEVEL)
     kept, held = range(KEPT), range(KEPT, TRAIN)
     recipe = spec.recipe.model_copy(update={"learning_rate": 0.05})
     layers = TUNED["gearnn"].layers
     fine_tune(
-        model, Subset(images, kept), Subset(labels, kept), recipe, NORMALISATION, chosen=layers, seed=SEED
+        SEGMENTATION, model, Subset(images, kept), Subset(labels, kept), recipe, NORMALISATION, "float32", chosen=layers,
+        seed=SEED,
     )  # fmt: skip
-    expected = evaluate(model, Subset(images, held), Subset(labels, held), NORMALISATION, "float32")
+    expected = evaluate(model, Subset(images, held), Subset(labels, held))
     assert runs.tune(spec, TUNED["gearnn"], LEVEL, quiet) == expected
 
 
 def test_a_score_is_stored(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    making, said = replace(TUNED["switching"], learning_rate=0.03), list[Event]()
-    score = runs.tune(spec, making, LEVEL, said.append)
+    wanted, events = replace(TUNED["switching"], learning_rate=0.03), list[Event]()
+    score = runs.tune(spec, wanted, LEVEL, events.append)
     label = "tuning: switching at 0.03"
-    assert kinds(said) == [("started", label), ("finished", label)]
-    assert said[-1].score == score
-    assert runs.tune(spec, making, "clean", quiet) != score  # trained alike, judged elsewhere
-    forbid(monkeypatch, "fine_tune", "training_data", "evaluate", "build_model")
-    said.clear()
-    assert runs.tune(spec, making, LEVEL, said.append) == score
-    assert kinds(said) == [("reused", label)]
+    assert kinds(events) == [("started", label), ("finished", label)]
+    assert events[-1].score == score
+    assert runs.tune(spec, wanted, "clean", quiet) != score  # trained alike, evaluated elsewhere
+    forbid(monkeypatch)
+    events.clear()
+    assert runs.tune(spec, wanted, LEVEL, events.append) == score
+    assert kinds(events) == [("reused", label)]
     # what was tuned without a fifth of the images is not the method's weights
     with pytest.raises(AssertionError, match="computed again"):
-        runs.make_weights(spec, making, quiet)
+        runs.make_weights(spec, wanted, quiet)
 
 
 def test_a_learning_rate_that_diverges_is_worth_nothing_and_remembered(
     fresh: Callable[[], JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, making = fresh(), replace(TUNED["switching"], learning_rate=1e20)
-    assert runs.tune(own, making, LEVEL, quiet) == float("-inf")
+    own, wanted = fresh(), replace(TUNED["switching"], learning_rate=1e20)
+    assert runs.tune(own, wanted, LEVEL, quiet) == float("-inf")
     assert checkpoints(own) == []
-    forbid(monkeypatch, "fine_tune", "training_data")
-    said: list[Event] = []
-    assert runs.tune(own, making, LEVEL, said.append) == float("-inf")
-    assert [event.kind for event in said] == ["reused"]
+    forbid(monkeypatch)
+    events: list[Event] = []
+    assert runs.tune(own, wanted, LEVEL, events.append) == float("-inf")
+    assert [event.kind for event in events] == ["reused"]
 
 
 def test_a_killed_tuning_goes_on(fresh: Callable[[], JobSpec]) -> None:
-    own, making = fresh(), TUNED["mixed"]
-    undisturbed = runs.tune(fresh(), making, LEVEL, quiet)
+    own, wanted = fresh(), TUNED["mixed"]
+    undisturbed = runs.tune(fresh(), wanted, LEVEL, quiet)
     with pytest.raises(_KilledError):
-        runs.tune(own, making, LEVEL, killed_in_epoch_2([]))
-    said: list[Event] = []
-    assert runs.tune(own, making, LEVEL, said.append) == undisturbed
-    assert {event.epoch for event in said if event.kind == "progress"} == {2}
+        runs.tune(own, wanted, LEVEL, killed_in_epoch_2([]))
+    events: list[Event] = []
+    assert runs.tune(own, wanted, LEVEL, events.append) == undisturbed
+    assert {event.epoch for event in events if event.kind == "progress"} == {2}
     assert checkpoints(own) == []
 
 
@@ -591,10 +596,10 @@ def test_what_the_split_job_made_is_found(fresh: Callable[[], JobSpec]) -> None:
     assert main.sensitivity == split.sensitivity
 
     # another learning rate for the adaptor: the full fine-tune and its selection stay
-    said: list[Event] = []
+    events: list[Event] = []
     adaptor = replace(own, recipe=own.recipe.model_copy(update={"learning_rate": 0.02}))
-    other = runs.make_main(own, adaptor, LEVEL, [BUDGET], said.append)
-    assert kinds(said) == [
+    other = runs.make_main(own, adaptor, LEVEL, [BUDGET], events.append)
+    assert kinds(events) == [
         ("reused", "switching"), ("reused", "selection"), ("started", "gearnn"), ("finished", "gearnn"),
     ]  # fmt: skip
     assert other.switching == main.switching
@@ -603,23 +608,21 @@ def test_what_the_split_job_made_is_found(fresh: Callable[[], JobSpec]) -> None:
     assert other.gearnn[BUDGET].floats == split.floats
 
     # a further budget: one more selection and fine-tune, the release's own first
-    said.clear()
-    both = runs.make_main(own, own, LEVEL, [BUDGET, 40], said.append, " 2")
-    assert [stage for kind, stage in kinds(said) if kind == "reused"] == ["switching 2", "selection 2", "gearnn 2"]
-    assert [stage for kind, stage in kinds(said) if kind == "finished"] == ["selection 2", "gearnn 2"]
+    events.clear()
+    both = runs.make_main(own, own, LEVEL, [BUDGET, 40], events.append, " 2")
+    assert [stage for kind, stage in kinds(events) if kind == "reused"] == ["switching 2", "selection 2", "gearnn 2"]
+    assert [stage for kind, stage in kinds(events) if kind == "finished"] == ["selection 2", "gearnn 2"]
     assert list(both.gearnn) == [BUDGET, 40]
     assert both.layers == main.layers
     assert 0 < both.gearnn[40].floats <= 40
-    assert all(
-        set(Store(own.store).get_state(w.digest)) < set(state_of(own, None)) for w in both.gearnn.values() if w.digest
-    )
+    assert all(set(Store(own.store).get_state(w.digest)) < set(state_of(own, None)) for w in both.gearnn.values() if w.digest)
 
     # another learning rate for the full fine-tune: all is made anew
-    said.clear()
+    events.clear()
     full = replace(own, recipe=own.recipe.model_copy(update={"learning_rate": 0.02}))
-    assert runs.make_main(full, own, LEVEL, [BUDGET], said.append).switching != main.switching
-    assert ("started", "switching") in kinds(said)
-    assert ("started", "selection") in kinds(said)
+    assert runs.make_main(full, own, LEVEL, [BUDGET], events.append).switching != main.switching
+    assert ("started", "switching") in kinds(events)
+    assert ("started", "selection") in kinds(events)
 
 
 def test_the_full_fine_tune_is_whole_however_short_a_one_chose_the_layers(fresh: Callable[[], JobSpec]) -> None:
@@ -641,45 +644,45 @@ def test_with_a_control_gearnn_is_the_splits_too(fresh: Callable[[], JobSpec]) -
     """It is made before the tasks of levels, each of which would make it; also where a shorter look chose the layers."""
     for changes in ({}, {"sensitivity_epochs": 0.5}):
         own = replace(fresh(), criterion=Criterion(against="clean", granularity="module"), **changes)  # type: ignore[arg-type]
-        said: list[Event] = []
-        runs.make_control(own, said.append)
-        assert [(e.level, e.stage) for e in said if e.kind == "finished"] == [("clean", "full")]
-        said.clear()
-        main = runs.make_main(own, own, LEVEL, [BUDGET], said.append)
-        assert {e.level for e in said if e.kind in ("started", "progress", "finished")} == {LEVEL}
+        events: list[Event] = []
+        fine_tune_fully(own, "clean", events.append)
+        assert [(e.level, e.stage) for e in events if e.kind == "finished"] == [("clean", "full")]
+        events.clear()
+        main = runs.make_main(own, own, LEVEL, [BUDGET], events.append)
+        assert {e.level for e in events if e.kind in ("started", "progress", "finished")} == {LEVEL}
         assert main.layers == runs.choose_layers(own, LEVEL, quiet)
-        said.clear()
-        split = run_level(own, LEVEL, said.append)
-        assert {kind for kind, stage in kinds(said) if stage != "original"} == {"reused"}
+        events.clear()
+        split = run_level(own, LEVEL, events.append)
+        assert {kind for kind, stage in kinds(events) if stage != "original"} == {"reused"}
         assert main.gearnn == {BUDGET: Weights(split.digest, split.floats)}
-        assert main.sensitivity != split.judged
+        assert main.sensitivity != split.compared
 
 
 def test_a_split_finds_what_an_evaluation_made(fresh: Callable[[], JobSpec]) -> None:
     own = fresh()
     main = runs.make_main(own, own, LEVEL, [BUDGET], quiet)
-    said: list[Event] = []
-    split = run_level(own, LEVEL, said.append)
-    assert [stage for kind, stage in kinds(said) if kind == "reused"] == ["full", "selection", "partial"]
+    events: list[Event] = []
+    split = run_level(own, LEVEL, events.append)
+    assert [stage for kind, stage in kinds(events) if kind == "reused"] == ["full", "selection", "partial"]
     assert (split.full_digest, split.digest) == (main.switching.digest, main.gearnn[BUDGET].digest)
 
 
 def test_full_weights_that_were_not_kept_are_made_again(fresh: Callable[[], JobSpec]) -> None:
     own = fresh()
     split = run_level(replace(own, keep_full=False), LEVEL, quiet)
-    said: list[Event] = []
-    main = runs.make_main(own, own, LEVEL, [BUDGET], said.append)
-    assert [stage for kind, stage in kinds(said) if kind == "started"] == ["switching"]
+    events: list[Event] = []
+    main = runs.make_main(own, own, LEVEL, [BUDGET], events.append)
+    assert [stage for kind, stage in kinds(events) if kind == "started"] == ["switching"]
     assert main.switching.digest is not None
-    assert Store(own.store).has_blob(main.switching.digest)
+    assert Store(own.store).is_intact(main.switching.digest)
     assert main.gearnn == {BUDGET: Weights(split.digest, split.floats)}
 
 
 def test_the_layers_to_tune_are_the_splits(fresh: Callable[[], JobSpec]) -> None:
     own = fresh()
-    said: list[Event] = []
-    layers = runs.choose_layers(own, LEVEL, said.append)
-    assert [stage for kind, stage in kinds(said) if kind == "finished"] == ["tuning: full", "tuning: selection"]
+    events: list[Event] = []
+    layers = runs.choose_layers(own, LEVEL, events.append)
+    assert [stage for kind, stage in kinds(events) if kind == "finished"] == ["tuning: full", "tuning: selection"]
     assert runs.make_main(own, own, LEVEL, [BUDGET], quiet).layers == layers
     assert layers
 
@@ -705,54 +708,52 @@ def test_adaptors_are_mixed_in_the_store(spec: JobSpec, made: dict[str, Made], b
 # ── a closer look ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_frequency_response_is_measured_once(
-    spec: JobSpec, made: dict[str, Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frequency_response_is_measured_once(spec: JobSpec, made: dict[str, Made], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = made["first-block"].weights
-    images, labels = validation_data(spec, LEVEL)
-    monkeypatch.setattr(runs, "FREQUENCY_IMAGES", 2)
-    said: list[Event] = []
-    found = runs.frequency(spec, LEVEL, weights, "gearnn", said.append)
+    images, labels = spec.validation_data(LEVEL)
+    monkeypatch.setattr(measurements, "FREQUENCY_IMAGES", 2)
+    events: list[Event] = []
+    found = measurements.frequency(spec, LEVEL, weights, "gearnn", events.append)
     spaced = [0, 2]  # of five
     expected = frequency_response(
-        network(state_of(spec, weights.digest)), Subset(images, spaced), Subset(labels, spaced), NORMALISATION
+        SEGMENTATION, network(state_of(spec, weights.digest)), Subset(images, spaced), Subset(labels, spaced), NORMALISATION
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found.response, expected)
     label = "frequency response: gearnn"
-    assert kinds(said) == [("started", label), ("finished", label)]
-    original = runs.frequency(spec, LEVEL, Weights(), "original", quiet)
-    assert not np.array_equal(original, found)
-    assert not np.array_equal(runs.frequency(spec, "clean", Weights(), "original", quiet), original)
-    monkeypatch.setattr(runs, "FREQUENCY_IMAGES", 24)
-    whole = runs.frequency(spec, LEVEL, weights, "gearnn", quiet)
+    assert kinds(events) == [("started", label), ("finished", label)]
+    original = measurements.frequency(spec, LEVEL, Weights(), "original", quiet)
+    assert original != found
+    assert measurements.frequency(spec, "clean", Weights(), "original", quiet) != original
+    monkeypatch.setattr(measurements, "FREQUENCY_IMAGES", 24)
+    whole = measurements.frequency(spec, LEVEL, weights, "gearnn", quiet)
     np.testing.assert_array_equal(
-        whole, frequency_response(network(state_of(spec, weights.digest)), images, labels, NORMALISATION)
+        whole.response, frequency_response(SEGMENTATION, network(state_of(spec, weights.digest)), images, labels, NORMALISATION)
     )
-    forbid(monkeypatch, "frequency_response", "build_model", "validation_data")
-    said.clear()
-    assert runs.frequency(spec, LEVEL, weights, "gearnn", said.append) == whole
-    assert kinds(said) == [("reused", label)]
-    monkeypatch.setattr(runs, "FREQUENCY_IMAGES", 2)
-    assert runs.frequency(spec, LEVEL, weights, "gearnn", quiet) == found
+    forbid(monkeypatch)
+    events.clear()
+    assert measurements.frequency(spec, LEVEL, weights, "gearnn", events.append) == whole
+    assert kinds(events) == [("reused", label)]
+    monkeypatch.setattr(measurements, "FREQUENCY_IMAGES", 2)
+    assert measurements.frequency(spec, LEVEL, weights, "gearnn", quiet) == found
 
 
 def test_the_picture_shown_is_the_one_of_median_gain(spec: JobSpec, made: dict[str, Made]) -> None:
     weights = made["mixed"].weights
-    judged = runs.judge(spec, SMALLER, [None, weights.digest], quiet)
-    seen = runs.see(spec, SMALLER, weights, judged[None], judged[weights.digest])
-    images, labels = validation_data(spec, SMALLER)
+    evaluated = measurements.evaluate_weights(spec, SMALLER, [None, weights.digest], quiet)
+    seen = measurements.picture_of(spec, SMALLER, weights, evaluated[None], evaluated[weights.digest])
+    images, labels = spec.validation_data(SMALLER)
     before, after = (network(state_of(spec, digest)) for digest in (None, weights.digest))
 
-    def score(model: nn.Module, index: int) -> float:
-        return evaluate(model, [images[index]], [labels[index]], NORMALISATION, "float32")
+    def score_of(model: nn.Module, index: int) -> float:
+        return evaluate(model, [images[index]], [labels[index]])
 
-    gains = [score(after, index) - score(before, index) for index in range(VAL)]
+    gains = [score_of(after, index) - score_of(before, index) for index in range(VAL)]
     assert len(set(gains)) == VAL
     index = gains.index(sorted(gains)[VAL // 2])
     assert seen.sample == spec.data.val.ids[index]
-    assert seen.scores == (score(before, index), score(after, index))
+    assert seen.scores == (score_of(before, index), score_of(after, index))
     assert np.array_equal(seen.image, images[index])
-    assert np.array_equal(seen.label, labels[index])
+    assert np.array_equal(seen.target, labels[index])
     x = NORMALISATION(torch.from_numpy(images[index].copy()).permute(2, 0, 1)[None])
     for model, prediction in ((before, seen.original), (after, seen.adaptor)):
         with torch.inference_mode():
@@ -764,11 +765,11 @@ def test_the_median_is_that_of_gains(spec: JobSpec) -> None:
     """Counts of one's own: neither the median score before or after nor the median distance is meant."""
     store = Store(spec.store)
 
-    def judged(right: Sequence[int]) -> Judged:
+    def evaluated(right: Sequence[int]) -> Evaluated:
         counts = [[[10, 0, 0], [10 - r, r, 0], [0, 0, 0]] for r in right]
-        return Judged(0.0, store.put_state({"counts": torch.tensor(counts, dtype=torch.int32)}).digest)
+        return Evaluated(0.0, store.put_state({"counts": torch.tensor(counts, dtype=torch.int32)}).digest)
 
-    before, after = judged([0, 9, 6, 2, 1]), judged([4, 7, 8, 9, 2])
-    seen = runs.see(spec, LEVEL, Weights(), before, after)
+    before, after = evaluated([0, 9, 6, 2, 1]), evaluated([4, 7, 8, 9, 2])
+    seen = measurements.picture_of(spec, LEVEL, Weights(), before, after)
     assert seen.sample == spec.data.val.ids[2]
     assert np.array_equal(seen.original, seen.adaptor)

@@ -1,4 +1,4 @@
-"""One level's network as files for other runtimes: each is loaded again and answers as the level's own network does."""
+"""The network of one level as files for other runtimes: each file is loaded again and gives the level's own outputs."""
 
 import json
 import sys
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import Store, UserError
-from gearnn_ray.models.layers import model_size, network_state
-from gearnn_ray.models.registry import build_model, read_weights
+from gearnn_ray.models.layers import network_state
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.models.weights import read_weights
 from gearnn_ray.serving.export import export_level
 from gearnn_ray.store.releases import Release
+from tests.manifests import level_entry, manifest_of
+from tests.nets import TRUST
 
 CLASSES = 3
 SIZE = (32, 40)
@@ -24,7 +27,7 @@ ADAPTED = {"tests.nets:small": ("bn1.weight", "conv2.weight"), "drn_d_22": ("bas
 
 
 def publish(folder: Path, network: str = "tests.nets:small", reference: dict[str, Any] | None = None) -> Release:
-    """A release with one level, whose network answers clearly otherwise than the base."""
+    """A release with one level, whose outputs differ clearly from those of the base."""
     torch.manual_seed(0)
     model = build_model(network, CLASSES)
     for module in model.modules():
@@ -35,23 +38,11 @@ def publish(folder: Path, network: str = "tests.nets:small", reference: dict[str
     adaptor = {name: state[name] * 1.5 + 0.1 for name in ADAPTED.get(network, ADAPTED["tests.nets:small"])}
     store = Store(folder)
     base, blob = store.put_state(state), store.put_state(adaptor)
-    manifest = {
-        "schema": 1,
-        "name": "tiny",
-        "model": {
-            "name": network, "num_classes": CLASSES, "class_names": ["road", "tree", "sky"], "task": "segmentation",
-            "floats": model_size(model), "normalisation": {"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]},
-        },
-        "data": {"reference": reference} if reference else {},
-        "base": {"digest": base.digest, "bytes": base.bytes},
-        "levels": {
-            "jpeg-10": {
-                "digest": blob.digest, "bytes": blob.bytes, "floats": sum(t.numel() for t in adaptor.values()),
-                "layers": sorted(adaptor), "scores": {},
-            },
-        },
-        "budget": {}, "recipe": {}, "versions": {},
-    }  # fmt: skip
+    levels = {"jpeg-10": level_entry(blob, sum(t.numel() for t in adaptor.values()), sorted(adaptor))}
+    manifest = manifest_of(
+        "tiny", network, CLASSES, base, levels, reference, class_names=["road", "tree", "sky"],
+        normalisation={"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]},
+    )  # fmt: skip
     store.publish(manifest, {})
     return store.pull("tiny")
 
@@ -62,7 +53,7 @@ def release(tmp_path: Path) -> Release:
 
 
 def expected(release: Release, level: str, images: Tensor) -> Tensor:
-    model = build_model(release.manifest["model"]["name"], CLASSES)
+    model = build_model(release.content.model.name, CLASSES)
     model.load_state_dict({**release.base_state(), **({} if level == "clean" else release.adaptor_state(level))})
     with torch.no_grad():
         return model.eval()(images)
@@ -95,13 +86,13 @@ def test_a_plain_state_dict(release: Release, tmp_path: Path, level: str) -> Non
 
 
 @pytest.mark.parametrize(("network", "run"), [("tests.nets:small", run_pt2), ("drn_d_22", run_onnx)])
-def test_a_graph_answers_as_the_levels_own_network(
+def test_a_graph_gives_the_outputs_of_the_levels_own_network(
     tmp_path: Path, network: str, run: Callable[[Path], tuple[Callable[[Tensor], Tensor], dict[str, Any]]]
 ) -> None:
     release = publish(tmp_path / "store", network)
     suffix = {run_pt2: ".pt2", run_onnx: ".onnx"}[run]
-    exported, about = run(export_level(release, "jpeg-10", tmp_path / f"level{suffix}", SIZE))
-    # any batch, and sizes that are no multiple of the network's stride
+    exported, about = run(export_level(release, "jpeg-10", tmp_path / f"level{suffix}", SIZE, TRUST))
+    # any batch, and sizes that are not a multiple of the stride
     for shape in ((1, 3, *SIZE), (3, 3, *SIZE), (2, 3, 50, 67)):
         images = torch.randn(shape)
         own = expected(release, "jpeg-10", images)
@@ -117,26 +108,24 @@ def test_a_network_of_one_size_is_written_for_that_size(tmp_path: Path) -> None:
     release = publish(
         tmp_path / "store", "tests.test_export:one_size", {"height": 32, "width": 40, "luma": 90.0, "luma_spread": 0.2}
     )
-    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2"))
+    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2", trust=TRUST))
     images = torch.randn(5, 3, *SIZE)
     torch.testing.assert_close(run(images), expected(release, "jpeg-10", images))
     with pytest.raises(UserError, match=r"cannot be written as \.pt2 for 64x48 images"):
-        export_level(release, "jpeg-10", tmp_path / "level.pt2", (48, 64))
+        export_level(release, "jpeg-10", tmp_path / "level.pt2", (48, 64), TRUST)
 
 
 def test_a_network_that_puts_its_logits_in_a_dict(tmp_path: Path) -> None:
     release = publish(tmp_path / "store", "tests.test_export:in_a_dict")
     images = torch.randn(2, 3, *SIZE)
-    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2", SIZE))
+    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2", SIZE, TRUST))
     torch.testing.assert_close(run(images), expected(release, "jpeg-10", images)["out"])
 
 
-def test_what_cannot_be_exported_is_one_sentence(
-    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_fails_gives_one_sentence(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(sentence: str, release: Release, level: str, path: Path, size: tuple[int, int] | None = SIZE) -> None:
         with pytest.raises(UserError, match=sentence) as caught:
-            export_level(release, level, path, size)
+            export_level(release, level, path, size, TRUST)
         assert "\n" not in str(caught.value)
         assert not path.exists()
 
@@ -146,7 +135,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     refused("cannot be written", release, "jpeg-10", tmp_path / "nowhere" / "level.safetensors")
     refused("give image_size", release, "jpeg-10", tmp_path / "level.pt2", None)
     looks = publish(tmp_path / "looks", "tests.nets:afraid_of_the_dark")
-    refused("take .safetensors", looks, "jpeg-10", tmp_path / "level.pt2")
+    refused("use .safetensors", looks, "jpeg-10", tmp_path / "level.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused("the extra onnx", release, "jpeg-10", tmp_path / "level.onnx")
 

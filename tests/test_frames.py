@@ -147,12 +147,8 @@ def test_a_jpeg_that_really_ends_in_grey() -> None:
     pixels[16:] = 128
     for options in ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 1}):
         assert (read_frame(encoded(pixels, "JPEG", **options), None).pixels[-1] == 128).all()
-        assert read_frame(encoded(np.full_like(pixels, 128), "JPEG", **options), None).evidence.luma == pytest.approx(
-            128
-        )
-        assert read_frame(
-            encoded(np.full((H, W), 128, np.uint8), "JPEG", **options), None
-        ).evidence.luma == pytest.approx(128)
+        assert read_frame(encoded(np.full_like(pixels, 128), "JPEG", **options), None).evidence.luma == pytest.approx(128)
+        assert read_frame(encoded(np.full((H, W), 128, np.uint8), "JPEG", **options), None).evidence.luma == pytest.approx(128)
 
 
 @pytest.mark.parametrize("quality", [1, 10, 50, 95, 100])
@@ -213,9 +209,7 @@ def test_only_the_type_promised_makes_it_damaged() -> None:
     assert refused(b"hello world")[0] == 415
 
 
-@pytest.mark.parametrize(
-    "make", [lambda p: encoded(p, "JPEG"), lambda p: encoded(p, "PNG"), npy], ids=["jpeg", "png", "npy"]
-)
+@pytest.mark.parametrize("make", [lambda p: encoded(p, "JPEG"), lambda p: encoded(p, "PNG"), npy], ids=["jpeg", "png", "npy"])
 def test_sizes(make: Callable[[np.ndarray], bytes]) -> None:
     def shaped(height: int, width: int) -> bytes:
         return make(np.zeros((height, width, 3), np.uint8))
@@ -381,9 +375,7 @@ edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size
 @given(st.sampled_from([JPEG, PROGRESSIVE, PNG, NPY]), st.booleans(), edits)
 @example(with_size(JPEG, 600, 800), False, [])
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_mutated_files_make_a_frame_or_a_refusal(
-    data: bytes, early: bool, edits: list[tuple[float, bytes, int]]
-) -> None:
+def test_mutated_files_make_a_frame_or_a_refusal(data: bytes, early: bool, edits: list[tuple[float, bytes, int]]) -> None:
     """Each edit puts bytes in the place of others; half of the time in the header, where they do the most."""
     for where, put, cut in edits:
         place = int(where * (min(len(data), 600) if early else len(data)))

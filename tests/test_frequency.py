@@ -1,6 +1,8 @@
 """The frequency response against plain arithmetic: cosine sums for the DCT, finite differences for the gradient."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.evaluation.frequency import (
-    block_dct,
-    dct_matrix,
-    frequency_response,
-    high_frequency_share,
-    inverse_block_dct,
-    similarity,
-)
-from gearnn_ray.tasks.segmentation import IGNORED, Image
-from tests.conftest import NORMALISATION
+from gearnn_ray.data.dataset import IGNORED
+from gearnn_ray.evaluation import frequency
+from gearnn_ray.evaluation.frequency import block_dct, dct_matrix, high_frequency_share, inverse_block_dct, similarity
+from gearnn_ray.tasks.base import Image
+from tests.conftest import NORMALISATION, SEGMENTATION
 from tests.nets import small
+
+
+def frequency_response(
+    model: nn.Module, images: Sequence[Image], labels: Sequence[Image], normalisation: Any = NORMALISATION
+) -> NDArray[np.float64]:
+    return frequency.frequency_response(SEGMENTATION, model, images, labels, normalisation)
 
 
 def wave(v: int, u: int) -> NDArray[np.float64]:
@@ -30,10 +33,7 @@ def wave(v: int, u: int) -> NDArray[np.float64]:
     scale = math.prod(math.sqrt(0.5) if frequency == 0 else 1.0 for frequency in (v, u)) / 4
     return np.array(
         [
-            [
-                scale * math.cos((2 * y + 1) * v * math.pi / 16) * math.cos((2 * x + 1) * u * math.pi / 16)
-                for x in range(8)
-            ]
+            [scale * math.cos((2 * y + 1) * v * math.pi / 16) * math.cos((2 * x + 1) * u * math.pi / 16) for x in range(8)]
             for y in range(8)
         ]
     )
@@ -130,51 +130,44 @@ def test_blocks_come_back(shape: tuple[int, int, int, int], scale: float, seed: 
 def test_the_response_is_what_finite_differences_give() -> None:
     model = network()
     image, label = scene(16, 8)
-    response = frequency_response(model, [image], [label], NORMALISATION)
+    response = frequency_response(model, [image], [label])
     assert response.dtype == np.float64
     np.testing.assert_allclose(response, by_finite_differences(model, image, label), rtol=2e-4)
 
 
-def test_images_count_alike_whatever_shares_a_batch() -> None:
+def test_images_count_alike_whatever_they_show() -> None:
     model = network()
-    sizes = [(16, 16), (16, 16), (16, 16), (8, 24), (16, 16), (24, 8)]
+    sizes = [(16, 16), (16, 16), (8, 24), (24, 8)]
     images, labels = zip(*(scene(*size, seed) for seed, size in enumerate(sizes)), strict=True)
-    labels[1][:-1] = IGNORED  # few labels of its own: in a common mean they would weigh less
-    alone = [
-        frequency_response(model, [image], [label], NORMALISATION) for image, label in zip(images, labels, strict=True)
-    ]
-    for batch_size in (1, 2, 3, 8):
-        is_joint = frequency_response(model, images, labels, NORMALISATION, batch_size)
-        np.testing.assert_allclose(is_joint, np.mean(alone, 0), rtol=1e-5)
+    labels[1][:-1] = IGNORED  # few labelled pixels: in a common mean over pixels this image would weigh less
+    alone = [frequency_response(model, [image], [label]) for image, label in zip(images, labels, strict=True)]
+    np.testing.assert_allclose(frequency_response(model, images, labels), np.mean(alone, 0), rtol=1e-12)
 
 
 def test_pixels_without_a_label_say_nothing() -> None:
     image, label = scene(8, 16)
     label[:, 8:] = IGNORED
     model = network(BlockMeans)
-    response = frequency_response(model, [image], [label], NORMALISATION)
+    response = frequency_response(model, [image], [label])
     # logits of one block reach the pixels of the other through bilinear resizing, so the right one is repeated further on
-    wide = (
-        np.concatenate([image, image[:, 8:], image[:, 8:]], 1),
-        np.concatenate([label, label[:, 8:], label[:, 8:]], 1),
-    )
-    np.testing.assert_allclose(frequency_response(model, [wide[0]], [wide[1]], NORMALISATION), response / 2, rtol=1e-5)
-    nothing = frequency_response(model, [image], [np.full_like(label, IGNORED)], NORMALISATION)
+    wide = (np.concatenate([image, image[:, 8:], image[:, 8:]], 1), np.concatenate([label, label[:, 8:], label[:, 8:]], 1))
+    np.testing.assert_allclose(frequency_response(model, [wide[0]], [wide[1]]), response / 2, rtol=1e-5)
+    nothing = frequency_response(model, [image], [np.full_like(label, IGNORED)])
     np.testing.assert_array_equal(nothing, np.zeros((8, 8)))
 
 
 def test_labels_are_resized_to_the_image_and_both_cropped_to_whole_blocks() -> None:
     model = network()
     image, label = scene(21, 30)
-    expected = frequency_response(model, [image[:16, :24]], [label[:16, :24]], NORMALISATION)
-    np.testing.assert_array_equal(frequency_response(model, [image], [label], NORMALISATION), expected)
+    expected = frequency_response(model, [image[:16, :24]], [label[:16, :24]])
+    np.testing.assert_array_equal(frequency_response(model, [image], [label]), expected)
     doubled = label.repeat(2, 0).repeat(2, 1)  # by pixel centres, every second pixel is the image's own
-    np.testing.assert_array_equal(frequency_response(model, [image], [doubled], NORMALISATION), expected)
+    np.testing.assert_array_equal(frequency_response(model, [image], [doubled]), expected)
 
 
 def test_a_network_that_sees_block_means_responds_there_alone() -> None:
     image, label = scene(16, 24)
-    response = frequency_response(network(BlockMeans), [image], [label], NORMALISATION)
+    response = frequency_response(network(BlockMeans), [image], [label])
     assert response[0, 0] > 0
     np.testing.assert_allclose(response.ravel()[1:], 0, atol=1e-6 * response[0, 0])
 
@@ -199,27 +192,26 @@ def test_the_network_is_left_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    with torch.autocast("cpu", torch.bfloat16):
-        response = frequency_response(model, images, labels, NORMALISATION, 2)
+    response = frequency_response(model, images, labels)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
-    np.testing.assert_array_equal(response, frequency_response(model.eval(), images, labels, NORMALISATION, 2))
+    np.testing.assert_array_equal(response, frequency_response(model.eval(), images, labels))
 
 
 def test_modes_come_back_even_where_the_network_breaks() -> None:
     model = network().train()
     with pytest.raises(RuntimeError):
-        frequency_response(model, [np.zeros((8, 8, 4), np.uint8)], [np.zeros((8, 8), np.uint8)], NORMALISATION)
+        frequency_response(model, [np.zeros((8, 8, 4), np.uint8)], [np.zeros((8, 8), np.uint8)])
     assert all(module.training for module in model.modules())
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(UserError, match="an image is 30 × 7 pixels"):
-        frequency_response(network(), *([part] for part in scene(7, 30)), NORMALISATION)
+        frequency_response(network(), *([part] for part in scene(7, 30)))
     with pytest.raises(UserError, match="there is no image"):
-        frequency_response(network(), [], [], NORMALISATION)
+        frequency_response(network(), [], [])
 
 
 def test_high_frequencies_are_those_beyond_the_antidiagonal() -> None:

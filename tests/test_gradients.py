@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gearnn_ray.core.errors import TrainingFailedError
+from gearnn_ray.data.dataset import IGNORED
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.tasks import segmentation
-from gearnn_ray.tasks.segmentation import Image
+from gearnn_ray.tasks.base import Image
 from gearnn_ray.training.gradients import Gradients, gradients
-from tests.conftest import NORMALISATION
+from gearnn_ray.training.sampling import training_batches
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 Pictures = tuple[list[Image], list[Image]]
 
@@ -37,18 +38,22 @@ def network(name: str) -> nn.Module:
 
 
 def taken(model: nn.Module, pictures: Pictures, seed: int = 5) -> Gradients:
-    return gradients(model, *pictures, NORMALISATION, 24, seed, "float32")
+    return gradients(SEGMENTATION, model, *pictures, NORMALISATION, "float32", 24, seed)
 
 
 def batches(pictures: Pictures) -> list[tuple[Tensor, Tensor]]:
     """The pass of seed 5, images normalised in float64."""
-    drawn = segmentation.training_batches(*pictures, 1, (24, 24), (5, 0))
-    return [(NORMALISATION(x).double(), y) for x, y in drawn]
+    drawn = training_batches(SEGMENTATION, *pictures, 1, (24, 24), (5, 0))
+    return [(NORMALISATION(batch.images).double(), batch.targets) for batch in drawn]
 
 
-def written_out(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object
-) -> Tensor:
+def loss_at(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss in float64, to which the task's own is rounded."""
+    logits = F.interpolate(model(x), size=y.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, y, ignore_index=IGNORED)
+
+
+def written_out(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object) -> Tensor:
     shape = (-1, *[1] * (x.dim() - 2))
     y = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt()
     return y if weight is None or bias is None else y * weight.view(shape) + bias.view(shape)
@@ -59,7 +64,7 @@ def by_autograd(model: nn.Module, pictures: Pictures) -> list[dict[str, Tensor]]
     copy = deepcopy(model).double().eval()
     state = copy.state_dict(keep_vars=True)
     tensors = {name: t.requires_grad_() for name, t in state.items() if t.is_floating_point()}
-    losses = [segmentation.loss_of(copy(x), y) for x, y in batches(pictures)]
+    losses = [loss_at(copy, x, y) for x, y in batches(pictures)]
     found = [torch.autograd.grad(loss, list(tensors.values()), allow_unused=True) for loss in losses]
     return [{n: torch.zeros(()) if g is None else g for n, g in zip(tensors, one, strict=True)} for one in found]
 
@@ -102,7 +107,7 @@ def test_the_loss_changes_as_predicted(pictures: Pictures) -> None:
 
     def loss() -> float:
         with torch.no_grad():
-            return float(np.mean([float(segmentation.loss_of(copy(x), y)) for x, y in given]))
+            return float(np.mean([float(loss_at(copy, x, y)) for x, y in given]))
 
     generator = torch.Generator().manual_seed(1)
     state = copy.state_dict()

@@ -1,4 +1,4 @@
-"""HTTP: what a request may be, what its answer says, and that whatever is wrong is one sentence. No Ray: uvicorn alone."""
+"""HTTP requests and responses, with uvicorn alone and no Ray. Every error is one sentence."""
 
 import asyncio
 import http.client
@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.serving.frames import Frame, Limits
-from gearnn_ray.serving.http import Prediction, UnknownBundleError, answer
+from gearnn_ray.serving.http import BundleHealth, Health, Prediction, UnknownBundleError, answer
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
 
 LEVELS = ("clean", "jpeg-10", "jpeg-40", "jpeg-80")
@@ -32,17 +32,15 @@ LIMITS = Limits(body_bytes=200_000, pixels=300_000)
 
 @dataclass
 class Luma:
-    """A backend whose networks sort pixels by their luma; every level has other boundaries between its four classes."""
+    """A backend whose networks classify pixels by luma; each level has other boundaries between the four classes."""
 
     untrained: Any = "nearest"
     fails: Exception | None = None
     problem: str | None = None
-    delays: list[float] = field(default_factory=list)  # seconds, of the next answers in turn
+    delays: list[float] = field(default_factory=list)  # seconds, for the next answers in turn
     received: list[tuple[bytes, Mapping[str, str]]] = field(default_factory=list)  # bodies and headers of the requests
 
-    async def predict(
-        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, logits: bool
-    ) -> Prediction:
+    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
         if self.delays:
             await asyncio.sleep(self.delays.pop(0))
         if self.fails:
@@ -56,23 +54,19 @@ class Luma:
         used = LevelEstimate(level, None, 0.0, 0.0, found.found) if level else found
         scores = luma_logits(frame.pixels, used.level)
         return Prediction(
-            None if logits else scores.argmax(0).astype(np.uint8),
-            scores if logits else None,
+            scores if raw else scores.argmax(0).astype(np.uint8),
             used,
             f"{name.partition(':')[0]}@{BUNDLES[name]}",
             {"queue": 0.001, "network": 0.002},
         )
 
-    def health(self) -> Mapping[str, Any]:
-        entries = {
-            name: {"digest": digest, "levels": LEVELS, "class_names": CLASS_NAMES, "problem": self.problem}
-            for name, digest in BUNDLES.items()
-        }
-        return {"status": "degraded" if self.problem else "ok", "bundles": entries}
+    def health(self) -> Health:
+        bundles = {name: BundleHealth(digest, LEVELS, CLASS_NAMES, self.problem) for name, digest in BUNDLES.items()}
+        return Health("degraded" if self.problem else "ok", "cpu", bundles)
 
 
 def luma_logits(pixels: np.ndarray, level: str) -> np.ndarray:
-    """[4, H, W]: how near each pixel's luma is to the middle of each class."""
+    """[4, H, W]: for each pixel, minus the distance of its luma from the centre of each class."""
     luma = pixels @ np.array([0.299, 0.587, 0.114])
     centres = np.array([32, 96, 160, 224]) - 8 * LEVELS.index(level)
     return -np.abs(luma[None] - centres[:, None, None]).astype(np.float32)
@@ -80,7 +74,7 @@ def luma_logits(pixels: np.ndarray, level: str) -> np.ndarray:
 
 @contextmanager
 def serve(backend: Luma, limits: Limits = LIMITS) -> Iterator[int]:
-    """The port on loopback where `answer` stands behind uvicorn, in a thread of its own."""
+    """The port on loopback of a uvicorn server that calls `answer`, in a thread."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
@@ -117,7 +111,7 @@ def shared() -> Iterator[tuple[int, Luma]]:
 
 @pytest.fixture
 def backend(shared: tuple[int, Luma]) -> Iterator[Luma]:
-    """The shared server's backend, put back after the test."""
+    """The backend of the shared server, reset after the test."""
     yield shared[1]
     shared[1].__init__()  # type: ignore[misc]
 
@@ -146,9 +140,7 @@ class Answer:
 def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> Answer:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
-        names = {
-            name if name.startswith("serve_") else name.replace("_", "-"): value for name, value in headers.items()
-        }
+        names = {name if name.startswith("serve_") else name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, path, body, names)
         response = connection.getresponse()
         return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
@@ -157,7 +149,7 @@ def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> 
 
 
 def problem(answer: Answer) -> tuple[int, str]:
-    """Status and sentence of a refusal; that it is one, in one line, is checked."""
+    """Status and sentence of an error response, which must be one line of application/problem+json."""
     assert answer.headers["content-type"] == "application/problem+json"
     said = json.loads(answer.body)
     assert said["status"] == answer.status >= 400
@@ -214,17 +206,15 @@ def test_jpeg_png_and_raw_frames_are_read_whatever_the_content_type_says(port: i
             assert np.array_equal(got.array, luma_logits(expected, "clean").argmax(0))
 
 
-@pytest.mark.parametrize(
-    ("quality", "level", "distance"), [(10, "jpeg-10", "0"), (34, "jpeg-40", "1.2"), (80, "jpeg-80", "0")]
-)
-def test_headers_say_the_level_found_and_the_level_used(port: int, quality: int, level: str, distance: str) -> None:
+@pytest.mark.parametrize(("quality", "level", "distance"), [(10, "jpeg-10", "0"), (34, "jpeg-40", "1.2"), (80, "jpeg-80", "0")])
+def test_headers_have_the_level_found_and_the_level_used(port: int, quality: int, level: str, distance: str) -> None:
     headers = ask(port, "POST", "/predict", encoded(picture(), "JPEG", quality=quality)).headers
     assert headers["x-gearnn-found"] == f"jpeg-{quality}"
     assert (headers["x-gearnn-level"], headers["x-gearnn-distance"]) == (level, distance)
     assert headers["x-gearnn-release"] == f"street@{BUNDLES['street:latest']}"
 
 
-def test_a_mixture_is_spelled_with_its_shares(port: int, backend: Luma) -> None:
+def test_the_header_of_a_mixture_has_both_shares(port: int, backend: Luma) -> None:
     backend.untrained = "interpolate"
     headers = ask(port, "POST", "/predict", encoded(picture(), "JPEG", quality=30)).headers
     assert headers["x-gearnn-level"] == "jpeg-40*0.67, jpeg-10*0.33"
@@ -264,7 +254,7 @@ def test_server_timing_has_all_parts_in_milliseconds(port: int) -> None:
         (";;,,q=", None),
     ],
 )
-def test_the_answer_is_of_the_type_that_is_accepted(port: int, accept: str, expected: str | None) -> None:
+def test_the_answer_has_the_accepted_type(port: int, accept: str, expected: str | None) -> None:
     got = ask(port, "POST", "/predict", encoded(picture()), accept=accept)
     if expected is None:
         assert problem(got)[0] == 406
@@ -275,7 +265,7 @@ def test_the_answer_is_of_the_type_that_is_accepted(port: int, accept: str, expe
 # ---- page and health
 
 
-def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(port: int) -> None:
+def test_the_page_is_one_file_and_loads_nothing_from_other_hosts(port: int) -> None:
     got = ask(port, "GET", "/")
     assert (got.status, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert b"<!doctype html>" in got.body
@@ -286,13 +276,15 @@ def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(port: int) ->
     assert (head.status, head.body) == (200, b"")
 
 
-def test_health_is_200_and_says_why_it_is_degraded(port: int, backend: Luma) -> None:
+def test_health_is_200_and_gives_the_reason_if_degraded(port: int, backend: Luma) -> None:
     assert json.loads(ask(port, "GET", "/health").body)["status"] == "ok"
     backend.problem = "The store at s3://bucket does not answer."
     got = ask(port, "GET", "/health")
     said = json.loads(got.body)
     assert (got.status, said["status"]) == (200, "degraded")
-    assert said["bundles"]["street:latest"]["problem"] == backend.problem
+    assert said["bundles"]["street:latest"] == {
+        "digest": BUNDLES["street:latest"], "levels": [*LEVELS], "class_names": [*CLASS_NAMES], "problem": backend.problem,
+    }  # fmt: skip
 
 
 # ---- refusals
@@ -304,8 +296,7 @@ def test_other_paths_are_not_found(port: int, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "allow"),
-    [("GET", "/predict", "POST"), ("POST", "/", "GET, HEAD"), ("PUT", "/health", "GET, HEAD")],
+    ("method", "path", "allow"), [("GET", "/predict", "POST"), ("POST", "/", "GET, HEAD"), ("PUT", "/health", "GET, HEAD")]
 )
 def test_other_methods_are_refused_with_those_allowed(port: int, method: str, path: str, allow: str) -> None:
     got = ask(port, method, path, b"")
@@ -324,13 +315,13 @@ def test_other_methods_are_refused_with_those_allowed(port: int, method: str, pa
     ],
     ids=["empty", "truncated", "pdf", "thin", "pixels"],
 )
-def test_what_is_no_frame_is_refused_in_a_sentence(port: int, status: int, body: bytes) -> None:
+def test_a_body_that_is_not_a_frame_is_refused_in_one_sentence(port: int, status: int, body: bytes) -> None:
     assert problem(ask(port, "POST", "/predict", body))[0] == status
-    assert ask(port, "POST", "/predict", encoded(picture())).status == 200  # and the server lives
+    assert ask(port, "POST", "/predict", encoded(picture())).status == 200  # and the server still works
 
 
 @pytest.mark.parametrize("level", ["jpeg-101", "JPEG-10", "nonsense", "", "jpeg-10+clean", "a" * 500])
-def test_a_level_that_is_none_is_unprocessable(port: int, level: str) -> None:
+def test_an_invalid_level_is_unprocessable(port: int, level: str) -> None:
     assert problem(ask(port, "POST", "/predict", encoded(picture()), x_gearnn_level=level))[0] == 422
 
 
@@ -356,7 +347,7 @@ def test_a_body_too_large_is_refused_before_it_comes(port: int) -> None:
 
 
 def test_a_body_too_large_is_refused_while_it_comes(port: int) -> None:
-    """Chunks without a length, and without an end: the answer comes all the same."""
+    """Chunks without a length or an end: the answer comes before the end."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(LIMITS.body_bytes // 50_000 + 1):
@@ -370,7 +361,7 @@ def test_a_body_in_chunks_is_read(port: int) -> None:
     assert np.array_equal(got.array, luma_logits(picture(), "clean").argmax(0))
 
 
-def test_a_request_without_a_length_is_told_so(port: int) -> None:
+def test_a_request_without_a_length_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\n\r\n")
         assert connection.recv(12) == b"HTTP/1.1 411"
@@ -386,10 +377,7 @@ def test_a_client_that_hangs_up_does_no_harm(port: int, caplog: pytest.LogCaptur
 
 def test_a_corrupt_store_is_not_the_clients_fault(port: int, backend: Luma) -> None:
     backend.fails = CorruptStoreError("sha256:12 is not what the store promises.")
-    assert problem(ask(port, "POST", "/predict", encoded(picture()))) == (
-        503,
-        "sha256:12 is not what the store promises.",
-    )
+    assert problem(ask(port, "POST", "/predict", encoded(picture()))) == (503, "sha256:12 is not what the store promises.")
 
 
 def test_a_bug_is_logged_and_not_shown(port: int, backend: Luma, caplog: pytest.LogCaptureFixture) -> None:

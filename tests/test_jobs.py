@@ -1,26 +1,27 @@
-"""The job as its user starts it: a real process on its own, and `ray job submit` to a running cluster."""
+"""The split job as users start it: as a process, and with `ray job submit` on a running cluster."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gearnn_ray import Store
 from gearnn_ray.cli.main import resolve_store, run_split
+from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.apart
 
-# Importable only from the shipped folder, and content only with the package that was shipped beside it.
+# Importable only from the shipped folder; requires that gearnn_ray was imported from there too.
 SHIPPED_NETS = """
 from pathlib import Path
 import gearnn_ray
@@ -28,6 +29,10 @@ from tests_nets import small
 
 assert "working_dir_files" in Path(gearnn_ray.__file__).parts, gearnn_ray.__file__
 """
+
+
+# environment of the cluster, and of those who submit jobs to it
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _free_ports(count: int) -> list[str]:
@@ -42,7 +47,7 @@ def _free_ports(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of its own, started as on a head node, with every port and its folder its own too."""
+    """The dashboard of a cluster that is started as on a head node, with its own ports and folder."""
     scripts = Path(sys.executable).parent
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path has room for 107 characters
     gcs, dashboard, agent, metrics, client = _free_ports(5)
@@ -53,7 +58,7 @@ def address() -> Iterator[str]:
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": folder},
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": folder, **TOKEN},
     )  # fmt: skip
     yield f"http://127.0.0.1:{dashboard}"
     head.terminate()
@@ -65,10 +70,11 @@ def submit(address: str, folder: Path, *arguments: str) -> "subprocess.Completed
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", "."]
     for _ in range(12):
         done = subprocess.run(
-            [*command, "--", "jobs/split.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=200
-        )
-        said = done.stdout + done.stderr
-        if "No available agent" not in said and "Failed to connect" not in said:
+            [*command, "--", "jobs/split.py", *arguments],
+            cwd=folder, capture_output=True, text=True, timeout=200, env={**os.environ, **TOKEN},
+        )  # fmt: skip
+        output = done.stdout + done.stderr
+        if "No available agent" not in output and "Failed to connect" not in output:
             break
         time.sleep(5)  # the head is still starting
     return done
@@ -76,7 +82,7 @@ def submit(address: str, folder: Path, *arguments: str) -> "subprocess.Completed
 
 @pytest.fixture
 def shipped(tmp_path: Path) -> Path:
-    """Only a working directory: the package is to be taken from it."""
+    """A working directory with the package, which is not installed."""
     folder = tmp_path / "shipped"
     for name in ("gearnn_ray", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -88,13 +94,13 @@ def shipped(tmp_path: Path) -> Path:
 def test_submitted_to_a_cluster_with_only_the_working_directory(address: str, shipped: Path, tmp_path: Path) -> None:
     tiny.write_folder(tmp_path / "data")
     tiny.write_weights(tmp_path / "weights.safetensors")
-    told = {
+    options = {
         "name": "tiny", "store": str(tmp_path / "store"), "levels": ["jpeg-10"], "budget": "20%",
         "data": {"kind": "folder", "path": str(tmp_path / "data"), "num_classes": 3, "cache": str(tmp_path / "cache")},
         "model": {"name": "shipped_nets:small", "weights": str(tmp_path / "weights.safetensors")},
         "recipe": {"epochs": 1, "batch_size": 4, "crop": 24, "precision": "float32"},
     }  # fmt: skip
-    (shipped / "my.yaml").write_text(yaml.safe_dump(told))
+    (shipped / "my.yaml").write_text(yaml.safe_dump(options))
     done = submit(address, shipped, "--config", "my.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "jpeg-10 partial fine-tune: epoch 1 of 1" in done.stdout
@@ -108,7 +114,9 @@ def test_submitted_to_a_cluster_with_only_the_working_directory(address: str, sh
     assert "Traceback" not in wrong.stdout
 
 
-def test_a_submitted_jobs_own_folder_is_no_place_for_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submitted_job_keeps_its_store_outside_the_folder_that_ray_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "working_dir_files" / "_ray_pkg_1"
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
@@ -120,12 +128,12 @@ def test_a_submitted_jobs_own_folder_is_no_place_for_a_store(tmp_path: Path, mon
 
 
 def test_as_a_process_it_prints_a_table_where_the_bundle_is_and_how_to_pull_it(
-    tmp_path: Path, ray_cluster: str
+    tmp_path: Path, ray_cluster: Mapping[str, str]
 ) -> None:
     tiny.write_folder(tmp_path / "data")
     tiny.write_weights(tmp_path / "weights.safetensors")
     command = [sys.executable, str(ROOT / "jobs/split.py"), *tiny.options(tmp_path, levels=["jpeg-10", "clean"])]
-    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    environment = {**os.environ, **ray_cluster}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -138,13 +146,13 @@ def test_as_a_process_it_prints_a_table_where_the_bundle_is_and_how_to_pull_it(
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_wrong_is_one_sentence_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_command_line_is_one_sentence_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     job = [sys.executable, str(ROOT / "jobs/split.py")]
     done = subprocess.run([*job, "--levels", "jpeg-101"], capture_output=True, text=True, timeout=60)
-    said = [(done.returncode, done.stdout, done.stderr)]
+    results = [(done.returncode, done.stdout, done.stderr)]
     for arguments in (["--config", "nowhere.yaml"], ["--speed", "3"]):
-        said.append((run_split(arguments), *capsys.readouterr()))
-    for code, out, err in said:
+        results.append((run_split(arguments), *capsys.readouterr()))
+    for code, out, err in results:
         assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1

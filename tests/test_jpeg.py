@@ -1,7 +1,6 @@
 """JPEG quality: exact from the tables of files by several encoders, close from the pixels alone."""
 
 import io
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gearnn_ray.data import scenes
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.serving.frames import read_frame
 from gearnn_ray.serving.jpeg import JpegQuality, quality_of_pixels, quality_of_tables
+from tests.programs import installed
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
 QUALITIES = range(1, 101)
@@ -46,9 +46,7 @@ def streets() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True}, {"optimize": True}],
-    ids=str,
+    "options", [{}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True}, {"optimize": True}], ids=str
 )
 def test_every_quality_that_pillow_writes_is_found_exactly(small: np.ndarray, options: dict[str, object]) -> None:
     for quality in QUALITIES:
@@ -61,15 +59,30 @@ def test_every_quality_of_a_grey_file_is_found_exactly(small: np.ndarray) -> Non
 
 
 def written_by(product: str, folder: Path, pixels: np.ndarray, *command: str) -> bytes:
-    """out.jpg, which a program makes of in.ppm. Skips unless the program's own --version names the product."""
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    said = subprocess.run([command[0], "-version"], capture_output=True, text=True, timeout=30)
-    if said.returncode or product not in said.stdout + said.stderr:
-        pytest.skip(f"the program {command[0]} here is not {product}")
+    """Return out.jpg, which a program makes from in.ppm. Skips the test unless the program is this product's."""
+    if installed(command[0], product, "-version") is None:
+        pytest.skip(f"no program {command[0]} that is {product}")
     Image.fromarray(pixels).save(folder / "in.ppm")
     subprocess.run(command, cwd=folder, check=True, timeout=30)
     return (folder / "out.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "taken"),
+    [
+        ("#!/bin/sh\necho Version: ImageMagick 7.1\n", True),
+        ("#!/bin/sh\necho convert of temperatures 1.0\n", False),
+        ("#!/bin/sh\necho no ImageMagick here >&2\nexit 1\n", False),
+        ("no program", False),
+    ],
+)
+def test_a_program_is_what_its_version_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, taken: bool) -> None:
+    name = f"convert-{sum(script.encode())}"  # the answer for a name is cached
+    (tmp_path / name).write_text(script)
+    (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert installed(name, "Version: ImageMagick") == (str(tmp_path / name) if taken else None)
+    assert installed("absent", "ImageMagick") is None
 
 
 @pytest.mark.parametrize("quality", [1, 2, 5, 30, 49, 50, 75, 90, 99, 100])
@@ -85,9 +98,7 @@ def test_cjpeg(small: np.ndarray, tmp_path: Path, option: str, quality: int) -> 
 @pytest.mark.parametrize("sampling", ["4:4:4", "4:2:0"])
 def test_imagemagick(small: np.ndarray, tmp_path: Path, program: str, quality: int, sampling: str) -> None:
     command = f"{program} in.ppm -quality {quality} -sampling-factor {sampling} out.jpg"
-    assert quality_of(written_by("Version: ImageMagick", tmp_path, small, *command.split())) == JpegQuality(
-        quality, 0.0
-    )
+    assert quality_of(written_by("Version: ImageMagick", tmp_path, small, *command.split())) == JpegQuality(quality, 0.0)
 
 
 def test_the_last_save_counts(small: np.ndarray) -> None:
@@ -171,9 +182,7 @@ def test_pixels_tell_the_quality_of_a_darkened_frame(streets: list[np.ndarray]) 
     assert abs(found.quality - 30) <= 2
 
 
-@pytest.mark.parametrize(
-    "level", ["clean", "brightness-0.4", "brightness-2.0", "h264-crf23", "h264-crf40", "h264-256x192"]
-)
+@pytest.mark.parametrize("level", ["clean", "brightness-0.4", "brightness-2.0", "h264-crf23", "h264-crf40", "h264-256x192"])
 def test_pixels_that_were_no_jpeg_tell_none(streets: list[np.ndarray], level: str) -> None:
     for pixels in parse_level(level).apply(streets[3:]):
         assert quality_of_pixels(pixels) is None

@@ -127,10 +127,7 @@ def test_what_stands_behind_a_convolution_is_not_always_its_normalisation() -> N
         (("5.running_stats",),),
         (("6.weight",),),  # the tied convolution, whose second name stands before the normalisation
         (("8.weight", "8.bias"),),
-        (
-            ("10.weight", "10.bias", "10.running_stats"),
-            ("9.weight", "9.bias", "10.weight", "10.bias", "10.running_stats"),
-        ),
+        (("10.weight", "10.bias", "10.running_stats"), ("9.weight", "9.bias", "10.weight", "10.bias", "10.running_stats")),
     )
 
 

@@ -1,9 +1,9 @@
-"""From evidence to level: exact where a level is met exactly, the nearest or a mixture between, steady over a stream."""
+"""Level estimation: exact for frames of a level, the nearest level or a mixture between levels, steady over a stream."""
 
 import io
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -16,11 +16,15 @@ from PIL import Image
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.scenes import open_scenes
-from gearnn_ray.levels.level import _encode, parse_level
+from gearnn_ray.levels.h264_codec import encode
+from gearnn_ray.levels.level import parse_level
 from gearnn_ray.serving.frames import Evidence, evidence_of, read_frame
 from gearnn_ray.serving.h264 import read_h264
 from gearnn_ray.serving.jpeg import JpegQuality
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
+from gearnn_ray.store.blobs import Blob
+from gearnn_ray.store.manifest import DataEntry
+from tests.manifests import CLEAN, level_entry, manifest_of
 
 H, W, LUMA, SPREAD = 720, 1280, 100.0, 0.25
 REFERENCE = Reference(H, W, LUMA, SPREAD)
@@ -34,9 +38,7 @@ def frame(
     return Evidence(*size, luma, JpegQuality(jpeg, tables) if jpeg else None, **h264)
 
 
-def found(
-    levels: Sequence[str], evidence: Evidence, reference: Reference | None = REFERENCE, **kind: Any
-) -> LevelEstimate:
+def found(levels: Sequence[str], evidence: Evidence, reference: Reference | None = REFERENCE, **kind: Any) -> LevelEstimate:
     return LevelEstimator(levels, reference, **kind).estimate(evidence)
 
 
@@ -123,10 +125,7 @@ def test_a_camera_has_its_own_brightness() -> None:
     assert level_estimator.estimate(frame(luma=16), "tunnel").level == "clean"  # one frame is a flash
     assert [level_estimator.estimate(frame(luma=16), "tunnel").level for _ in range(2)] == ["clean", "brightness-0.4"]
     # and needs no reference
-    assert (
-        LevelEstimator(["brightness-0.4"], None, cameras={"a": 40.0}).estimate(frame(luma=16), "a").level
-        == "brightness-0.4"
-    )
+    assert LevelEstimator(["brightness-0.4"], None, cameras={"a": 40.0}).estimate(frame(luma=16), "a").level == "brightness-0.4"
     with pytest.raises(UserError, match="camera 'a' has a mean luma of 0"):
         LevelEstimator(["brightness-0.4"], REFERENCE, cameras={"a": 0.0})
 
@@ -164,9 +163,9 @@ QPS = Reference(H, W, LUMA, SPREAD, level_qp={"h264-crf18": 22.0, "h264-crf24": 
         (frame(crf=23), REFERENCE, "h264-crf24", 1, "h264-crf23"),
         (frame(crf=21.0), REFERENCE, "h264-crf24", 3, "h264-crf21"),
         (frame(crf=5), REFERENCE, "clean", 5, "h264-crf5"),
-        (frame(crf=30, qp=18), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # what the stream says goes first
-        (frame(qp=34.5), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # libx264's usual 4.5 above
-        (frame(qp=27.5), REFERENCE, "h264-crf24", 1, "h264-crf23"),
+        (frame(crf=30, qp=18), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # the rate factor takes precedence
+        (frame(qp=35.0), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # libx264's mean QP is its CRF + 5
+        (frame(qp=28.0), REFERENCE, "h264-crf24", 1, "h264-crf23"),
         (frame(qp=22), QPS, "h264-crf18", 0, "h264-crf18"),
         (frame(qp=28.5), QPS, "h264-crf24", 0, "h264-crf24"),
         (frame(qp=34.25), QPS, "h264-crf30", 0, "h264-crf30"),  # as far above its CRF as the others are
@@ -180,9 +179,7 @@ def test_h264_quality(evidence: Evidence, reference: Reference, level: str, dist
 
 def test_sizes_beside_rate_factors() -> None:
     levels = [*CRFS, *SIZES]
-    assert found(levels, frame(size=(360, 640), crf=18)) == LevelEstimate(
-        "h264-640x360", found="h264-640x360+h264-crf18"
-    )
+    assert found(levels, frame(size=(360, 640), crf=18)) == LevelEstimate("h264-640x360", found="h264-640x360+h264-crf18")
     assert found(levels, frame(size=(360, 640))).level == "h264-640x360"  # of a still image
     assert found(levels, frame(crf=18)).level == "h264-crf18"
     assert found(levels, frame(crf=18), None).level == "h264-crf18"
@@ -200,9 +197,7 @@ def test_an_axis_that_was_not_read_claims_no_distortion() -> None:
 
 def test_combinations() -> None:
     levels = [*JPEGS, "brightness-0.4", "brightness-0.4+jpeg-30"]
-    assert found(levels, frame(jpeg=30, luma=40)) == LevelEstimate(
-        "brightness-0.4+jpeg-30", found="brightness-0.4+jpeg-30"
-    )
+    assert found(levels, frame(jpeg=30, luma=40)) == LevelEstimate("brightness-0.4+jpeg-30", found="brightness-0.4+jpeg-30")
     assert found(levels, frame(luma=40)).level == "brightness-0.4"
     assert found(levels, frame(jpeg=30)).level == "jpeg-30"
     assert found(levels, frame(jpeg=80, luma=90)).level == "jpeg-80"
@@ -326,14 +321,8 @@ def test_interpolation_between_sizes_and_rate_factors() -> None:
         ("jpeg-30", LevelEstimate("jpeg-30", found="jpeg-30")),
         ("clean", LevelEstimate("clean")),
         ("jpeg-33", LevelEstimate("jpeg-30", "jpeg-40", 0.3, 0.6, "jpeg-33")),
-        (
-            "brightness-1.5",
-            LevelEstimate("brightness-2.0", "clean", pytest.approx(0.415, abs=1e-3), 0.881, "brightness-1.5"),
-        ),
-        (
-            "h264-480x270",
-            LevelEstimate("h264-640x360", "h264-320x180", pytest.approx(0.415, abs=1e-3), 11.507, "h264-480x270"),
-        ),
+        ("brightness-1.5", LevelEstimate("brightness-2.0", "clean", pytest.approx(0.415, abs=1e-3), 0.881, "brightness-1.5")),
+        ("h264-480x270", LevelEstimate("h264-640x360", "h264-320x180", pytest.approx(0.415, abs=1e-3), 11.507, "h264-480x270")),
     ],
 )
 def test_a_level_by_name(level: str, expected: LevelEstimate) -> None:
@@ -348,9 +337,7 @@ def test_a_level_by_name(level: str, expected: LevelEstimate) -> None:
     assert got.distance == pytest.approx(expected.distance, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "level", ["h264-crf24", "h264-640x360", "brightness-0.4", "jpeg-30+brightness-0.4", "jpeg", ""]
-)
+@pytest.mark.parametrize("level", ["h264-crf24", "h264-640x360", "brightness-0.4", "jpeg-30+brightness-0.4", "jpeg", ""])
 def test_a_level_that_no_other_is_near_is_refused(level: str) -> None:
     with pytest.raises(UserError, match="level"):
         LevelEstimator(JPEGS, REFERENCE).match(level)
@@ -414,7 +401,7 @@ def test_streams_are_forgotten_when_there_are_too_many() -> None:
     assert levels_of(level_estimator, [20], "stream 4999") == ["clean"]
 
 
-def test_threads_share_a_detector() -> None:
+def test_threads_share_an_estimator() -> None:
     level_estimator = LevelEstimator(["brightness-0.2", *JPEGS], REFERENCE)
     wrong: list[LevelEstimate] = []
 
@@ -434,10 +421,8 @@ def test_threads_share_a_detector() -> None:
     assert len(level_estimator._streams) == 4096
 
 
-def test_detecting_is_quick() -> None:
-    level_estimator = LevelEstimator(
-        [*JPEGS, *CRFS, *SIZES, "brightness-0.4", "brightness-2.0"], REFERENCE, "interpolate"
-    )
+def test_estimating_is_quick() -> None:
+    level_estimator = LevelEstimator([*JPEGS, *CRFS, *SIZES, "brightness-0.4", "brightness-2.0"], REFERENCE, "interpolate")
     evidence, times = frame(jpeg=34, luma=60, crf=20), []
     for _ in range(300):
         start = perf_counter()
@@ -447,19 +432,19 @@ def test_detecting_is_quick() -> None:
 
 
 def test_reference_of_a_manifest() -> None:
-    manifest: Mapping[str, Any] = {
-        "data": {"reference": {"height": 96, "width": 128, "luma": 110.5, "luma_spread": 0.2}},
-        "levels": {
-            "clean": {"scores": {}},
-            "brightness-0.4": {"luma": 44.0},
-            "h264-crf24": {"luma": 110.0, "qp": 27.5},
-        },
+    blob = Blob(digest="sha256:" + "0" * 64, bytes=1)
+    levels = {
+        "clean": CLEAN,
+        "brightness-0.4": {**level_entry(blob, 1, ()), "luma": 44.0},
+        "h264-crf24": {**level_entry(blob, 1, ()), "luma": 110.0, "qp": 27.5},
     }
+    reference = {"height": 96, "width": 128, "luma": 110.5, "luma_spread": 0.2}
+    manifest = manifest_of("made", "drn_d_22", 3, blob, levels, reference)
     assert Reference.of_manifest(manifest) == Reference(
         96, 128, 110.5, 0.2, {"brightness-0.4": 44.0, "h264-crf24": 110.0}, {"h264-crf24": 27.5}
     )
-    assert Reference.of_manifest({"data": {"kind": "scenes"}, "levels": {}}) is None
-    assert Reference.of_manifest({}) is None
+    assert Reference.of_manifest(manifest_of("made", "drn_d_22", 3, blob, levels)) is None
+    assert Reference.of_manifest(manifest.model_copy(update={"data": DataEntry(name="scenes")})) is None
 
 
 @pytest.fixture(scope="module")
@@ -472,9 +457,7 @@ def scenes() -> list[np.ndarray]:
 def reference(scenes: list[np.ndarray]) -> Reference:
     lumas = [evidence_of(scene).luma for scene in scenes]
     factors = ("brightness-0.2", "brightness-0.4", "brightness-2.0")
-    of_levels = {
-        name: float(np.mean([evidence_of(image).luma for image in parse_level(name).apply(scenes)])) for name in factors
-    }
+    of_levels = {name: float(np.mean([evidence_of(image).luma for image in parse_level(name).apply(scenes)])) for name in factors}
     return Reference(96, 128, float(np.mean(lumas)), float(np.std(np.log(lumas))), of_levels)
 
 
@@ -500,9 +483,9 @@ def test_brightness_of_scenes(scenes: list[np.ndarray], reference: Reference) ->
 
 
 @pytest.mark.skipif("libx264" not in av.codecs_available, reason="this PyAV has no libx264")
-def test_h264_of_scenes_with_and_without_the_encoders_word(scenes: list[np.ndarray]) -> None:
+def test_h264_of_scenes_with_and_without_the_encoders_settings(scenes: list[np.ndarray]) -> None:
     def encoded(crf: int) -> bytes:
-        return b"".join(bytes(packet) for packet in _encode(scenes, crf))
+        return b"".join(bytes(packet) for packet in encode(scenes, crf))
 
     crfs = (18, 24, 30, 36)
     streams = {crf: read_h264(encoded(crf)) for crf in crfs}

@@ -1,4 +1,4 @@
-"""The stages of one level without Ray: criteria, codes, low ranks and a shorter look, from one record to the next."""
+"""The stages of one level without Ray: criteria, storage formats, fewer epochs, from one result to the next."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,38 +11,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from gearnn_ray.adaptors.adaptor import ComplementChangedError, put_adaptor
+from gearnn_ray.adaptors.adaptor import ComplementChangedError
 from gearnn_ray.adaptors.bn_folding import fold, foldable
 from gearnn_ray.adaptors.storage_formats import decode, formats_of
-from gearnn_ray.cli import main as cli
+from gearnn_ray.cli import output
 from gearnn_ray.config.recipe import PAPERS, Criterion, Recipe
-from gearnn_ray.config.schema import SplitConfig
+from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Event
+from gearnn_ray.data.cache import ImageStatistics
 from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.layers import alternatives_of, layers_of, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import level_run
 from gearnn_ray.offline.base import NetworkFacts, publish_given_base
-from gearnn_ray.offline.importance import FOLDED, VALUES
-from gearnn_ray.offline.job_spec import ImageStatistics, JobSpec, Network, training_data, validation_data
-from gearnn_ray.offline.level_run import (
-    LevelResult,
-    LevelRun,
-    NotYetError,
-    fine_tune_fully,
-    known_level,
-    run_level,
-    sense_level,
-)
+from gearnn_ray.offline.importance import FOLDED, IMPORTANCE
+from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.level_run import LevelResult, LevelRun, cached, fine_tune_fully, measure_level, run_level
 from gearnn_ray.offline.pipeline import Outcome
+from gearnn_ray.offline.records import Execution, FullResult, StageResult
 from gearnn_ray.offline.release import manifest_of, summary_row
-from gearnn_ray.offline.sensitivity import Sensitivity
+from gearnn_ray.offline.stage_cache import NotCachedError, StageCache
 from gearnn_ray.store.releases import Blob, Store
 from gearnn_ray.training.gradients import Gradients, gradients
-from gearnn_ray.training.trainer import evaluate
 from tests import tiny
-from tests.conftest import NORMALISATION
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 LEVEL, BUDGET = "jpeg-10", 300
 
@@ -52,16 +45,18 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("street")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    spec = JobSpec(
-        store=str(folder / "store"),
+    network, store = Network("tests.nets:small", tiny.CLASSES, NORMALISATION), str(folder / "store")
+    return JobSpec(
+        store=store,
         cache=str(folder / "cache"),
-        network=Network("tests.nets:small", tiny.CLASSES, NORMALISATION),
+        network=network,
         data=open_dataset("folder", str(folder / "data"), num_classes=tiny.CLASSES),
-        recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32"),
+        base=publish_given_base(store, network, str(folder / "weights.safetensors")).digest,
+        recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24),
         budget=BUDGET,
         seed=4,
+        execution=Execution("cpu", "float32", 1),
     )
-    return replace(spec, base=publish_given_base(spec, str(folder / "weights.safetensors")).digest)
 
 
 Ran = Callable[..., tuple[LevelResult, list[str]]]
@@ -79,38 +74,31 @@ def ran(spec: JobSpec) -> Ran:
     return run
 
 
-def judged(spec: JobSpec, result: LevelResult) -> float:
+def score_from_store(spec: JobSpec, result: LevelResult) -> float:
     """mIoU of what anyone restores from the store."""
     store = Store(spec.store)
     assert result.digest is not None
-    base, model = store.get_state(spec.base), build_model(spec.network.name, tiny.CLASSES)
-    put_adaptor(model, base, decode(base, store.get_state(result.digest)))
-    return evaluate(model, *validation_data(spec, LEVEL), NORMALISATION, "float32")
+    base = store.get_state(spec.base)
+    return tiny.score_of(spec, {**base, **decode(base, store.get_state(result.digest))}, LEVEL)
 
 
-@pytest.mark.parametrize("value", list(VALUES))
-def test_every_value_chooses_within_the_budget_and_is_kept_under_its_own_key(
-    spec: JobSpec, ran: Ran, value: str
-) -> None:
+@pytest.mark.parametrize("value", list(IMPORTANCE))
+def test_every_value_chooses_within_the_budget_and_is_kept_under_its_own_key(spec: JobSpec, ran: Ran, value: str) -> None:
     criterion = Criterion(importance=value)  # type: ignore[arg-type]
     result, _ = ran(criterion=criterion)
     assert 0 < result.floats <= BUDGET
     assert result.storage_formats == {}
-    rows = {row["layer"]: Sensitivity(**row) for row in result.sensitivity}
-    total = sum(VALUES[value](rows[layer].change) for layer in result.layers)
-    assert result.selection["objective"] == pytest.approx(total, rel=1e-9)
-    assert result.selection["bound"] >= result.selection["objective"]
-    assert known_level(replace(spec, criterion=criterion), LEVEL, lambda _: None) == result
+    rows = {row.layer: row for row in result.sensitivity}
+    total = sum(IMPORTANCE[value](rows[layer].change) for layer in result.layers)
+    assert result.selection.objective == pytest.approx(total, rel=1e-9)
+    assert result.selection.bound >= result.selection.objective
+    assert cached(run_level, replace(spec, criterion=criterion), LEVEL) == result
     assert ran(criterion=criterion)[1] == []
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "module"])
-@pytest.mark.parametrize(
-    "storage_formats", [("bfloat16", "int8"), ("int8", "float32"), ("float32", "bfloat16", "int8")]
-)
-def test_what_is_judged_is_what_is_restored(
-    spec: JobSpec, ran: Ran, granularity: str, storage_formats: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("storage_formats", [("bfloat16", "int8"), ("int8", "float32"), ("float32", "bfloat16", "int8")])
+def test_what_is_judged_is_what_is_restored(spec: JobSpec, ran: Ran, granularity: str, storage_formats: tuple[str, ...]) -> None:
     criterion = Criterion(importance="l2", granularity=granularity, storage_formats=storage_formats)  # type: ignore[arg-type]
     result, _ = ran(criterion=criterion, budget=120)
     store = Store(spec.store)
@@ -121,8 +109,8 @@ def test_what_is_judged_is_what_is_restored(
     assert found == result.storage_formats
     assert set(found.values()) <= set(storage_formats)
     assert found or "float32" in storage_formats
-    assert judged(spec, result) == result.adaptor
-    whole = {layer for layer, storage_format in result.selection["storage_formats"].items() if storage_format == FOLDED}
+    assert score_from_store(spec, result) == result.adaptor
+    whole = {layer for layer, storage_format in result.selection.storage_formats.items() if storage_format == FOLDED}
     tensors = {
         name
         for layer in layers_of(build_model(spec.network.name, 3))
@@ -146,9 +134,7 @@ def test_codes_and_gradients_are_measured_once_for_all_values_and_budgets(spec: 
 def test_sensing_leaves_only_what_a_budget_decides(spec: JobSpec, ran: Ran) -> None:
     criteria = (Criterion(), Criterion(importance="fisher"))
     said = list[str]()
-    sense_level(
-        replace(spec, seed=12), LEVEL, criteria, lambda e: said.append(e.stage) if e.kind == "finished" else None
-    )
+    measure_level(replace(spec, seed=12), LEVEL, lambda e: said.append(e.stage) if e.kind == "finished" else None, criteria)
     assert said.count("full") == 1
     for criterion in criteria:
         computed = set(ran(criterion=criterion, seed=12)[1])
@@ -165,28 +151,30 @@ def test_layers_chosen_after_fewer_epochs(spec: JobSpec, ran: Ran) -> None:
     assert short.sensitivity != whole.sensitivity
     assert ran() == (whole, [])  # neither is mistaken for the other
     same, _ = ran(sensitivity_epochs=2.0)
-    assert [row["mean_abs_change"] for row in same.sensitivity] == [r["mean_abs_change"] for r in whole.sensitivity]
+    assert [row.mean_abs_change for row in same.sensitivity] == [r.mean_abs_change for r in whole.sensitivity]
 
 
 def test_the_share_of_changed_weights_is_said_of_whole_fine_tunes_alone(
     spec: JobSpec, ran: Ran, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short run has not moved them as far: its share is not the paper's."""
-    monkeypatch.setattr(cli, "_pictures", lambda *_: {})
+    monkeypatch.setattr(output, "_figures", lambda *_: {})
     config, seen = SplitConfig(levels=(LEVEL,), store=spec.store), ImageStatistics(32, 40, 100.0, 0.2)
 
     def said(result: LevelResult) -> tuple[Any, str]:
         images = dict.fromkeys(("clean", LEVEL), seen)
-        manifest = manifest_of(config, spec, Blob(spec.base, 0), NetworkFacts(895, 3), images, (result,))
-        row = summary_row(result, spec.budget, 895)
-        cli._show(config, Outcome("sha256:" + "0" * 64, (result,), {}, (row,)), json_lines=False)
-        return manifest["levels"][LEVEL].get("share_above_2e_4"), capsys.readouterr().out
+        manifest = manifest_of(config, spec, Blob(digest=spec.base, bytes=0), NetworkFacts(895, 3), images, (result,))
+        row = summary_row(result, spec, 895)
+        output.show_split(config, Outcome("sha256:" + "0" * 64, (result,), {}, (row,)), json_lines=False)
+        return manifest.levels[LEVEL].share_above_2e_4, capsys.readouterr().out
 
     whole, _ = ran()
     by_layer, by_weight = whole.share_changed
     share, text = said(whole)
-    assert share == {"by_layer": by_layer, "by_weight": by_weight}
-    assert f"moved {by_weight:.1%} to {by_weight:.1%} of the weights by more than 2e-4;\n{by_layer:.1%}" in text
+    assert share is not None
+    assert (share.by_layer, share.by_weight) == (by_layer, by_weight)
+    assert f"changed {100 * by_weight:.1f} to {by_weight:.1%} of the weights by more than 2e-4.\n" in text
+    assert f"exceeds 2e-4 hold {100 * by_layer:.1f} to {by_layer:.1%} of the weights." in text
     for epochs in (0.34, 0.0):
         share, text = said(ran(sensitivity_epochs=epochs)[0])
         assert share is None
@@ -211,29 +199,40 @@ def test_layers_chosen_by_the_gradient_at_the_base(spec: JobSpec, ran: Ran, monk
     rate = spec.recipe.learning_rate
     layers = {layer.name: layer for layer in layers_of(build_model("tests.nets:small", tiny.CLASSES))}
     for row in result.sensitivity:
-        g = torch.cat([taken.mean[name].reshape(-1).double() for name in layers[row["layer"]].tensors])
-        assert row["mean_abs_change"] == pytest.approx(float(g.abs().mean()) * rate, rel=1e-3, abs=1e-8)
-        assert row["first_order_change"] == pytest.approx(-float(g.square().sum()) * rate, rel=1e-3, abs=1e-8)
+        g = torch.cat([taken.mean[name].reshape(-1).double() for name in layers[row.layer].tensors])
+        assert row.mean_abs_change == pytest.approx(float(g.abs().mean()) * rate, rel=1e-3, abs=1e-8)
+        assert row.first_order_change == pytest.approx(-float(g.square().sum()) * rate, rel=1e-3, abs=1e-8)
 
 
 def keys_of(spec: JobSpec, criterion: Criterion) -> dict[str, str]:
-    """Of what is computed after the full fine-tune, by stage."""
+    """Keys of what is computed after the full fine-tune, by stage; of the undistorted level by "clean" and stage."""
     seen = dict[str, str]()
 
     class Data:
         train = val = SimpleNamespace(digest="data")
 
-    def stage(self: LevelRun, name: str, key: str, *_: Any) -> dict[str, Any]:
-        seen[name if self.level == LEVEL else f"{self.level} {name}"] = key[:16]
-        return {"digest": "control"}
+    def result(self: StageCache, kind: type[StageResult], key: str, *_: Any, **__: Any) -> Any:
+        seen[kind.stage if self.level == LEVEL else f"{self.level} {kind.stage}"] = key[:16]
+        return SimpleNamespace(digest="control", selection=None)
 
     own = replace(spec, base="base", data=Data(), criterion=criterion)  # type: ignore[arg-type]
-    run, full = LevelRun(own, LEVEL, lambda _: None), {"digest": "full", "sensitivity": []}
+    run, full = LevelRun(own, LEVEL, lambda _: None), FullResult("full", 0, None, 0.0, ())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LevelRun, "stage", stage)
+        patch.setattr(StageCache, "result", result)
         run.measured(full)
         run.selection(full, BUDGET)
     return seen
+
+
+@pytest.mark.parametrize(
+    "execution", [Execution("cuda", "float32", 1), Execution("cpu", "bfloat16", 1), Execution("cpu", "float32", 2)]
+)
+def test_what_decides_the_bits_is_in_every_key(spec: JobSpec, execution: Execution) -> None:
+    """Threads, precision and device give other digests: results of one are not taken for another's."""
+    assert spec.key("original", level=LEVEL) != replace(spec, execution=execution).key("original", level=LEVEL)
+    before, after = (keys_of(s, Criterion(against="clean")) for s in (spec, replace(spec, execution=execution)))
+    assert before.keys() == after.keys() == {"clean full", "measure", "selection"}
+    assert not set(before.values()) & set(after.values())
 
 
 def test_what_is_measured_otherwise_is_kept_under_other_keys(spec: JobSpec) -> None:
@@ -251,7 +250,6 @@ def test_what_is_measured_otherwise_is_kept_under_other_keys(spec: JobSpec) -> N
         different = [keys[stage] for keys in found if stage in keys]
         assert len(set(different)) == len(different)
     assert found[1]["clean full"] == found[3]["clean full"]
-    assert Criterion(against="clean").inputs()["against"] == "clean"
 
 
 # ── normalisations chosen whole ──────────────────────────────────────────────────────────────────────────────────
@@ -294,11 +292,9 @@ def test_a_normalisation_chosen_whole_holds_no_statistics(
     assert result.floats == sum(layers[name].numel for name in held)
     assert sum(layers[name].numel for name in chosen) == 2 * sum(layers[n].numel for n in chosen if n in held)
     if storage_formats == ("float32",):
-        assert result.floats == sum(t.numel() for t in stored.values()) == result.selection["used"]
+        assert result.floats == sum(t.numel() for t in stored.values()) == result.selection.used
     folded = {
-        name: storage_format
-        for name, storage_format in result.selection["storage_formats"].items()
-        if storage_format == FOLDED
+        name: storage_format for name, storage_format in result.selection.storage_formats.items() if storage_format == FOLDED
     }
     assert folded == dict.fromkeys((f"{norm}.running_stats" for norm in norms), FOLDED)
     assert FOLDED not in result.storage_formats.values()
@@ -320,14 +316,12 @@ def test_a_normalisation_chosen_whole_holds_no_statistics(
     far = float((outputs[1] - outputs[0]).abs().max())
     assert far < (1e-5 if storage_formats == ("float32",) else 0.05) * size
     assert float((outputs[2] - outputs[0]).abs().max()) > 10 * far, "statistics alone would not have been left out"
-    assert result.adaptor == judged(spec, result)
+    assert result.adaptor == score_from_store(spec, result)
 
 
-def test_statistics_that_are_not_the_bases_are_never_left_out(
-    spec: JobSpec, ran: Ran, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_that_are_not_the_bases_are_never_left_out(spec: JobSpec, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     criterion = Criterion(granularity="module")
-    sense_level(replace(spec, seed=22), LEVEL, (criterion,), lambda _: None)
+    measure_level(replace(spec, seed=22), LEVEL, lambda _: None, (criterion,))
     monkeypatch.setattr(level_run, "fold", lambda normalisations, base, state: dict(state))
     with pytest.raises(ComplementChangedError, match=r"bn\d.running_\w+ lies outside"):
         ran(criterion=criterion, seed=22, budget=30)
@@ -336,8 +330,8 @@ def test_statistics_that_are_not_the_bases_are_never_left_out(
 def test_layers_by_themselves_are_not_folded(ran: Ran, folds: Folds) -> None:
     result, _ = ran(criterion=Criterion(storage_formats=("float32", "bfloat16"), importance="l2"), seed=23)
     assert folds == []
-    assert result.judged == result.sensitivity
-    assert not set(result.selection["storage_formats"].values()) - {"bfloat16"}
+    assert result.compared == result.sensitivity
+    assert not set(result.selection.storage_formats.values()) - {"bfloat16"}
 
 
 # ── what changes are measured against ────────────────────────────────────────────────────────────────────────────
@@ -346,8 +340,8 @@ def test_layers_by_themselves_are_not_folded(ran: Ran, folds: Folds) -> None:
 def states_of(spec: JobSpec) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The base, and the full fine-tunes of the level and of the undistorted images, from the store."""
     store = Store(spec.store)
-    fulls = (fine_tune_fully(spec, level, lambda _: None, only_look=True) for level in (LEVEL, "clean"))
-    full, control = (store.get_state(each["digest"]) for each in fulls)
+    fulls = (fine_tune_fully(spec, level, lambda _: None, only_cached=True) for level in (LEVEL, "clean"))
+    full, control = (store.get_state(each.digest) for each in fulls)
     return store.get_state(spec.base), full, control
 
 
@@ -368,7 +362,7 @@ def test_values_against_the_control_are_those_of_the_three_states(
     base, full, control = states_of(own)
     model = build_model(spec.network.name, tiny.CLASSES)
     # Eq. (1), and what the tables say of it, is of the base
-    plain = {row["layer"]: row["mean_abs_change"] for row in result.sensitivity}
+    plain = {row.layer: row.mean_abs_change for row in result.sensitivity}
     for layer in layers_of(model):
         moved = torch.cat([(full[n].double() - base[n].double()).reshape(-1) for n in layer.tensors])
         assert plain[layer.name] == pytest.approx(float(moved.abs().mean()), rel=1e-9)
@@ -376,7 +370,7 @@ def test_values_against_the_control_are_those_of_the_three_states(
     if granularity == "module":
         full, control = (fold(foldable(model).values(), base, state) for state in (full, control))
     model.load_state_dict(base)
-    taken = gradients(model, *training_data(spec, LEVEL), NORMALISATION, spec.recipe.crop, spec.seed, "float32")
+    taken = gradients(SEGMENTATION, model, *spec.training_data(LEVEL), NORMALISATION, "float32", spec.recipe.crop, spec.seed)
     picked = set(result.layers)
     best = total = 0.0
     for group in alternatives_of(model, granularity):  # type: ignore[arg-type]
@@ -399,7 +393,7 @@ def test_values_against_the_control_are_those_of_the_three_states(
         best = max(best, *worths.values())
         total += max((worth for names, worth in worths.items() if names <= picked), default=0.0)
     assert best > 0
-    assert result.selection["objective"] == pytest.approx(total, rel=1e-6)
+    assert result.selection.objective == pytest.approx(total, rel=1e-6)
 
 
 def test_a_layer_that_training_moves_anyhow_is_worth_nothing(spec: JobSpec) -> None:
@@ -407,10 +401,11 @@ def test_a_layer_that_training_moves_anyhow_is_worth_nothing(spec: JobSpec) -> N
     level = "brightness-1.0"
     against = replace(spec, criterion=Criterion(against="clean", granularity="module"), keep_full=True)
     assert run_level(replace(against, criterion=PAPERS), level, lambda _: None).layers, "it moved"
-    (measured,) = sense_level(against, level, (against.criterion,), lambda _: None)
-    assert {row["mean_abs_change"] for row in measured["judged"]} == {0.0}
-    assert all(row["mean_abs_change"] > 0 for row in measured["sensitivity"] if row["layer"] != "up.weight")
-    with pytest.raises(UserError, match="no layer is worth anything"):
+    run = LevelRun(against, level, lambda _: None)
+    measured = run.measured(run.full())
+    assert {row.mean_abs_change for row in measured.compared} == {0.0}
+    assert all(row.mean_abs_change > 0 for row in measured.sensitivity if row.layer != "up.weight")
+    with pytest.raises(UserError, match=r"no layer of brightness-1\.0 has a positive value"):
         run_level(against, level, lambda _: None)
 
 
@@ -423,18 +418,18 @@ def test_the_control_is_made_once_and_looked_for_before_anything(spec: JobSpec) 
             said.append((event.level, event.stage))
 
     # all there but the control
-    sense_level(replace(own, keep_full=True, criterion=PAPERS), LEVEL, (PAPERS,), emit)
-    known = partial(sense_level, own, LEVEL, emit=lambda _: None, only_look=True)
-    assert known((PAPERS,))
-    with pytest.raises(NotYetError):
-        known((own.criterion,))
-    with pytest.raises(NotYetError):
-        fine_tune_fully(own, "clean", emit, only_look=True)
-    assert known_level(own, LEVEL, emit) is None
+    measure_level(replace(own, keep_full=True, criterion=PAPERS), LEVEL, emit, (PAPERS,))
+    known = partial(measure_level, own, LEVEL, lambda _: None, only_cached=True)
+    assert known(criteria=(PAPERS,))
+    with pytest.raises(NotCachedError):
+        known(criteria=(own.criterion,))
+    with pytest.raises(NotCachedError):
+        fine_tune_fully(own, "clean", emit, only_cached=True)
+    assert cached(run_level, own, LEVEL, emit=emit) is None
     del said[:]
     first = run_level(own, LEVEL, emit)
     assert said == [("clean", "full"), (LEVEL, "measure"), (LEVEL, "selection"), (LEVEL, "partial")]
-    assert known((own.criterion,))
+    assert known(criteria=(own.criterion,))
     del said[:]
     run_level(own, "jpeg-20", emit)
     assert ("clean", "full") not in said
@@ -443,17 +438,15 @@ def test_the_control_is_made_once_and_looked_for_before_anything(spec: JobSpec) 
     other = replace(own, budget=100, criterion=own.criterion.model_copy(update={"importance": "l2"}))
     run_level(other, LEVEL, emit)
     assert {stage for _, stage in said} <= {"selection", "partial"}
-    assert known_level(own, LEVEL, emit) == first
+    assert cached(run_level, own, LEVEL, emit=emit) == first
     # of another seed, recipe or shorter look it is another, as the level's own is
-    digest = fine_tune_fully(own, "clean", emit)["digest"]
+    digest = fine_tune_fully(own, "clean", emit).digest
     recipe = spec.recipe.model_copy(update={"learning_rate": 0.05})
     for changes in ({"seed": 32}, {"recipe": recipe}, {"sensitivity_epochs": 0.34}):
-        assert fine_tune_fully(replace(own, **changes), "clean", emit)["digest"] != digest  # type: ignore[arg-type]
+        assert fine_tune_fully(replace(own, **changes), "clean", emit).digest != digest  # type: ignore[arg-type]
 
 
-def test_without_a_full_fine_tune_the_control_is_a_step_too(
-    spec: JobSpec, ran: Ran, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_full_fine_tune_the_control_is_a_step_too(spec: JobSpec, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step along the level's gradient, against one along that of the undistorted images."""
     passes = list[Gradients]()
 
@@ -467,9 +460,9 @@ def test_without_a_full_fine_tune_the_control_is_a_step_too(
     level, clean = passes
     rate = spec.recipe.learning_rate
     layers = {layer.name: layer for layer in layers_of(build_model("tests.nets:small", tiny.CLASSES))}
-    for row in result.judged:
-        g = torch.cat([(level.mean[n] - clean.mean[n]).reshape(-1).double() for n in layers[row["layer"]].tensors])
-        assert row["mean_abs_change"] == pytest.approx(float(g.abs().mean()) * rate, rel=1e-2, abs=1e-8)
+    for row in result.compared:
+        g = torch.cat([(level.mean[n] - clean.mean[n]).reshape(-1).double() for n in layers[row.layer].tensors])
+        assert row.mean_abs_change == pytest.approx(float(g.abs().mean()) * rate, rel=1e-2, abs=1e-8)
 
 
 def test_a_store_is_what_it_was_made_with(spec: JobSpec, tmp_path: Path, ran: Ran) -> None:
@@ -477,13 +470,13 @@ def test_a_store_is_what_it_was_made_with(spec: JobSpec, tmp_path: Path, ran: Ra
     own = replace(spec, store=str(tmp_path))
     own = replace(own, base=Store(own.store).put_state(Store(spec.store).get_state(spec.base)).digest)
     run = LevelRun(own, LEVEL, lambda _: None)
-    assert not Store(own.store).has_blob(run.full()["digest"])
-    stored_variants = LevelRun(replace(own, criterion=Criterion(storage_formats=("int8",))), LEVEL, lambda _: None)
-    assert Store(own.store).has_blob(stored_variants.full()["digest"])
+    assert not Store(own.store).is_intact(run.full().digest)
+    with_formats = LevelRun(replace(own, criterion=Criterion(storage_formats=("int8",))), LEVEL, lambda _: None)
+    assert Store(own.store).is_intact(with_formats.full().digest)
 
 
 def test_a_choice_that_nothing_fits_is_one_sentence(ran: Ran) -> None:
     with pytest.raises(
-        UserError, match="4 bytes hold none of jpeg-10's choices by module as int8, float32: the smallest"
+        UserError, match="a budget of 4 bytes is too small for jpeg-10: the smallest option by module as int8, float32 takes"
     ):
         ran(criterion=Criterion(importance="l2", granularity="module", storage_formats=("int8", "float32")), budget=1)

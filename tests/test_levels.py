@@ -182,9 +182,7 @@ def test_h264_loses_more_at_a_higher_crf() -> None:
     assert errors[-1] > 2 * errors[0] > 0
 
 
-@pytest.mark.parametrize(
-    "colour", [(255, 0, 0), (0, 200, 0), (20, 40, 250), (255, 255, 255), (0, 0, 0), (200, 100, 50)]
-)
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 200, 0), (20, 40, 250), (255, 255, 255), (0, 0, 0), (200, 100, 50)])
 def test_h264_at_crf_0_keeps_a_flat_colour(colour: tuple[int, int, int]) -> None:
     frame = np.full((H, W, 3), colour, np.uint8)
     [decoded] = parse_level("h264-crf0").apply([frame])
@@ -229,13 +227,7 @@ def test_the_same_clip_gives_the_same_bytes(name: str) -> None:
     assert len(runs) == 1
 
 
-PIXELS_OF = {
-    "pillow": "13.0.0",
-    "libjpeg": "3.2.0",
-    "pyav": "18.1.0",
-    "libavcodec": "62.28.102",
-    "x264": "165",
-}
+PIXELS_OF = {"pillow": "13.0.0", "libjpeg": "3.2.0", "pyav": "18.1.0", "libavcodec": "62.28.102", "x264": "165"}
 
 
 @pytest.mark.skipif(codec_versions() != PIXELS_OF or platform.machine() != "x86_64", reason="codecs of other versions")

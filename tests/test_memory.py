@@ -3,7 +3,7 @@
 import pytest
 
 from gearnn_ray import build_model, model_size
-from gearnn_ray.config.schema import budget_floats
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.evaluation.memory import memory_rows, table_1
 from gearnn_ray.store import tables
 
@@ -17,9 +17,7 @@ DRN_D_38 = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("network", "budget", "published"), [("drn_d_22", 31_814, DRN_D_22), ("drn_d_38", 52_045, DRN_D_38)]
-)
+@pytest.mark.parametrize(("network", "budget", "published"), [("drn_d_22", 31_814, DRN_D_22), ("drn_d_38", 52_045, DRN_D_38)])
 def test_table_1_is_the_papers_to_the_last_digit(network: str, budget: int, published: tuple[int, ...]) -> None:
     floats = model_size(build_model(network, num_classes=19))
     assert budget_floats("0.2%", floats) == budget

@@ -11,7 +11,8 @@ from torch import nn
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.models.drn import bilinear_kernel
 from gearnn_ray.models.layers import layers_of, model_size, network_state
-from gearnn_ray.models.registry import build_model, load_weights, read_weights
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.models.weights import load_weights, read_weights
 from tests.conftest import ROOT
 
 

@@ -1,7 +1,9 @@
-"""The split job on a real Ray: what it publishes, what it reuses, what it refuses, and what one bad level costs."""
+"""The split job on a real Ray: what it publishes, reuses and refuses, and what happens where a level fails."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,28 @@ import safetensors.torch
 import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
+from torch import Tensor, nn
 
-from gearnn_ray import Store, UserError
 from gearnn_ray.cli.main import run_split
-from gearnn_ray.config.schema import ResourcesConfig
+from gearnn_ray.config.resources import ResourcesConfig
+from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
+from gearnn_ray.offline import pipeline
+from gearnn_ray.offline.execution import Processor
 from gearnn_ray.ray_jobs.resources import autoscaler_ceiling, check_resources, groups_that_fit
+from gearnn_ray.store.releases import Store
 from tests import tiny
+from tests.nets import Small
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
+Options = Callable[..., list[str]]
+
 
 @pytest.fixture
-def told(tmp_path: Path) -> Callable[..., list[str]]:
+def options(tmp_path: Path) -> Options:
+    """The command line of a small job, with changes."""
     tiny.write_folder(tmp_path / "data")
     tiny.write_weights(tmp_path / "weights.safetensors")
     return lambda **changes: tiny.options(tmp_path, **changes)
@@ -43,28 +53,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_from_weights_to_a_release(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_weights_to_a_release(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     levels = ["clean", "jpeg-10", "h264-32x24", "brightness-0.4+jpeg-30"]
-    code, lines, _ = run(told(levels=levels), capsys)
+    code, lines, _ = run(options(levels=levels), capsys)
     assert code == 0
     store = Store(tmp_path / "store")
     release = store.pull("tiny:latest")
     assert sorted(release.levels) == sorted(levels)
     assert release.digest == lines[-1]["release"]
     assert release.adaptor_state("clean") == {}
-    assert {
-        "schema",
-        "name",
-        "created",
-        "model",
-        "base",
-        "levels",
-        "budget",
-        "recipe",
-        "versions",
-    } <= release.manifest.keys()
+    assert {"schema", "name", "created", "model", "base", "levels", "budget", "recipe", "versions"} <= release.manifest.keys()
     assert release.manifest["config"]["recipe"]["epochs"] == 3
     assert str(tmp_path / "store") not in json.dumps(release.manifest)
 
@@ -124,22 +122,20 @@ def test_from_weights_to_a_release(
 
 
 def test_running_again_computes_nothing_and_adds_nothing(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(told(), capsys)[0] == 0
+    assert run(options(), capsys)[0] == 0
     before = files(tmp_path / "store")
-    code, lines, _ = run(told(), capsys)
+    code, lines, _ = run(options(), capsys)
     assert code == 0
     assert files(tmp_path / "store") == before
     assert tiny.epochs_run(lines) == 0
     assert {e["event"] for e in lines if e["event"] != "result" and e["stage"] != "images"} == {"reused"}
 
 
-def test_another_budget_reuses_every_full_fine_tune(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = run(told(), capsys)[1]
-    code, lines, _ = run(told(budget="40"), capsys)
+def test_another_budget_reuses_every_full_fine_tune(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(options(), capsys)[1]
+    code, lines, _ = run(options(budget="40"), capsys)
     assert code == 0
     fulls = [e for e in lines if e.get("stage") == "full"]
     assert {e["event"] for e in fulls} == {"reused"}
@@ -148,14 +144,12 @@ def test_another_budget_reuses_every_full_fine_tune(
     assert all(level["floats"] <= 40 for level in release.manifest["levels"].values())
     # the first one is still there, under its digest, and comes back with its budget
     assert Store(tmp_path / "store").pull(f"tiny@{first[-1]['release']}").manifest["budget"]["asked"] == "20%"
-    assert run(told(), capsys)[1][-1]["release"] == first[-1]["release"]
+    assert run(options(), capsys)[1][-1]["release"] == first[-1]["release"]
 
 
-def test_full_fine_tunes_are_kept_on_request(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(told(levels=["jpeg-10"]), capsys)
-    code, lines, _ = run(told(levels=["jpeg-10"], **{"keep-full": "True"}), capsys)
+def test_full_fine_tunes_are_kept_on_request(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(options(levels=["jpeg-10"]), capsys)
+    code, lines, _ = run(options(levels=["jpeg-10"], **{"keep-full": "True"}), capsys)
     assert code == 0
     assert any(e.get("stage") == "full" and e["event"] == "finished" for e in lines)  # it had not been kept
     store = Store(tmp_path / "store")
@@ -166,9 +160,9 @@ def test_full_fine_tunes_are_kept_on_request(
 
 
 def test_the_base_is_trained_where_no_weights_are_given(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = told(
+    arguments = options(
         levels=["jpeg-30"],
         **{"model.weights": None, "base-recipe.epochs": 6, "base-recipe.crop": 24, "base-recipe.batch-size": 4},
     )
@@ -179,24 +173,153 @@ def test_the_base_is_trained_where_no_weights_are_given(
     assert [e["event"] for e in run(arguments, capsys)[1] if e.get("stage") == "base"] == ["reused"]
 
 
-def test_a_failed_level_takes_no_other_down(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = told(levels=["brightness-0.01", "jpeg-20"], **{"model.name": "tests.nets:afraid_of_the_dark"})
+def test_a_failed_level_takes_no_other_down(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(levels=["brightness-0.01", "jpeg-20"], **{"model.name": "tests.nets:afraid_of_the_dark"})
     code, lines, _ = run(arguments, capsys)
     assert code == 1
     assert list(lines[-1]["failed"]) == ["brightness-0.01"]
     assert "the loss became nan in epoch 1 of 3" in lines[-1]["failed"]["brightness-0.01"]
-    assert Store(tmp_path / "store").pull("tiny").levels == ("jpeg-20",)
+    assert Store(tmp_path / "store").pull("tiny:partial").levels == ("jpeg-20",)
     assert run_split(arguments) == 1
     assert "brightness-0.01 failed: the loss became nan" in capsys.readouterr().out
 
 
+# all processes of these tests read it from the environment
+FAILING = Path(os.environ.setdefault("GEARNN_TEST_FAILING", f"{tempfile.gettempdir()}/gearnn-failing-{os.getpid()}"))
+
+
+class _FailsOnDemand(Small):
+    """Its logits are NaN in training on dark images while the file FAILING exists."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits * float("nan") if torch.is_grad_enabled() and x.mean() < -1.0 and FAILING.exists() else logits
+
+
+def fails_on_demand(num_classes: int) -> nn.Module:
+    return _FailsOnDemand(num_classes)
+
+
+def test_latest_moves_only_when_every_level_is_published(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, store = {"model.name": "tests.test_pipeline:fails_on_demand"}, Store(tmp_path / "store")
+    assert run(options(levels=["jpeg-20"], **network), capsys)[0] == 0
+    first = store.tag_digest("tiny", "latest")
+    both = options(levels=["brightness-0.01", "jpeg-20"], tags=["v2"], **network)
+    FAILING.touch()
+    try:
+        code, lines, _ = run(both, capsys)
+        assert run_split(both) == 1
+    finally:
+        FAILING.unlink()
+    assert (code, lines[-1]["tag"], list(lines[-1]["failed"])) == (1, "partial", ["brightness-0.01"])
+    assert store.tags("tiny") == {"latest": first, "partial": lines[-1]["release"]}
+    assert store.pull("tiny:partial").levels == ("jpeg-20",)
+    said = capsys.readouterr().out
+    assert "the release has the tag partial and tiny:latest stays as it was" in said
+    assert "To finish it, run the same command again: it computes only what is missing." in said
+    assert "bundle:   tiny:partial" in said
+
+    # the reason is gone, and the same command is run again
+    code, lines, _ = run(both, capsys)
+    assert (code, lines[-1]["tag"], lines[-1]["failed"]) == (0, "latest", {})
+    assert {e["level"] for e in lines if e["event"] == "finished" and e["stage"] != "images"} == {"brightness-0.01"}
+    assert store.tags("tiny")["latest"] == store.tags("tiny")["v2"] == lines[-1]["release"] != first
+    assert store.pull("tiny").levels == ("brightness-0.01", "jpeg-20")
+
+
+def test_corrupt_blobs_are_computed_again(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One byte is flipped in the blob of the trained base, of an adaptor, and of a full fine-tune that was kept."""
+    arguments = options(
+        levels=["jpeg-10"],
+        **{"keep-full": "True", "model.weights": None},
+        **{"base-recipe.epochs": 1, "base-recipe.crop": 24, "base-recipe.batch-size": 4},
+    )
+    code, lines, _ = run(arguments, capsys)
+    assert code == 0
+    store, release = Store(tmp_path / "store"), lines[-1]["release"]
+    content = store.pull("tiny").content
+    entry = content.levels["jpeg-10"]
+    assert entry.full is not None
+    for digest, stage in ((content.base.digest, "base"), (entry.digest, "partial"), (entry.full.digest, "full")):
+        assert digest is not None
+        path = tmp_path / "store/blobs/sha256" / digest.removeprefix("sha256:")
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        if stage != "full":  # the full fine-tune is no part of what is served
+            with pytest.raises(CorruptStoreError, match=digest):
+                store.pull("tiny")
+        code, lines, _ = run(arguments, capsys)
+        assert code == 0
+        assert {e["stage"] for e in lines if e["event"] == "finished"} == {"images", stage}
+        assert store.is_intact(digest)
+        assert store.pull("tiny").digest == lines[-1]["release"] == release
+
+
+def _small_processor(cpus: int) -> Processor:
+    return Processor(2, "float32", None)
+
+
+def _large_processor(cpus: int) -> Processor:
+    return Processor(64, "bfloat16", "bfloat16")
+
+
+def test_a_job_keeps_the_precision_and_the_threads_that_it_began_with(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = {"recipe.precision": "auto", "base-recipe.precision": "auto"}
+    short = {"recipe.epochs": 1, "base-recipe.epochs": 1, "base-recipe.crop": 24, "base-recipe.batch-size": 4}
+    arguments = options(levels=["jpeg-10"], **{"model.weights": None}, **auto, **short)
+    monkeypatch.setattr(pipeline, "look_at_processor", _small_processor)
+    code, first, _ = run(arguments, capsys)
+    assert code == 0
+    store = Store(tmp_path / "store")
+    assert store.pull("tiny").manifest["execution"] == {"device": "cpu", "precision": "float32", "threads": 1}
+
+    # it continues where the largest node has more CPUs, all of them with another fastest precision
+    monkeypatch.setattr(pipeline, "look_at_processor", _large_processor)
+    code, again, _ = run(arguments, capsys)
+    assert code == 0
+    assert {e["event"] for e in again if e["event"] != "result" and e["stage"] != "images"} == {"reused"}
+    assert again[-1]["release"] == first[-1]["release"]
+
+    # another job, here with another seed, uses what that machine has
+    code, other, _ = run([*arguments, "--seed", "1"], capsys)
+    assert code == 0
+    assert {e["stage"] for e in other if e["event"] == "finished"} >= {"base", "full", "partial"}
+    assert store.pull("tiny").manifest["execution"] == {"device": "cpu", "precision": "bfloat16", "threads": 1}
+
+
+def test_results_of_another_version_of_torch_are_reused_and_the_output_names_it(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(levels=["jpeg-10"], **{"recipe.epochs": 1})
+    assert run(arguments, capsys)[0] == 0
+    store = Store(tmp_path / "store")
+    release, changed = store.tag_digest("tiny", "latest"), 0
+    for path in (tmp_path / "store/stages").iterdir():
+        record = store.get_record(path.stem)
+        assert record is not None
+        if "versions" in record:
+            store.put_record(path.stem, {**record, "versions": {**record["versions"], "torch": "1.13.1"}})
+            changed += 1
+    assert changed >= 4
+    assert run_split(arguments) == 0
+    said = capsys.readouterr().out
+    for stage in ("evaluating the original", "full fine-tune", "selection", "partial fine-tune"):
+        (line,) = [line for line in said.splitlines() if f"jpeg-10 {stage}: " in line]
+        assert "already in the store" in line
+        assert "(made with torch 1.13.1)" in line
+    assert store.tag_digest("tiny", "latest") == release
+
+
 def test_changes_against_the_undistorted_fine_tune_which_is_made_once(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     against = {"selection.against": "clean", "selection.granularity": "module"}
-    code, lines, _ = run(told(**against), capsys)
+    code, lines, _ = run(options(**against), capsys)
     assert code == 0
     fulls = [e["level"] for e in lines if e.get("stage") == "full" and e["event"] == "finished"]
     assert sorted(fulls) == ["brightness-0.4", "clean", "jpeg-10"]
@@ -206,40 +329,36 @@ def test_changes_against_the_undistorted_fine_tune_which_is_made_once(
     assert release.manifest["config"]["selection"]["against"] == "clean"
     assert not any("running" in name for level in release.levels for name in release.adaptor_state(level))
     # another budget finds it and all else that does not depend on one; the same budget everything
-    code, lines, _ = run(told(budget="40", **against), capsys)
+    code, lines, _ = run(options(budget="40", **against), capsys)
     assert code == 0
     assert {e["stage"] for e in lines if e["event"] == "finished"} == {"images", "selection", "partial"}
-    code, lines, _ = run(told(**against), capsys)
+    code, lines, _ = run(options(**against), capsys)
     assert (code, tiny.epochs_run(lines), lines[-1]["release"]) == (0, 0, release.digest)
 
     # where it cannot be had, no level can be chosen for; what was there stays
     before = {name: data for name, data in files(tmp_path / "store").items() if not name.startswith("stages")}
     levels = ["brightness-0.3", "brightness-0.4"]
-    arguments = told(levels=levels, **against, **{"model.name": "tests.nets:afraid_of_the_light"})
+    arguments = options(levels=levels, **against, **{"model.name": "tests.nets:afraid_of_the_light"})
     code, lines, _ = run(arguments, capsys)
     assert code == 1
     (reason,) = set(lines[-1]["failed"].values())
     assert sorted(lines[-1]["failed"]) == levels
-    assert reason.startswith(
-        "the fine-tune on undistorted images, which changes are measured against: the loss became nan"
-    )
+    assert reason.startswith("the fine-tune on undistorted images, which changes are measured against: the loss became nan")
     assert "\n" not in reason
     assert before.items() <= files(tmp_path / "store").items()
     assert store.pull("tiny").digest == release.digest
 
 
 def test_where_every_level_fails_nothing_is_published(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = told(levels=["brightness-0.01"], **{"model.name": "tests.nets:afraid_of_the_dark"})
+    arguments = options(levels=["brightness-0.01"], **{"model.name": "tests.nets:afraid_of_the_dark"})
     assert run(arguments, capsys)[0] == 1
     assert not (tmp_path / "store" / "refs").exists()
 
 
-def test_one_fine_tune_over_two_workers(
-    told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = told(levels=["jpeg-10"], **{"resources.workers-per-level": 2})
+def test_one_fine_tune_over_two_workers(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(levels=["jpeg-10"], **{"resources.workers-per-level": 2})
     code, lines, err = run(arguments, capsys)
     assert code == 0, err
     assert {e["stage"] for e in lines if e["event"] == "finished"} >= {"original", "full", "selection", "partial"}
@@ -252,31 +371,29 @@ def test_one_fine_tune_over_two_workers(
     assert tiny.epochs_run(lines) == 0
 
 
-def test_a_job_on_s3(told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_on_s3(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
         boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="bucket")
         uri = f"s3://bucket/artifacts?scheme=http&endpoint_override={host}:{port}"
-        code, lines, err = run(told(levels=["jpeg-10"], store=uri), capsys)
+        code, lines, err = run(options(levels=["jpeg-10"], store=uri), capsys)
         assert code == 0, err
         release = Store(uri).pull("tiny")
-        run(told(levels=["jpeg-10"]), capsys)
+        run(options(levels=["jpeg-10"]), capsys)
         local = Store(tmp_path / "store").pull("tiny")
         # the same bytes wherever they are published
         assert {**release.manifest, "created": ""} == {**local.manifest, "created": ""}
-        code, lines, _ = run(told(levels=["jpeg-10"], store=uri), capsys)
+        code, lines, _ = run(options(levels=["jpeg-10"], store=uri), capsys)
         assert (code, tiny.epochs_run(lines)) == (0, 0)
     finally:
         server.stop()
 
 
-def test_a_failed_level_spread_over_workers_says_why(
-    told: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_level_spread_over_workers_says_why(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, _ = run(
-        told(
+        options(
             levels=["brightness-0.01"],
             **{"model.name": "tests.nets:afraid_of_the_dark", "resources.workers-per-level": 2, "resources.retries": 0},
         ),
@@ -332,13 +449,23 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
     "a store that cannot be written": ({"store": "/proc/nowhere"}, None, "/proc/nowhere"),
     "more GPUs than there will ever be": ({"resources.gpus": 3}, None, "3 GPU"),
     "more CPUs than there will ever be": ({"resources.cpus": 64}, None, "64 CPU"),
-    "more workers than there will ever be": ({"resources.workers-per-level": 9}, None, "9 workers"),
+    "more workers than there will ever be": (
+        {"resources.workers-per-level": 9, "recipe.batch-size": 9}, None, "9 workers",
+    ),
+    "more workers than images in a batch": (
+        {"resources.workers-per-level": 5, "resources.cpus": 0.1}, None,
+        "resources.workers_per_level is 5 and recipe.batch_size 4",
+    ),
+    "more workers than images": (
+        {"resources.workers-per-level": 13, "resources.cpus": 0.1, "recipe.batch-size": 16}, None,
+        "resources.workers_per_level is 13 and there are 12 training images",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
-    what: str, told: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], published: Path
+    what: str, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], published: Path
 ) -> None:
     changes, damage, found = BAD[what]
     shutil.copytree(published, tmp_path / "store")
@@ -346,7 +473,7 @@ def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
     if damage is not None:
         damage(tmp_path)
     changes = {k: tmp_path / v if k in ("model.weights", "data.path") else v for k, v in changes.items()}
-    code, lines, err = run(told(**changes), capsys)
+    code, lines, err = run(options(**changes), capsys)
     assert code == 2
     assert found in err
     assert err.startswith("error: ")
@@ -357,7 +484,7 @@ def test_bad_input_is_one_sentence_and_leaves_the_store_as_it_was(
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     """A store with a release in it."""
     folder = tmp_path_factory.mktemp("published")
     tiny.write_folder(folder / "data")

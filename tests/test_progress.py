@@ -1,15 +1,16 @@
-"""What a job says: remaining time by plain arithmetic, lines for logs, JSON for machines, bars for terminals."""
+"""What a job reports: the estimate of the remaining time, lines for logs, JSON for machines, bars for terminals, a summary."""
 
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from gearnn_ray.core.events import Event
 from gearnn_ray.reporting.progress import Estimate, _JsonLines, _LiveBars, _Plain, describe, duration, split_plan
-from gearnn_ray.reporting.summary import accuracy_figure, print_summary, share_of_gap_closed, weight_change_figure
+from gearnn_ray.reporting.summary import LayerChange, SummaryRow, accuracy_figure, print_summary, weight_change_figure
 
 
 def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
@@ -57,7 +58,7 @@ def test_the_control_is_a_full_fine_tune_more() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with _LiveBars(split_plan(("jpeg-10",), control=True), console) as emit:
         emit(Event("progress", "full", "clean", 4, 8, 2, 4, 0.25))
-        emit(Event("reused", "full", "clean"))  # said again by every level that is measured against it
+        emit(Event("reused", "full", "clean"))  # every level that is measured against it reports it again
     assert [line.split()[0] for line in _last_frame(console)] == ["images", "jpeg-10", "clean", "all"]
 
 
@@ -82,12 +83,12 @@ def test_a_log_gets_one_line_per_event_with_the_remaining_time() -> None:
         emit(Event("started", "full", "jpeg-10"))
         emit(Event("progress", "full", "jpeg-10", 1, 8, 1, 4, 0.5))  # within an epoch: no line
         emit(Event("progress", "full", "jpeg-10", 2, 8, 1, 4, 0.5))
-        emit(Event("finished", "full", "jpeg-10", score=51.234, seconds=100))
+        emit(Event("finished", "full", "jpeg-10", score=51.234, seconds=100, metric="AP"))
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert "jpeg-10 full fine-tune: epoch 1 of 4, loss 0.500; about " in lines[1]
     assert "left" in lines[1]
-    assert "done, mIoU 51.23 after 2 min" in lines[2]
+    assert "done, AP 51.23 after 2 min" in lines[2]
 
 
 def test_json_lines_hold_every_field() -> None:
@@ -105,7 +106,7 @@ def test_a_terminal_gets_a_bar_per_level_with_its_stage() -> None:
     with _LiveBars(split_plan(("jpeg-10", "clean")), console) as emit:
         emit(Event("progress", "images", "all", 1, 4))
         emit(Event("progress", "full", "jpeg-10", 4, 8, 2, 4, 0.25))
-        emit(Event("finished", "original", "clean", score=56.3))
+        emit(Event("finished", "original", "clean", score=56.3, metric="mIoU"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "full fine-tune, epoch 2 of 4, loss 0.250" in text
     assert "done, mIoU 56.3" in text
@@ -120,7 +121,7 @@ def test_bars_are_added_with_the_plan_and_the_whole_stays_last() -> None:
         emit(Event("finished", "mixed", "all", seconds=7))
         emit(Event("finished", "bn-tuned", "jpeg-10", score=43.2))
     rows = {line.split()[0] + line.partition("%")[2].strip() for line in _last_frame(console)}
-    assert rows == {"images1 of 4", "allmixed, done after 7 s", "jpeg-10bn-tuned, done, mIoU 43.20", "all"}
+    assert rows == {"images1 of 4", "allmixed, done after 7 s", "jpeg-10bn-tuned, done, score 43.20", "all"}
     assert [line.split()[0] for line in _last_frame(console)] == ["images", "all", "jpeg-10", "all"]
     assert "75%" in _last_frame(console)[-1]
 
@@ -143,25 +144,24 @@ def test_a_stage_of_no_single_level_stands_alone_in_a_log() -> None:
 
 def test_words() -> None:
     assert [duration(s) for s in (5, 100, 3600, 7300)] == ["5 s", "2 min", "60 min", "2 h 2 min"]
-    assert describe(Event("reused", "full", "jpeg-10", score=50.0)) == "already in the store, mIoU 50.00"
+    reused = Event("reused", "full", "jpeg-10", score=50.0, metric="mIoU", note="made with torch 2.9.0")
+    assert describe(reused) == "already in the store, mIoU 50.00 (made with torch 2.9.0)"
+    assert describe(Event("finished", "full", "jpeg-10", seconds=7, note="a remark")) == "done after 7 s (a remark)"
 
 
-def test_a_share_of_a_gap_says_nothing_where_there_is_none() -> None:
-    assert share_of_gap_closed(40.0, 50.0, 48.0) == pytest.approx(80)
-    assert share_of_gap_closed(40.0, 50.0, 52.0) == pytest.approx(120)
-    assert share_of_gap_closed(50.0, 50.9, 50.8) is None
-    assert share_of_gap_closed(50.0, None, None) is None
+ROW = SummaryRow("jpeg-10", "mIoU", 40.0, 50.0, 48.0, 31_000, 31_800, 15_500_000, 9.0, 3.0)
 
 
-ROW = {
-    "level": "jpeg-10", "metric": "mIoU", "original": 40.0, "full": 50.0, "adaptor": 48.0,
-    "adaptor_floats": 31_000, "model_floats": 15_500_000,
-}  # fmt: skip
+def test_a_share_of_a_gap_below_one_point_is_not_shown() -> None:
+    assert ROW.gap_closed == pytest.approx(80)
+    assert replace(ROW, adaptor=52.0).gap_closed == pytest.approx(120)
+    assert replace(ROW, original=50.0, full=50.9).gap_closed is None
+    assert replace(ROW, full=None).gap_closed is None
 
 
 def test_the_table_is_readable_on_eighty_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    print_summary([ROW, {**ROW, "level": "brightness-0.4+jpeg-30", "full": 40.5}], console)
+    print_summary([ROW, replace(ROW, level="brightness-0.4+jpeg-30", full=40.5)], console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "80%" in text
     assert "31,000" in text
@@ -172,18 +172,20 @@ def test_the_table_is_readable_on_eighty_columns() -> None:
 
 def test_the_picture_is_a_png_and_the_same_twice() -> None:
     rows = [
-        {"layer": f"l{i}", "kind": kind, "index": i, "mean_abs_change": 10.0**-i}
+        LayerChange(f"l{i}", kind, i, 10.0**-i, selected=i == 1)
         for i, kind in enumerate(["conv_weight", "norm_weight", "norm_statistics", "bias"])
     ]
-    figure = weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")
+    figure = weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, "t")
     assert figure.startswith(b"\x89PNG")
-    assert figure == weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, {"jpeg-10": ["l1"]}, "t")
+    assert figure == weight_change_figure({"jpeg-10": rows, "jpeg-20": rows}, "t")
+    unselected = [replace(row, selected=False) for row in rows]
+    assert figure != weight_change_figure({"jpeg-10": unselected, "jpeg-20": rows}, "t")
 
 
 def test_accuracy_is_drawn_over_every_kind_of_level() -> None:
     names = ("clean", "jpeg-10", "jpeg-20", "brightness-0.2", "h264-512x256", "h264-crf24", "brightness-0.4+jpeg-30")
-    rows = [{**ROW, "level": name, "full": None if name == "clean" else 50.0} for name in names]
+    rows = [replace(ROW, level=name, full=None if name == "clean" else 50.0) for name in names]
     figure = accuracy_figure(rows, "t")
     assert figure.startswith(b"\x89PNG")
     assert figure == accuracy_figure(rows, "t")
-    assert figure != accuracy_figure([{**row, "adaptor": 10.0} for row in rows], "t")
+    assert figure != accuracy_figure([replace(row, adaptor=10.0) for row in rows], "t")

@@ -11,6 +11,7 @@ import torch
 from gearnn_ray import Store, build_model, model_size
 from gearnn_ray.models.layers import network_state
 from tests.conftest import ROOT
+from tests.manifests import level_entry, manifest_of
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,27 +30,8 @@ def test_pulling_a_bundle_in_five_lines(tmp_path: Path, monkeypatch: pytest.Monk
     adaptor = {"seg.bias": base["seg.bias"] + 1}
     store = Store(tmp_path / "artifacts")
     blobs = store.put_state(base), store.put_state(adaptor)
-    store.publish(
-        {
-            "schema": 1,
-            "name": "drn22-scenes-jpeg",
-            "model": {
-                "name": "drn_d_22", "num_classes": 9, "floats": model_size(model), "task": "segmentation",
-                "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
-            },
-            "base": {"digest": blobs[0].digest, "bytes": blobs[0].bytes},
-            "levels": {
-                level: {
-                    "digest": blobs[1].digest, "bytes": blobs[1].bytes, "floats": 9, "layers": ["seg.bias"], "scores": {},
-                }
-                for level in ("jpeg-10", "jpeg-80")
-            },
-            "budget": {"asked": "0.2%", "floats": 31_798},
-            "recipe": {},
-            "versions": {},
-        },
-        {},
-    )  # fmt: skip
+    levels = {level: level_entry(blobs[1], 9, ["seg.bias"]) for level in ("jpeg-10", "jpeg-80")}
+    store.publish(manifest_of("drn22-scenes-jpeg", "drn_d_22", 9, blobs[0], levels, floats=model_size(model)), {})
     monkeypatch.chdir(tmp_path)
     serving, pulling = re.findall(r"```python\n(.*?)```", README, re.S)
     served: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
@@ -72,7 +54,7 @@ def test_every_file_it_names_is_there() -> None:
 
 def test_a_job_without_options_is_the_one_it_describes() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from gearnn_ray.config.schema import SplitConfig as C; print(C().name, C().store, C().data.kind)"],  # noqa: E501
+        [sys.executable, "-c", "from gearnn_ray.config.split import SplitConfig as C; print(C().name, C().store, C().data.kind)"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.stdout.split() == ["drn22-scenes-jpeg", "artifacts", "scenes"]

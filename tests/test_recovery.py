@@ -1,11 +1,12 @@
 """`kill -9` of a worker, of the driver, of a node: the next run ends with the digests of an undisturbed one.
 
-Real processes, whose fine-tunes wait at a gate in the middle of an epoch to be killed. What need not be a process of its
-own runs on the Ray of all tests.
+Real processes, whose fine-tunes wait at a gate in the middle of an epoch until they are killed. A job that needs no process of
+its own runs on the Ray of all tests.
 """
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gearnn_ray import Store
 from gearnn_ray.config.command_line import parse_command_line
-from gearnn_ray.config.schema import SplitConfig
+from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.events import Event
 from gearnn_ray.offline import pipeline
+from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
@@ -40,7 +41,7 @@ EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch
 STAGE_EPOCHS = len(LEVELS) * EPOCHS
 
 
-# every process of these tests and of their jobs knows it from the environment
+# every process of these tests and of their jobs reads it from the environment
 GATES = Path(os.environ.setdefault("GEARNN_TEST_GATES", f"{tempfile.gettempdir()}/gearnn-gates-{os.getpid()}"))
 # training steps of a process that begins with a full fine-tune: in the third epoch of the full, of the partial one
 FULL, PARTIAL = 2 * STEPS + 1, (EPOCHS + 2) * STEPS + 1
@@ -81,10 +82,7 @@ class Job:
         self.process = process
         self.lines: list[dict[str, Any]] = []
         self.errors = ""
-        self._readers = [
-            threading.Thread(target=self._read, daemon=True),
-            threading.Thread(target=self._stderr, daemon=True),
-        ]
+        self._readers = [threading.Thread(target=self._read, daemon=True), threading.Thread(target=self._stderr, daemon=True)]
         for reader in self._readers:
             reader.start()
 
@@ -116,12 +114,12 @@ def descendants(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     workers, others = [], []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # some come and go
-            (workers if "ray::_run_level" in " ".join(process.cmdline()) else others).append(process)
+            (workers if "ray::_run" in " ".join(process.cmdline()) else others).append(process)
     return workers, others
 
 
 def levels_past(stage: str, epoch: int, lines: list[dict[str, Any]]) -> set[str]:
-    """The levels whose fine-tune has done this epoch."""
+    """The levels whose fine-tune has finished this epoch."""
     return {e["level"] for e in lines if e["event"] == "progress" and e["stage"] == stage and e["epoch"] == epoch}
 
 
@@ -133,9 +131,7 @@ def times_started(stage: str, lines: list[dict[str, Any]]) -> int:
     return sum(e["event"] == "started" and e["stage"] == stage for e in lines)
 
 
-def run_here(
-    arguments: list[str], see: Callable[[list[dict[str, Any]]], object] = lambda _: None
-) -> list[dict[str, Any]]:
+def run_here(arguments: list[str], see: Callable[[list[dict[str, Any]]], object] = lambda _: None) -> list[dict[str, Any]]:
     """Run a job on the Ray of all tests; its events, shown to `see` whenever there is another."""
     lines: list[dict[str, Any]] = []
 
@@ -149,31 +145,31 @@ def run_here(
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recovery")
     tiny.write_folder(folder / "data", train=16)
     tiny.write_weights(folder / "weights.safetensors")
     return folder
 
 
-def told(spec: Path, store: str, **changes: Any) -> list[str]:
+def options(folder: Path, store: str, **changes: Any) -> list[str]:
     gated = {"recipe.epochs": EPOCHS, "model.name": "tests.test_recovery:gated", "levels": LEVELS}
-    return tiny.options(spec, store=spec / store, **gated | changes)
+    return tiny.options(folder, store=folder / store, **gated | changes)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(spec: Path, ray_cluster: str) -> Path:
-    lines = run_here(told(spec, "undisturbed"))
+def undisturbed(folder: Path, ray_cluster: object) -> Path:
+    lines = run_here(options(folder, "undisturbed"))
     assert [epochs_of(stage, lines) for stage in ("full", "partial")] == [STAGE_EPOCHS] * 2
     assert [times_started(stage, lines) for stage in ("full", "partial")] == [len(LEVELS)] * 2
-    return spec / "undisturbed"
+    return folder / "undisturbed"
 
 
-def assert_same(spec: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
-    assert tiny.blobs(spec / store) == tiny.blobs(undisturbed) | earlier
-    ours, theirs = (Store(folder).pull("tiny").manifest for folder in (spec / store, undisturbed))
+def assert_same(folder: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
+    assert tiny.blobs(folder / store) == tiny.blobs(undisturbed) | earlier
+    ours, theirs = (Store(folder).pull("tiny").manifest for folder in (folder / store, undisturbed))
     assert {**ours, "created": ""} == {**theirs, "created": ""}
-    assert not list((spec / store / "checkpoints").iterdir())
+    assert not list((folder / store / "checkpoints").iterdir())
 
 
 def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process]) -> None:
@@ -185,7 +181,7 @@ def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process])
     assert not still_working
 
 
-def test_a_killed_worker_costs_an_epoch(spec: Path, undisturbed: Path) -> None:
+def test_a_killed_worker_costs_an_epoch(folder: Path, undisturbed: Path) -> None:
     killed: list[psutil.Process] = []
 
     def kill(lines: list[dict[str, Any]]) -> None:
@@ -198,32 +194,32 @@ def test_a_killed_worker_costs_an_epoch(spec: Path, undisturbed: Path) -> None:
                 (GATES / str(gate)).unlink()
 
     with closed(FULL, PARTIAL):
-        lines = run_here(told(spec, "worker"), kill)
+        lines = run_here(options(folder, "worker"), kill)
     for stage in ("full", "partial"):
         assert times_started(stage, lines) == len(LEVELS) + 1  # one fine-tune was interrupted
         assert epochs_of(stage, lines) <= STAGE_EPOCHS + 1  # and did at most one epoch again
-    assert_same(spec, "worker", undisturbed)
+    assert_same(folder, "worker", undisturbed)
 
 
-def test_a_killed_driver_goes_on_where_it_was(spec: Path, undisturbed: Path) -> None:
+def test_a_job_whose_driver_was_killed_continues(folder: Path, undisturbed: Path) -> None:
     # with one level's full fine-tune done already, for another budget, the two levels wait in different stages
-    before = run_here(told(spec, "driver", levels=LEVELS[:1], budget="40"))
-    earlier = frozenset(tiny.blobs(spec / "driver"))
+    before = run_here(options(folder, "driver", levels=LEVELS[:1], budget="40"))
+    earlier = frozenset(tiny.blobs(folder / "driver"))
     with closed(FULL):
-        job = Job(tiny.start_job(told(spec, "driver")))
+        job = Job(tiny.start_job(options(folder, "driver")))
         job.wait_for(lambda lines: bool(levels_past("full", 2, lines) and levels_past("partial", 2, lines)))
         workers, others = descendants(job.process.pid)
         os.kill(job.process.pid, signal.SIGKILL)
         job.end()
         wait_until_gone(workers, others)
-    last = run_here(told(spec, "driver"))
+    last = run_here(options(folder, "driver"))
     assert (times_started("full", last), times_started("partial", last)) == (1, 2)  # both had been interrupted
     for stage, once in (("full", STAGE_EPOCHS - EPOCHS), ("partial", STAGE_EPOCHS)):
         assert epochs_of(stage, last) < once
-        # what was done and not yet said when the driver died is at most the epoch in flight
+        # only the epoch in flight can have been computed and not reported when the driver died
         assert epochs_of(stage, job.lines + last) <= once + 1
     assert epochs_of("full", before) == EPOCHS
-    assert_same(spec, "driver", undisturbed, earlier)
+    assert_same(folder, "driver", undisturbed, earlier)
 
 
 NODES = """
@@ -249,19 +245,22 @@ sys.exit(codes[0])
 """
 
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 @pytest.fixture
 def ray_folder() -> Iterator[str]:
-    """Where a Ray of one's own may note its address: in the usual place, whoever starts a Ray meanwhile would join it."""
+    """Where a cluster of its own may write its address: whoever starts a Ray meanwhile would join one in the usual place."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path has room for 107 characters
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_lost_node_takes_no_level_with_it(spec: Path, undisturbed: Path, ray_folder: str) -> None:
+def test_a_lost_node_takes_no_level_with_it(folder: Path, undisturbed: Path, ray_folder: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", NODES, *told(spec, "node")],
+        [sys.executable, "-c", NODES, *options(folder, "node")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder, **TOKEN},
     )  # fmt: skip
     job = Job(process)
 
@@ -271,7 +270,7 @@ def test_a_lost_node_takes_no_level_with_it(spec: Path, undisturbed: Path, ray_f
         process.stdin.flush()
 
     with closed(FULL):
-        # the node joins a job that has begun: what is not to be lost with it, such as the board of events, is placed
+        # the node joins a job that has begun: what must not be lost with it, such as the board of events, is on the head
         job.wait_for(lambda lines: bool(lines))
         enter()
         job.wait_for(lambda lines: levels_past("full", 2, lines) == set(LEVELS))
@@ -284,7 +283,7 @@ def test_a_lost_node_takes_no_level_with_it(spec: Path, undisturbed: Path, ray_f
     assert times_started("full", lines) == len(LEVELS) + 1  # the node had one CPU, hence one fine-tune
     assert epochs_of("full", lines) <= STAGE_EPOCHS + 1
     assert epochs_of("partial", lines) == STAGE_EPOCHS
-    assert_same(spec, "node", undisturbed)
+    assert_same(folder, "node", undisturbed)
 
 
 @pytest.fixture(autouse=True)

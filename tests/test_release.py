@@ -1,35 +1,42 @@
-"""What a release says of how its layers were chosen, and that it comes back: reopened, pulled and served. No Ray."""
+"""How a release records its selections, and that it can be continued, pulled and served. No Ray."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from gearnn_ray import AdaptiveModel, Store
 from gearnn_ray.adaptors.bn_folding import fold, foldable
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.command_line import from_mapping
-from gearnn_ray.config.schema import ReleaseDataConfig, SplitConfig, budget_floats
+from gearnn_ray.config.release_jobs import ReleaseDataConfig, SweepConfig
+from gearnn_ray.config.resources import ResourcesConfig
+from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.data.cache import level_statistics
 from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.layers import layers_of
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.offline import release_context
 from gearnn_ray.offline.base import check_network, publish_given_base
 from gearnn_ray.offline.importance import FOLDED
-from gearnn_ray.offline.job_spec import JobSpec, Network, measure_images
+from gearnn_ray.offline.job_spec import JobSpec, Network
 from gearnn_ray.offline.level_run import LevelResult, fine_tune_fully, run_level
+from gearnn_ray.offline.records import Execution
 from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
-from gearnn_ray.store.releases import Blob
+from gearnn_ray.offline.release_context import open_release_context
+from gearnn_ray.serving.adaptive_model import AdaptiveModel
+from gearnn_ray.store.manifest import SCHEMA
+from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import NORMALISATION
+from tests.nets import TRUST
 
 LEVELS = ("clean", "jpeg-10", "brightness-0.4")
-AGAINST = {"against": "clean", "granularity": "module", "value": "l2"}
-SELECTIONS = {
-    "papers": {},
-    "modules": AGAINST,
-    "coded modules": AGAINST | {"storage_formats": ["int8", "bfloat16", "float32"]},
-}
+AGAINST = {"against": "clean", "granularity": "module", "importance": "l2"}
+SELECTIONS = {"papers": {}, "modules": AGAINST, "coded modules": AGAINST | {"storage_formats": ["int8", "bfloat16", "float32"]}}
 
 
 @dataclass(frozen=True)
@@ -59,45 +66,44 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = from_mapping(SplitConfig, told, "the test")
     network = Network(config.model.name, tiny.CLASSES, NORMALISATION)
     facts = check_network(network, weights)
+    base = publish_given_base(config.store, network, weights)
     spec = JobSpec(
-        store=config.store, cache=config.data.cache, network=network, recipe=config.recipe, seed=config.seed,
-        data=open_dataset("folder", config.data.path, num_classes=tiny.CLASSES),
+        store=config.store, cache=config.data.cache, network=network, base=base.digest, recipe=config.recipe,
+        data=open_dataset("folder", config.data.path, num_classes=tiny.CLASSES), seed=config.seed,
         budget=budget_floats(config.budget, facts.floats), criterion=config.selection.criterion,
+        execution=Execution("cpu", "float32", 1),
     )  # fmt: skip
-    base = publish_given_base(spec, weights)
-    spec = replace(spec, base=base.digest)
     results = tuple(run_level(spec, level, lambda _: None) for level in LEVELS)
-    images = {level: measure_images(spec, level) for level in LEVELS}
-    summary = tuple(summary_row(result, spec.budget, facts.floats) for result in results)
+    images = {level: level_statistics(spec.data.train, parse_level(level), Path(spec.cache)) for level in LEVELS}
+    summary = tuple(summary_row(result, spec, facts.floats) for result in results)
     Store(config.store).publish(
-        manifest_of(config, spec, Blob(base.digest, base.bytes), facts, images, results),
-        tables_of(config.name, spec, results, summary),
+        manifest_of(config, spec, base, facts, images, results), tables_of(config.name, spec, results, summary)
     )
     return Made(config, spec, results)
 
 
-def test_the_manifest_says_how_layers_were_chosen_where_it_is_not_as_ever(made: Made) -> None:
-    manifest = Store(made.spec.store).pull("tiny").manifest
+def test_the_manifest_records_the_selection(made: Made) -> None:
+    release = Store(made.spec.store).pull("tiny")
+    manifest = release.manifest
     kept = manifest["config"]["selection"]
-    if made.spec.criterion.against == "base":
-        assert kept == {"value": "mean-abs", "granularity": "tensor", "storage_formats": ["float32"]}
-    else:
-        assert kept["against"] == "clean"
-    assert manifest["schema"] == (2 if "int8" in kept["storage_formats"] else 1)
+    assert type(made.config.selection)(**kept) == made.config.selection
+    assert kept["against"] == made.spec.criterion.against
+    assert manifest["schema"] == SCHEMA
+    assert manifest["execution"] == {"device": "cpu", "precision": "float32", "threads": 1}
     for result in made.results[1:]:
-        entry = manifest["levels"][result.level]
-        assert FOLDED not in entry.get("storage_formats", {}).values()
-        assert entry["layers"] == list(result.layers)
+        entry = release.content.levels[result.level]
+        assert FOLDED not in entry.storage_formats.values()
+        assert entry.layers == result.layers
 
 
-def test_tables_have_eq_1_against_the_base_and_values_as_they_were_judged(made: Made) -> None:
+def test_tables_have_eq_1_against_the_base_and_the_values_that_were_compared(made: Made) -> None:
     store, spec = Store(made.spec.store), made.spec
     model = build_model(spec.network.name, tiny.CLASSES)
     layers = layers_of(model)
     base = store.get_state(spec.base)
     for result in made.results[1:]:
         full, control = (
-            store.get_state(fine_tune_fully(replace(spec, keep_full=True), level, lambda _: None)["digest"])
+            store.get_state(fine_tune_fully(replace(spec, keep_full=True), level, lambda _: None).digest)
             for level in (result.level, "clean")
         )
         moved = store.get_table(f"tables/tiny/sensitivity/{result.level}.parquet").to_pylist()
@@ -107,28 +113,31 @@ def test_tables_have_eq_1_against_the_base_and_values_as_they_were_judged(made: 
         if spec.criterion.against == "clean":
             sides = [fold(foldable(model).values(), base, state) for state in (full, control)]
         for layer, change, row in zip(layers, moved, rows, strict=True):
-            plain, judged = (
+            plain, compared = (
                 torch.cat([(a[name].double() - b[name].double()).reshape(-1) for name in layer.tensors])
                 for a, b in ((full, base), sides)
             )
             assert change["numel"] == row["numel"] == plain.numel()
             assert change["mean_abs_change"] == pytest.approx(float(plain.abs().mean()), rel=1e-9)
             assert change["l2_change"] == pytest.approx(float(plain.norm()), rel=1e-9)
-            want = judged.abs().mean() if spec.criterion.importance == "mean-abs" else judged.norm()
+            want = compared.abs().mean() if spec.criterion.importance == "mean-abs" else compared.norm()
             assert row["value"] == pytest.approx(float(want), rel=1e-9)
         assert [row["layer"] for row in rows if row["selected"]] == list(result.layers)
-        statistics = {
-            row["storage_format"] for row in rows if row["selected"] and row["layer"].endswith("running_stats")
-        }
+        statistics = {row["storage_format"] for row in rows if row["selected"] and row["layer"].endswith("running_stats")}
         assert statistics <= ({"float32"} if spec.criterion.granularity == "tensor" else {FOLDED})
 
 
-def test_it_reopens_as_the_work_it_was_made_by(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    for task in ("open_data", "_check_network"):
-        monkeypatch.setattr(release_context, task, SimpleNamespace(remote=getattr(release_context, task)._function))
-    relay = SimpleNamespace(wait=lambda found: found)
-    data = ReleaseDataConfig(cache=made.spec.cache)
-    again = release_context.open_release_context(Store(made.spec.store), "tiny", data, relay)  # type: ignore[arg-type]
+class _TasksHere(SimpleNamespace):
+    """Runs checks in this process instead of on Ray."""
+
+    def check(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def test_the_release_context_has_the_spec_that_the_release_was_made_with(made: Made) -> None:
+    data, tasks = ReleaseDataConfig(cache=made.spec.cache), _TasksHere(resources=ResourcesConfig())
+    config = SweepConfig(store=made.spec.store, release="tiny", data=data, trust=TRUST)
+    again = open_release_context(Store(made.spec.store), config, tasks)  # type: ignore[arg-type]
     assert again.config.selection == made.config.selection
     assert again.spec == replace(made.spec, data=again.spec.data)
     said: list[str] = []
@@ -139,7 +148,7 @@ def test_it_reopens_as_the_work_it_was_made_by(made: Made, monkeypatch: pytest.M
 
 def test_it_is_served_as_the_network_that_is_restored(made: Made) -> None:
     release = Store(made.spec.store).pull("tiny")
-    served = AdaptiveModel.pull(made.spec.store, "tiny")
+    served = AdaptiveModel.pull(made.spec.store, "tiny", trust=TRUST)
     stored = [release.base_state(), *map(release.stored_state, LEVELS)]
     assert served.weight_bytes == sum(tensor.nbytes for state in stored for tensor in state.values())
     images = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

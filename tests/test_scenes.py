@@ -10,18 +10,7 @@ import pytest
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED, open_dataset
-from gearnn_ray.data.scenes import (
-    BRICK,
-    CLASS_NAMES,
-    HEDGE,
-    PAVEMENT,
-    ROAD,
-    TIMBER,
-    TREE,
-    TWINS,
-    ScenesSplit,
-    open_scenes,
-)
+from gearnn_ray.data.scenes import BRICK, CLASS_NAMES, HEDGE, PAVEMENT, ROAD, TIMBER, TREE, TWINS, ScenesSplit, open_scenes
 from gearnn_ray.levels.level import parse_level
 
 H, W = 96, 128
@@ -64,10 +53,7 @@ def test_an_image_depends_on_nothing_but_its_own_number() -> None:
 
 
 def test_every_parameter_changes_the_digest_and_index_seed_and_split_the_picture() -> None:
-    others = [
-        replace(SMALL, **change)
-        for change in ({"name": "val"}, {"seed": 1}, {"count": 4}, {"height": 56}, {"width": 72})
-    ]
+    others = [replace(SMALL, **change) for change in ({"name": "val"}, {"seed": 1}, {"count": 4}, {"height": 56}, {"width": 72})]
     assert len({split.digest for split in (SMALL, *others)}) == 6
     pictures = {s.image(i).tobytes() for s in (SMALL, others[0], others[1]) for i in range(3)}
     assert len(pictures) == 9
@@ -79,9 +65,7 @@ def test_an_index_outside_is_refused() -> None:
             SMALL.image(index)
 
 
-def test_every_class_occurs_often_and_labels_stay_within(
-    scenes: tuple[list[np.ndarray], list[np.ndarray]],
-) -> None:
+def test_every_class_occurs_often_and_labels_stay_within(scenes: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
     labels = np.stack(scenes[1])
     assert set(np.unique(labels)) <= {*range(len(CLASS_NAMES)), IGNORED}
     for what, name in enumerate(CLASS_NAMES):
@@ -134,9 +118,7 @@ def pattern(image: np.ndarray, label: np.ndarray, what: int, twins: tuple[int, i
 
 def gap(images: list[np.ndarray], labels: list[np.ndarray], twins: tuple[int, int]) -> tuple[float, float]:
     """How far the twins' textures are apart over all images, in grey levels, and the share of image pairs told apart."""
-    first, second = (
-        np.array([pattern(*pair, what, twins) for pair in zip(images, labels, strict=True)]) for what in twins
-    )
+    first, second = (np.array([pattern(*pair, what, twins) for pair in zip(images, labels, strict=True)]) for what in twins)
     first, second = first[~np.isnan(first)], second[~np.isnan(second)]
     return float(second.mean() - first.mean()), float((second[:, None] > first).mean())
 
@@ -160,8 +142,7 @@ def test_only_fine_texture_tells_twins_apart_and_distortion_takes_it_away(
     clean, told_apart = gap(images, labels, twins)
     assert told_apart > 0.95
     kept = {
-        name: gap(parse_level(name).apply(images), labels, twins)[0] / clean
-        for name in ("jpeg-80", "jpeg-10", "brightness-0.2")
+        name: gap(parse_level(name).apply(images), labels, twins)[0] / clean for name in ("jpeg-80", "jpeg-10", "brightness-0.2")
     }
     assert kept["jpeg-80"] > 0.8, kept
     assert kept["jpeg-10"] < 0.4, kept

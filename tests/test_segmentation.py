@@ -1,5 +1,7 @@
 """Batches, loss and mIoU against plain reference arithmetic."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -7,20 +9,31 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearnn_ray.tasks.segmentation import (
-    IGNORED,
-    Image,
-    confusion,
-    crop_size,
-    loss_of,
-    mean_iou,
-    resize_label,
-    training_batches,
-)
-from tests.conftest import NORMALISATION
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED
+from gearnn_ray.tasks.base import Batch, Image, loss_of, score, scores_of_images
+from gearnn_ray.tasks.segmentation import resize_label
+from gearnn_ray.training.sampling import crop_size
+from gearnn_ray.training.sampling import training_batches as batches_of
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 
-def stored_variants(count: int, height: int = 20, width: int = 30) -> tuple[list[Image], list[Image]]:
+def training_batches(*arguments: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in batches_of(SEGMENTATION, *arguments):  # type: ignore[arg-type]
+        yield batch.images, batch.targets
+
+
+def loss(logits_BKhw: torch.Tensor, y_BHW: torch.Tensor) -> torch.Tensor:
+    batch = Batch(torch.zeros(len(y_BHW), 3, *y_BHW.shape[1:]), y_BHW)
+    return loss_of(SEGMENTATION.losses(lambda _: logits_BKhw, batch))
+
+
+def mean_iou(logits_1Khw: torch.Tensor, label: Image) -> float:
+    evidence = SEGMENTATION.evidence(logits_1Khw[0], label)
+    return score(SEGMENTATION, {name: tensor[None] for name, tensor in evidence.items()})
+
+
+def encoded(count: int, height: int = 20, width: int = 30) -> tuple[list[Image], list[Image]]:
     """Images whose every pixel says which image, row and column it is; labels say row + column."""
     images, labels = [], []
     for index in range(count):
@@ -31,7 +44,7 @@ def stored_variants(count: int, height: int = 20, width: int = 30) -> tuple[list
 
 
 def test_crops_are_cut_alike_from_image_and_label_and_each_image_comes_once() -> None:
-    images, labels = stored_variants(10)
+    images, labels = encoded(10)
     seen, flipped, tops = [], 0, set()
     for x, y in training_batches(images, labels, 4, (8, 12), (1, 2)):
         assert x.shape == (4, 3, 8, 12)
@@ -47,14 +60,14 @@ def test_crops_are_cut_alike_from_image_and_label_and_each_image_comes_once() ->
 
 
 def test_batches_are_a_pure_function_of_the_seed() -> None:
-    images, labels = stored_variants(6)
+    images, labels = encoded(6)
     first, again, other = (list(training_batches(images, labels, 3, (8, 8), seed)) for seed in ((1, 0), (1, 0), (1, 1)))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
 
 
 def test_workers_split_the_very_batch_one_would_see() -> None:
-    images, labels = stored_variants(8)
+    images, labels = encoded(8)
     whole = list(training_batches(images, labels, 4, (8, 8), (3,)))
     parts = [list(training_batches(images, labels, 4, (8, 8), (3,), rank, 2)) for rank in (0, 1)]
     for (x, y), (x0, y0), (x1, y1) in zip(whole, *parts, strict=True):
@@ -64,13 +77,13 @@ def test_workers_split_the_very_batch_one_would_see() -> None:
 
 
 def test_a_set_smaller_than_a_batch_makes_one_batch() -> None:
-    images, labels = stored_variants(3)
+    images, labels = encoded(3)
     (batch,) = training_batches(images, labels, 8, (8, 8), (0,))
     assert batch[0].shape[0] == 3
 
 
 def test_the_crop_shrinks_to_the_smallest_image() -> None:
-    images = stored_variants(1, 20, 30)[0] + stored_variants(1, 10, 40)[0]
+    images = encoded(1, 20, 30)[0] + encoded(1, 10, 40)[0]
     assert crop_size(images, 208) == (10, 30)
     assert crop_size(images, 8) == (8, 8)
 
@@ -79,7 +92,7 @@ def test_labels_follow_an_image_the_level_made_smaller() -> None:
     label = np.arange(16, dtype=np.uint8).reshape(4, 4)
     assert resize_label(label, 2, 2).tolist() == [[5, 7], [13, 15]]
     assert resize_label(label, 8, 8)[::2, ::2].tolist() == label.tolist()
-    images, labels = stored_variants(4, 10, 15)[0], stored_variants(4, 20, 30)[1]
+    images, labels = encoded(4, 10, 15)[0], encoded(4, 20, 30)[1]
     x, y = next(training_batches(images, labels, 4, (10, 15), (0,)))
     assert x.shape[-2:] == y.shape[-2:] == (10, 15)
 
@@ -94,8 +107,8 @@ def test_loss_ignores_255_and_survives_a_batch_without_labels() -> None:
     logits = torch.randn(2, 3, 4, 5, requires_grad=True)
     y = torch.randint(0, 3, (2, 4, 5))
     y[0] = IGNORED
-    torch.testing.assert_close(loss_of(logits, y), F.cross_entropy(logits[1:], y[1:]))
-    nothing = loss_of(logits, torch.full((2, 4, 5), IGNORED))
+    torch.testing.assert_close(loss(logits, y), F.cross_entropy(logits[1:], y[1:]))
+    nothing = loss(logits, torch.full((2, 4, 5), IGNORED))
     assert nothing.item() == 0
     nothing.backward()
     assert torch.isfinite(logits.grad).all()
@@ -116,7 +129,7 @@ def test_mean_iou_equals_the_definition(classes: int, seed: int) -> None:
         if (a | b).any():
             ious.append(100 * (a & b).sum() / (a | b).sum())
     expected = float(np.mean(ious)) if ious else 0.0
-    assert mean_iou(confusion(logits, label)) == pytest.approx(expected)
+    assert mean_iou(logits, label) == pytest.approx(expected)
 
 
 def test_logits_are_judged_at_the_labels_size() -> None:
@@ -125,4 +138,41 @@ def test_logits_are_judged_at_the_labels_size() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     logits[0, 1, :, 1] = 4
     logits[0, 0, :, 0] = 4
-    assert mean_iou(confusion(logits, label)) == 100
+    assert mean_iou(logits, label) == 100
+
+
+def test_an_images_own_score_is_that_of_the_image_alone() -> None:
+    rng = np.random.default_rng(4)
+    labels = [rng.integers(0, 3, (6, 7)).astype(np.uint8) for _ in range(5)]
+    logits = torch.randn(5, 3, 6, 7)
+    parts = [SEGMENTATION.evidence(one, label) for one, label in zip(logits, labels, strict=True)]
+    evidence = {"counts": torch.stack([part["counts"] for part in parts])}
+    expected = [mean_iou(one[None], label) for one, label in zip(logits, labels, strict=True)]
+    assert scores_of_images(SEGMENTATION, evidence) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (np.zeros((4, 5), np.uint8), "label of 5x4 for an image of 6x4"),
+        (np.full((4, 6), 7, np.uint8), "class id 7 in its label, expected ids below 3"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_refused(label: Image, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"train sample 'a' has .*{sentence}"):
+        SEGMENTATION.check(np.zeros((4, 6, 3), np.uint8), label, 3, "train sample 'a'")
+
+
+def test_stability_training_adds_the_divergence_of_the_perturbed_copy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 3, 4, 5, generator=generator) * 255, torch.randint(0, 3, (2, 4, 5), generator=generator)
+    perturbed = x + torch.randn(x.shape, generator=generator)
+    weight = torch.randn(3, 3, generator=generator) / 100
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("kc,bchw->bkhw", weight, pixels)
+
+    found = loss_of(SEGMENTATION.stability_losses(forward, Batch(x, y), perturbed, alpha=0.7))
+    p, q = forward(x).softmax(1), forward(perturbed).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(found, F.cross_entropy(forward(x), y) + 0.7 * divergence)

@@ -1,4 +1,4 @@
-"""Eq. (2): the selection against its own bound and independent oracles, never against a chosen set."""
+"""Eq. (2): `select` against its own bound and independent oracles, never against a chosen set."""
 
 import math
 import subprocess
@@ -43,7 +43,7 @@ def dynamic_programme(values: Sequence[float], sizes: Sequence[int], budget: int
 
 
 def check(found: Selection, values: Sequence[float], sizes: Sequence[int], budget: int) -> None:
-    """What holds of any selection, proven or not."""
+    """What holds for every selection, proven or not."""
     assert list(found.chosen) == sorted(set(found.chosen))
     assert all(type(i) is int and values[i] > 0 for i in found.chosen)
     assert found.used == sum(sizes[i] for i in found.chosen) <= budget
@@ -85,7 +85,7 @@ def test_agrees_with_brute_force(layers: list[tuple[float, int]], budget: int, f
 
 @settings(max_examples=60, deadline=None)
 @given(layers=layers, budget=st.integers(0, 40))
-def test_out_of_time_is_said_and_bounded(layers: list[tuple[float, int]], budget: int) -> None:
+def test_the_time_limit_is_reported_and_the_optimum_bounded(layers: list[tuple[float, int]], budget: int) -> None:
     values, sizes = [v for v, _ in layers], [s for _, s in layers]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integers, "WALL_SECONDS", 0.0)
@@ -105,18 +105,11 @@ def test_out_of_time_is_feasible_not_optimal(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    layers=st.lists(st.tuples(st.floats(1e-5, 1e-3), st.integers(1, 12)), min_size=1, max_size=9),
-    budget=st.integers(1, 40),
-)
+@given(layers=st.lists(st.tuples(st.floats(1e-5, 1e-3), st.integers(1, 12)), min_size=1, max_size=9), budget=st.integers(1, 40))
 def test_the_unit_of_the_values_does_not_matter(layers: list[tuple[float, int]], budget: int) -> None:
     values, sizes = np.array([v for v, _ in layers]), [s for _, s in layers]
     found, tiny = select(values, sizes, budget), select(values * 2.0**-50, sizes, budget)
-    assert (tiny.chosen, tiny.objective, tiny.bound) == (
-        found.chosen,
-        found.objective * 2.0**-50,
-        found.bound * 2.0**-50,
-    )
+    assert (tiny.chosen, tiny.objective, tiny.bound) == (found.chosen, found.objective * 2.0**-50, found.bound * 2.0**-50)
 
 
 def test_differences_below_the_solvers_float_precision_decide() -> None:
@@ -138,9 +131,7 @@ def test_differences_below_the_solvers_float_precision_decide() -> None:
         (np.array([]), np.array([], dtype=np.int64), 0),
     ],
 )
-def test_nothing_to_choose_is_an_empty_proven_selection(
-    values: Sequence[float], sizes: Sequence[int], budget: int
-) -> None:
+def test_nothing_to_choose_is_an_empty_proven_selection(values: Sequence[float], sizes: Sequence[int], budget: int) -> None:
     found = select(values, sizes, budget)
     assert (found.chosen, found.objective, found.bound, found.used) == ((), 0.0, 0.0, 0)
     assert (found.status, found.core) == ("OPTIMAL", 0)
@@ -157,11 +148,7 @@ def test_values_too_small_for_one_unit_fill_what_room_is_left() -> None:
     found = select([1.0, 1e-20, 3e-20], [5, 2, 2], 8)
     assert found.chosen == (0, 2)
     assert found.objective <= math.fsum([1.0, 3e-20]) <= found.bound
-    assert select([7.7, 5.0, 5.0, 1e-20], [7, 5, 5, 1], 11).chosen == (
-        1,
-        2,
-        3,
-    )  # also after the solver's turn
+    assert select([7.7, 5.0, 5.0, 1e-20], [7, 5, 5, 1], 11).chosen == (1, 2, 3)  # also after the solver's turn
 
 
 def test_sizes_and_values_at_the_edge_of_their_types() -> None:
@@ -212,7 +199,7 @@ def test_wrong_input_is_refused(values: object, sizes: object, budget: object) -
 def test_equal_input_gives_an_equal_result() -> None:
     values, sizes = [1e-4] * 30 + [2e-4] * 30, [7] * 30 + [13] * 30  # ties throughout
     found = select(values, sizes, 200)
-    assert found.core > 0, "the case is too easy to say anything of the solver"
+    assert found.core > 0, "the case is too easy to reach the solver"
     assert found == select(values, sizes, 200)
     for sizes_type in (np.int64, np.int32, np.uint64):
         assert found == select(np.array(values), np.array(sizes, dtype=sizes_type), np.int64(200))
@@ -243,9 +230,7 @@ def test_real_layers_agree_with_a_dynamic_programme(network: tuple[list[int], in
 def test_real_layers_agree_with_the_knapsack_solver_to_the_last_unit(network: tuple[list[int], int], seed: int) -> None:
     sizes, budget = network
     profits = np.random.default_rng(seed).integers(0, 2**30, len(sizes)).tolist()
-    oracle = knapsack_solver.KnapsackSolver(
-        knapsack_solver.SolverType.KNAPSACK_MULTIDIMENSION_BRANCH_AND_BOUND_SOLVER, "oracle"
-    )
+    oracle = knapsack_solver.KnapsackSolver(knapsack_solver.SolverType.KNAPSACK_MULTIDIMENSION_BRANCH_AND_BOUND_SOLVER, "oracle")
     oracle.init(profits, [sizes], [budget])
     optimum = oracle.solve()
     assert oracle.is_solution_optimal()
@@ -257,7 +242,7 @@ def test_real_layers_agree_with_the_knapsack_solver_to_the_last_unit(network: tu
 
 @pytest.mark.parametrize("seed", range(40))
 def test_values_in_step_with_sizes_are_proven_too(seed: int) -> None:
-    # All layers cost about the same per float: few are settled by their price, and second bests abound.
+    # All layers have about the same value per float, so the bound decides few of them.
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 100, 40).tolist()
     values = [(s + d) * 1e-6 for s, d in zip(sizes, rng.uniform(0, 10, 40).tolist(), strict=True)]

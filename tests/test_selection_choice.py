@@ -1,8 +1,9 @@
-"""The multiple-choice knapsack against brute force, plain CP-SAT and `select`; hard instances that no limit allows to prove."""
+"""`select` with groups, the multiple-choice knapsack, against brute force, plain CP-SAT and `select` without groups; and hard
+instances that stop at the time limit."""
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -11,9 +12,23 @@ from hypothesis import strategies as st
 from ortools.algorithms.python import knapsack_solver
 from ortools.sat.python import cp_model
 
-from gearnn_ray.offline.selection import Choice, choose, integers, knapsack, select
+from gearnn_ray.offline.selection import Selection, integers, knapsack, select
 
 Groups = Sequence[Sequence[float]]
+
+
+def choose(values: Groups, sizes: Sequence[Sequence[int]], budget: int) -> Selection:
+    """`select` over all options of all groups."""
+    groups = [g for g, options in enumerate(values) for _ in options]
+    return select(list(chain.from_iterable(values)), list(chain.from_iterable(sizes)), budget, groups)
+
+
+def picked(found: Selection, values: Groups) -> tuple[int, ...]:
+    """For every group the index of the chosen option in it, -1 for none."""
+    index = [(g, j) for g, options in enumerate(values) for j in range(len(options))]
+    chosen = dict(index[i] for i in found.chosen)
+    assert len(chosen) == len(found.chosen), "two options of one group"
+    return tuple(chosen.get(g, -1) for g in range(len(values)))
 
 
 # ---- oracles
@@ -21,8 +36,8 @@ Groups = Sequence[Sequence[float]]
 
 def brute_force(values: Groups, sizes: Sequence[Sequence[int]], budget: int) -> float:
     best = 0.0
-    for picked in product(*(range(-1, len(options)) for options in values)):
-        taken = [(g, j) for g, j in enumerate(picked) if j >= 0]
+    for choice in product(*(range(-1, len(options)) for options in values)):
+        taken = [(g, j) for g, j in enumerate(choice) if j >= 0]
         if sum(sizes[g][j] for g, j in taken) <= budget:
             best = max(best, math.fsum(values[g][j] for g, j in taken))
     return best
@@ -53,15 +68,15 @@ def dynamic_programme(values: Groups, sizes: Sequence[Sequence[int]], budget: in
     return float(best[-1])
 
 
-def check(found: Choice, values: Groups, sizes: Sequence[Sequence[int]], budget: int) -> None:
-    """What holds of any choice, proven or not."""
-    taken = [(g, j) for g, j in enumerate(found.picked) if j >= 0]
-    assert len(found.picked) == len(values)
-    assert all(type(j) is int and j >= -1 for j in found.picked)
+def check(found: Selection, values: Groups, sizes: Sequence[Sequence[int]], budget: int) -> None:
+    """What holds for every choice, proven or not."""
+    taken = [(g, j) for g, j in enumerate(picked(found, values)) if j >= 0]
+    assert list(found.chosen) == sorted(found.chosen)
+    assert all(type(i) is int for i in found.chosen)
     assert all(values[g][j] > 0 for g, j in taken)
     assert found.used == sum(sizes[g][j] for g, j in taken) <= budget
     assert found.objective == math.fsum(values[g][j] for g, j in taken) <= found.bound
-    for g, j in enumerate(found.picked):
+    for g, j in enumerate(picked(found, values)):
         value, size = (values[g][j], sizes[g][j]) if j >= 0 else (0.0, 0)
         for v, s in zip(values[g], sizes[g], strict=True):
             assert v <= value or s > size + budget - found.used, f"group {g} could have been worth {v}"
@@ -93,7 +108,7 @@ def test_agrees_with_brute_force(options: list[list[tuple[float, int]]], budget:
 
 @settings(max_examples=50, deadline=None)
 @given(options=groups, budget=st.integers(0, 40))
-def test_out_of_time_is_said_and_bounded(options: list[list[tuple[float, int]]], budget: int) -> None:
+def test_the_time_limit_is_reported_and_the_optimum_bounded(options: list[list[tuple[float, int]]], budget: int) -> None:
     values, sizes = split(options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integers, "WALL_SECONDS", 0.0)
@@ -120,15 +135,24 @@ def test_one_option_each_is_select() -> None:
         n = int(rng.integers(0, 90))
         values, sizes, budget = 10.0 ** rng.uniform(-8, -3, n), rng.integers(0, 500, n), int(rng.integers(0, 20_000))
         chosen = select(values, sizes, budget)
-        found = choose(values[:, None], sizes[:, None], budget)
-        assert tuple(i for i, j in enumerate(found.picked) if j == 0) == chosen.chosen
-        assert (found.objective, found.bound, found.used) == (chosen.objective, chosen.bound, chosen.used)
+        assert select(values, sizes, budget, rng.permutation(n)) == chosen
+
+
+def test_the_items_of_a_group_may_stand_anywhere() -> None:
+    rng = np.random.default_rng(0)
+    values, sizes, groups = rng.integers(1, 10_000, 60), rng.integers(1, 100, 60), rng.integers(0, 12, 60)
+    found = select(values, sizes, 300, groups)
+    assert len(set(groups[list(found.chosen)])) == len(found.chosen)
+    sorted_ = np.argsort(groups, kind="stable")
+    again = select(values[sorted_], sizes[sorted_], 300, groups[sorted_])
+    assert found.chosen == tuple(sorted(sorted_[list(again.chosen)].tolist()))
+    assert (found.objective, found.bound, found.status) == (again.objective, again.bound, "OPTIMAL")
 
 
 def test_what_the_solvers_presolve_gets_wrong() -> None:
     # CP-SAT 9.15 with its presolve calls 2.0078125 the optimum of this core.
     values, sizes = [[1.0], [0.5078125, 0.3125], [1e-5, 0.5, 0.75]], [[7], [2, 0], [1, 6, 8]]
-    assert choose(values, sizes, 15).picked == (0, 1, 2)
+    assert picked(choose(values, sizes, 15), values) == (0, 1, 2)
 
 
 # ---- larger ones
@@ -177,7 +201,7 @@ def test_many_single_options_agree_with_the_knapsack_solver() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_strongly_correlated_ones_stop_at_the_limit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Value = size + constant: the classic hard case, where prices settle next to nothing.
+    # Value = size + constant: the classic hard case, where the bound decides almost nothing.
     monkeypatch.setattr(integers, "DETERMINISTIC_SECONDS", 1e-4)
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 1000, (100, 1 + seed))
@@ -200,50 +224,50 @@ def test_ties_are_broken_equally() -> None:
     values, sizes = [[1e-4, 1e-4, 2e-4]] * 30 + [[2e-4, 3e-4]] * 30, [[7, 7, 14]] * 30 + [[13, 20]] * 30
     found = choose(values, sizes, 400)
     assert found.core > 0
-    assert (
-        found == choose(values, sizes, 400) == choose([np.array(v) for v in values], [np.array(s) for s in sizes], 400)
-    )
-    assert choose([[1.0, 1.0]], [[5, 5]], 5).picked == (0,)
-    assert choose([[1.0, 1.0]], [[5, 4]], 5).picked == (1,)
+    assert found == choose(values, sizes, 400) == choose([np.array(v) for v in values], [np.array(s) for s in sizes], 400)
+    assert choose([[1.0, 1.0]], [[5, 5]], 5).chosen == (0,)
+    assert choose([[1.0, 1.0]], [[5, 4]], 5).chosen == (1,)
 
 
 def test_nothing_to_choose() -> None:
     for values, sizes in (([], []), ([[], []], [[], []]), ([[1.0], [0.0, 2.0]], [[7], [0, 9]])):
         found = choose(values, sizes, 6)
-        assert found.picked == (-1,) * len(values)
+        assert found.chosen == ()
         assert (found.objective, found.bound, found.status, found.used, found.core) == (0.0, 0.0, "OPTIMAL", 0, 0)
 
 
 def test_a_budget_for_everything_takes_the_best_of_each() -> None:
-    found = choose([[1.0, 3.0, 2.0], [5.0], [1e-30]], [[2, 9, 1], [2**60], [0]], 10**30)
-    assert (found.picked, found.status, found.bound) == ((1, 0, 0), "OPTIMAL", found.objective)
+    values = [[1.0, 3.0, 2.0], [5.0], [1e-30]]
+    found = choose(values, [[2, 9, 1], [2**60], [0]], 10**30)
+    assert (picked(found, values), found.status, found.bound) == ((1, 0, 0), "OPTIMAL", found.objective)
 
 
 def test_a_value_too_small_for_one_unit_is_taken_where_there_is_room() -> None:
-    found = choose([[1.0], [1e-20, 3e-20], [2e-20]], [[5], [1, 2], [2]], 8)
-    assert found.picked == (0, 1, -1)
-    assert choose([[1.0, 1.0 + 2e-16]], [[5, 6]], 6).picked == (1,)  # a difference of less than a unit
+    values = [[1.0], [1e-20, 3e-20], [2e-20]]
+    assert picked(choose(values, [[5], [1, 2], [2]], 8), values) == (0, 1, -1)
+    assert choose([[1.0, 1.0 + 2e-16]], [[5, 6]], 6).chosen == (1,)  # a difference of less than a unit
 
 
 @pytest.mark.parametrize(
-    ("values", "sizes", "budget", "said"),
+    ("values", "sizes", "groups", "budget", "message"),
     [
-        ([[1.0], [1.0, math.nan]], [[1], [1, 1]], 1, "value nan of option 1 of group 1"),
-        ([[1.0], [-1.0]], [[1], [1]], 1, "value -1.0 of option 0 of group 1"),
-        ([[1.0], [], [1.0, 2.0]], [[1], [], [1, -2]], 1, "size -2 of option 1 of group 2"),
-        ([[1.0]], [[1.5]], 1, "whole numbers"),
-        ([[1.0]], [[True]], 1, "whole numbers"),
-        ([[1.0]], [[2**64]], 1, "whole numbers"),
-        ([[1.0, 2.0]], [[1]], 1, "2 values and 1 sizes of group 0"),
-        ([[1.0]], [[1], [1]], 1, "1 groups and sizes of 2"),
-        ([1.0], [1], 1, "list of options"),
-        ([[[1.0]]], [[[1]]], 1, "one number each"),
-        ([[1.0]], [[1]], -1, "budget -1"),
-        ([[1.0]], [[1]], 1.0, "budget 1.0"),
-        ([[1.0]] * 3, [[2**61]] * 3, 2**61, "2\\^62"),
-        ([[1e308]] * 3, [[1]] * 3, 3, "float64"),
+        ([1.0, 1.0, math.nan], [1, 1, 1], [0, 1, 1], 1, "value nan at index 2"),
+        ([1.0, -1.0], [1, 1], [0, 1], 1, r"value -1\.0 at index 1"),
+        ([1.0, 1.0, 2.0], [1, 1, -2], [0, 2, 2], 1, "size -2 at index 2"),
+        ([1.0], [1.5], [0], 1, "sizes of type float64: expected whole numbers"),
+        ([1.0], [True], [0], 1, "sizes of type bool: expected whole numbers"),
+        ([1.0], [2**64], [0], 1, "sizes of type object: expected whole numbers"),
+        ([1.0], [1], [0.0], 1, "groups of type float64: expected whole numbers"),
+        ([1.0, 1.0], [1, 1], [0, -1], 1, "group -1 at index 1"),
+        ([1.0, 2.0], [1], [0, 0], 1, r"values \(2,\), sizes \(1,\) and groups \(2,\): expected lists of one length"),
+        ([1.0], [1], [0, 1], 1, r"groups \(2,\): expected lists of one length"),
+        ([[1.0]], [[1]], [[0]], 1, "expected lists of one length"),
+        ([1.0], [1], [0], -1, "budget -1"),
+        ([1.0], [1], [0], 1.0, r"budget 1\.0"),
+        ([1.0] * 3, [2**61] * 3, [0, 0, 0], 2**61, "2\\^62"),
+        ([1e308] * 3, [1] * 3, [0, 1, 2], 3, "float64"),
     ],
 )
-def test_wrong_input_is_refused(values: object, sizes: object, budget: object, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        choose(values, sizes, budget)  # type: ignore[arg-type]
+def test_wrong_input_is_refused(values: object, sizes: object, groups: object, budget: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select(values, sizes, budget, groups)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Eq. (1), and sums over layers and under codes, against plain float64 arithmetic."""
+"""Eq. (1), and sums over layers and of rounding errors, against plain float64 arithmetic."""
 
 import json
 import operator
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from gearnn_ray.adaptors.storage_formats import applies, restored, stored_bytes
@@ -21,10 +22,10 @@ from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.sensitivity import (
     Change,
     Sensitivity,
+    StoredVariant,
     measure,
     sensitivity,
     share_of_weights_changed,
-    stored_variant_of,
     table_row,
 )
 from gearnn_ray.store import tables
@@ -49,7 +50,7 @@ def test_rows_equal_the_definition() -> None:
         assert row.numel == p.size
 
 
-def test_against_a_control_only_what_it_did_not_do_counts_and_what_is_stored_is_as_before() -> None:
+def test_with_a_control_changes_are_measured_against_it_and_rounding_errors_are_not() -> None:
     model = build_model("tests.nets:small", num_classes=3)
     layers, before = layers_of(model), network_state(model)
     generator = torch.Generator().manual_seed(0)
@@ -61,13 +62,11 @@ def test_against_a_control_only_what_it_did_not_do_counts_and_what_is_stored_is_
     own["conv1.weight"].zero_()
     control = {name: before[name] + alike[name] for name in before}
     after = {name: control[name] + own[name] for name in before}
-    taken = Gradients(
-        {n: t.double() for n, t in noise(1.0).items()}, {n: t.double() ** 2 for n, t in noise(1.0).items()}
-    )
+    taken = Gradients({n: t.double() for n, t in noise(1.0).items()}, {n: t.double() ** 2 for n, t in noise(1.0).items()})
     storage_formats = ("float32", "bfloat16", "int8")
     rows, stored_variants = measure(layers, before, after, taken, storage_formats, control)
     _, plain = measure(layers, before, after, taken, storage_formats)
-    assert stored_variants == plain, "a code rounds the difference to the base"
+    assert stored_variants == plain, "a storage format rounds the difference to the base"
     for layer, row in zip(layers, rows, strict=True):
         p, q, c, g, f = (
             np.concatenate([state[t].numpy().astype(np.float64).ravel() for t in layer.tensors])
@@ -83,7 +82,7 @@ def test_against_a_control_only_what_it_did_not_do_counts_and_what_is_stored_is_
     moved = {row.layer: row.mean_abs_change for row in rows}
     assert moved["conv1.weight"] == 0
     assert {name for name, value in moved.items() if value} == {layer.name for layer in layers} - {"conv1.weight"}
-    # without one, and with the base for one, it is Eq. (1)
+    # with the base as control this is Eq. (1)
     assert measure(layers, before, after, None, (), before)[0] == sensitivity(layers, before, after)
     with pytest.raises(KeyError, match=r"head\.bias"):
         measure(layers, before, after, None, (), {name: t for name, t in control.items() if name != "head.bias"})
@@ -180,9 +179,7 @@ def test_the_mean_of_the_sum_is_the_mean_to_the_bit(total: float, numel: int) ->
 
 def test_a_layer_of_no_floats_did_not_move() -> None:
     model = torch.nn.ParameterDict({"a": torch.zeros(0, 2), "b": torch.ones(2)})
-    (row, _), stored_variants = measure(
-        layers_of(model), network_state(model), network_state(model), None, ("bfloat16",)
-    )
+    (row, _), stored_variants = measure(layers_of(model), network_state(model), network_state(model), None, ("bfloat16",))
     assert row.change == Change(0, 0.0, 0.0, 0.0, None, None)
     assert [one.layer for one in stored_variants] == ["b"]
 
@@ -190,11 +187,12 @@ def test_a_layer_of_no_floats_did_not_move() -> None:
 # ── records and tables ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_records_come_back_and_older_ones_too() -> None:
+def test_records_without_sums_of_gradients_are_read_too() -> None:
     layers, before, after, given_ = moved(0)
     rows, stored_variants = measure(layers, before, after, given_, ("int8",))
     assert [Sensitivity(**json.loads(json.dumps(asdict(row)))) for row in rows] == rows
-    assert [stored_variant_of(json.loads(json.dumps(asdict(one)))) for one in stored_variants] == stored_variants
+    read = TypeAdapter(list[StoredVariant]).validate_python
+    assert read(json.loads(json.dumps([asdict(one) for one in stored_variants]))) == stored_variants
     old = {k: v for k, v in asdict(rows[0]).items() if k not in ("first_order_change", "fisher_change")}
     assert Sensitivity(**old).change.fisher is None
 
@@ -218,10 +216,10 @@ def test_rows_of_the_table() -> None:
     assert row["relative_change"] == made[0]["relative_change"]
 
 
-# ── codes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── storage formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_each_code_loses() -> None:
+def test_the_rounding_error_of_each_storage_format() -> None:
     layers, before, after, given_ = moved(0)
     storage_formats = ("float32", "bfloat16", "int8")
     _, stored_variants = measure(layers, before, after, given_, storage_formats)

@@ -1,4 +1,4 @@
-"""The page, in headless Chromium against a real server on loopback: what is sent, what is shown, and that it stays at home."""
+"""The page in headless Chromium, with a real server on loopback: what it sends and shows, and that it loads nothing else."""
 
 import base64
 import io
@@ -13,11 +13,9 @@ from PIL import Image
 
 from tests.test_http import BUNDLES, CLASS_NAMES, Luma, encoded, luma_logits, picture, serve
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="the page is looked at with playwright, which is not installed"
-)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is looked at in Chromium, which is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 ARGUMENTS += ["--disable-sync", "--no-first-run", "--disable-quic"]
@@ -46,33 +44,29 @@ def backend(served: tuple[str, Luma]) -> Iterator[Luma]:
 
 @pytest.fixture
 def page(browser: Any, served: tuple[str, Luma], backend: Luma) -> Iterator[Any]:
-    """The page with its example answered. Afterwards: nothing went elsewhere, and the console is clean."""
+    """The page, showing the results of its example. Afterwards no request went to another host, and the console is clean."""
     page = browser.new_page()
     page.set_viewport_size({"width": 1280, "height": 900})
     page.set_default_timeout(10_000)
     complaints: list[str] = []
     elsewhere: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
     page.on(
         "request",
-        lambda request: (
-            None if request.url.startswith((served[0], "data:", "blob:")) else elsewhere.append(request.url)
-        ),
+        lambda request: None if request.url.startswith((served[0], "data:", "blob:")) else elsewhere.append(request.url),
     )
     page.goto(served[0])
     settle(page)
     yield page
     page.close()
-    # Chromium itself notes every answer of 4xx and 5xx there
+    # Chromium logs every response of 4xx and 5xx there
     assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
     assert elsewhere == []
 
 
 def settle(page: Any) -> None:
-    """Wait until the sliders have rested and the newest answers are shown."""
+    """Wait until the latest results are shown."""
     page.wait_for_selector("#figures[aria-busy=false]")
 
 
@@ -114,10 +108,10 @@ def choose(page: Any, name: str, body: bytes) -> None:
     settle(page)
 
 
-def test_it_works_at_once_with_its_own_example(page: Any) -> None:
+def test_it_starts_with_its_own_example(page: Any) -> None:
     assert text(page, "#error") == ""
     assert "level clean" in text(page, "#original-text")
-    assert "level jpeg-10, found jpeg-20" in text(page, "#adapted-text")
+    assert "level jpeg-10, estimated jpeg-20" in text(page, "#adapted-text")
     assert "ok" in text(page, "#health")
     assert text(page, "#sent-text").startswith("JPEG 20, 160 × 120")
     assert not np.array_equal(pixels(page, "original"), pixels(page, "adapted"))
@@ -125,7 +119,7 @@ def test_it_works_at_once_with_its_own_example(page: Any) -> None:
     assert named == [name for name in CLASS_NAMES if name in named] != []
 
 
-def test_both_networks_get_the_very_bytes_and_their_answers_are_shown_exactly(page: Any, backend: Luma) -> None:
+def test_both_networks_get_the_same_bytes_and_their_results_are_shown_exactly(page: Any, backend: Luma) -> None:
     backend.received.clear()
     sent = backend.received
     page.get_by_text("Classes", exact=True).first.click()
@@ -135,11 +129,11 @@ def test_both_networks_get_the_very_bytes_and_their_answers_are_shown_exactly(pa
     assert {one.get("x-gearnn-level"), other.get("x-gearnn-level")} == {"clean", None}
     assert one["content-type"] == other["content-type"] == "image/jpeg"
     image = decoded(first)
-    assert np.array_equal(pixels(page, "sent"), image)  # what is shown as sent was sent
+    assert np.array_equal(pixels(page, "sent"), image)  # the frame shown is the frame sent
     assert np.array_equal(classes(page, "original"), luma_logits(image, "clean").argmax(0))
     assert np.array_equal(classes(page, "adapted"), luma_logits(image, "jpeg-40").argmax(0))
     shown = numbers(page)
-    assert shown["found"] == ("jpeg-34", "jpeg-34")
+    assert shown["estimated level"] == ("jpeg-34", "jpeg-34")
     assert shown["level used"] == ("clean", "jpeg-40")
     assert shown["distance"] == ("0", "1.2")
     assert shown["network"] == ("2.0 ms", "2.0 ms")
@@ -150,10 +144,10 @@ def test_both_networks_get_the_very_bytes_and_their_answers_are_shown_exactly(pa
 def test_every_quality_of_the_slider_is_the_quality_of_the_file(page: Any) -> None:
     for quality in (1, 50, 100):
         slide(page, "quality", quality)
-        assert numbers(page)["found"][0] == f"jpeg-{quality}"
+        assert numbers(page)["estimated level"][0] == f"jpeg-{quality}"
 
 
-def test_size_and_brightness_are_done_to_the_frame_and_png_keeps_them_exact(page: Any, backend: Luma) -> None:
+def test_size_and_brightness_change_the_frame_and_png_keeps_it_exact(page: Any, backend: Luma) -> None:
     backend.received.clear()
     sent = backend.received
     original = picture(96, 128)
@@ -170,7 +164,7 @@ def test_size_and_brightness_are_done_to_the_frame_and_png_keeps_them_exact(page
     assert abs(small.mean() - original.mean() / 2) < 1
     assert text(page, "#sent-text").startswith("PNG, 64 × 48")
     assert pixels(page, "adapted").shape == (48, 64, 3)
-    page.get_by_role("button", name="Undistorted").click()
+    page.get_by_role("button", name="Remove distortion").click()
     settle(page)
     assert np.array_equal(decoded(sent[-1][0]), original)
     assert numbers(page)["level used"] == ("clean", "clean")
@@ -190,7 +184,7 @@ def test_an_image_can_be_dropped(page: Any) -> None:
     assert "80 × 60" in text(page, "#sent-text")
 
 
-def test_what_is_no_image_is_said_in_a_sentence(page: Any) -> None:
+def test_a_file_that_is_not_an_image_gives_one_sentence(page: Any) -> None:
     choose(page, "notes.txt", b"no image")
     assert "This browser cannot read “notes.txt” as an image" in text(page, "#error")
     page.get_by_role("button", name="Example").click()
@@ -198,7 +192,7 @@ def test_what_is_no_image_is_said_in_a_sentence(page: Any) -> None:
     assert text(page, "#error") == ""
 
 
-def test_the_servers_refusal_is_shown_as_its_sentence_and_goes_away(page: Any) -> None:
+def test_an_error_of_the_server_is_shown_and_disappears(page: Any) -> None:
     page.get_by_text("PNG, lossless").click()
     noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
     choose(page, "noise.png", encoded(noise))
@@ -210,7 +204,7 @@ def test_the_servers_refusal_is_shown_as_its_sentence_and_goes_away(page: Any) -
     assert "stale" not in page.locator("#figures").get_attribute("class")
 
 
-def test_late_answers_are_dropped(page: Any, backend: Luma) -> None:
+def test_results_of_earlier_frames_are_dropped(page: Any, backend: Luma) -> None:
     backend.received.clear()
     sent = backend.received
     backend.delays = [1.0, 1.0]
@@ -223,7 +217,7 @@ def test_late_answers_are_dropped(page: Any, backend: Luma) -> None:
     assert len(sent) == 4
 
 
-def test_a_dragged_slider_sends_only_where_it_rests(page: Any, backend: Luma) -> None:
+def test_a_dragged_slider_sends_only_where_it_stops(page: Any, backend: Luma) -> None:
     backend.received.clear()
     sent = backend.received
     box = page.locator("#quality").bounding_box()
@@ -243,7 +237,7 @@ def test_the_keyboard_is_enough(page: Any) -> None:
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     settle(page)
-    assert numbers(page)["found"][1] == "jpeg-25"
+    assert numbers(page)["estimated level"][1] == "jpeg-25"
     page.locator("#jpeg").focus()
     page.keyboard.press("ArrowRight")
     settle(page)
@@ -256,7 +250,7 @@ def test_the_keyboard_is_enough(page: Any) -> None:
     assert page.evaluate("document.activeElement.closest('#legend') !== null")
 
 
-def test_a_class_can_be_seen_alone_and_a_pixel_asked_for(page: Any) -> None:
+def test_one_class_can_be_shown_alone_and_a_pixel_has_its_classes(page: Any) -> None:
     before = pixels(page, "adapted")
     page.locator("#legend button", has_text="light").click()
     alone = pixels(page, "adapted")
@@ -278,7 +272,7 @@ def test_another_bundle_can_be_chosen(page: Any, backend: Luma) -> None:
     assert numbers(page)["release"][1] == "abababab…"
 
 
-def test_a_degraded_server_says_why(page: Any, backend: Luma) -> None:
+def test_the_problem_of_a_degraded_server_is_shown(page: Any, backend: Luma) -> None:
     backend.problem = "The store does not answer."
     page.evaluate("askHealth()")
     page.wait_for_selector("#health.degraded")
@@ -292,12 +286,10 @@ def test_it_fits_wide_and_narrow_windows_light_and_dark(page: Any, tmp_path: Pat
         page.wait_for_timeout(200)
         page.screenshot(path=tmp_path / f"page_{name}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(
-            "[...document.querySelectorAll('canvas')].every(c => c.getBoundingClientRect().width > 150)"
-        )
+        assert page.evaluate("[...document.querySelectorAll('canvas')].every(c => c.getBoundingClientRect().width > 150)")
 
 
-def test_everything_that_can_be_operated_has_a_name(page: Any) -> None:
+def test_every_control_has_a_name(page: Any) -> None:
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("input, select, button, canvas")].filter(e =>
             !(e.labels?.length || e.textContent.trim() || e.getAttribute("aria-label"))).map(e => e.outerHTML)"""

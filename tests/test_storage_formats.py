@@ -1,4 +1,4 @@
-"""Codes: what is stored comes back to the bit that plain numpy computes, within the code's error, or is refused."""
+"""Storage formats: a stored tensor is restored to the bit that plain numpy computes, within the format's error, or refused."""
 
 from collections.abc import Callable, Iterator
 from math import prod
@@ -11,19 +11,11 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gearnn_ray.adaptors.storage_formats import (
-    applies,
-    check_format,
-    decode,
-    encode,
-    formats_of,
-    restored,
-    stored_bytes,
-)
+from gearnn_ray.adaptors.storage_formats import applies, check_format, decode, encode, formats_of, restored, stored_bytes
 from gearnn_ray.models.layers import same_bits
-from gearnn_ray.store.releases import decode_state, encode_state
+from gearnn_ray.store.states import decode_state, encode_state
 
-CODES = ("bfloat16", "int8")
+COMPRESSED = ("bfloat16", "int8")
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
@@ -42,7 +34,7 @@ def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def by_numpy(base: Tensor, stored: dict[str, Tensor]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What a coded "w" comes back as: base + difference, written once more, each product and sum rounded by itself."""
+    """The restored tensor "w": base + difference, implemented a second time, each product and sum rounded by itself."""
     start = base.numpy()
     rows = start.shape[0] if start.ndim > 1 else 1
     with np.errstate(all="ignore"):
@@ -57,14 +49,14 @@ def by_numpy(base: Tensor, stored: dict[str, Tensor]) -> np.ndarray[Any, np.dtyp
         return np.where(difference == 0, start, start + difference)
 
 
-# ── what codes there are ─────────────────────────────────────────────────────────────────────────────────────────
+# ── names and sizes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_names_of_codes() -> None:
+def test_the_names_of_formats() -> None:
     for name in ("float32", "bfloat16", "int8"):
         assert check_format(name) == name
     for name in ("", "int4", "INT8", "int8 ", "int8\n", "rank-1", "folded"):
-        with pytest.raises(ValueError, match="is not a code: expected float32, bfloat16 or int8"):
+        with pytest.raises(ValueError, match="is not a storage format: expected float32, bfloat16 or int8"):
             check_format(name)
 
 
@@ -85,8 +77,8 @@ def test_sizes(storage_format: str, shape: tuple[int, ...], size: int) -> None:
     assert applies(storage_format, shape)
 
 
-def test_a_code_applies_where_it_is_smaller() -> None:
-    for storage_format in CODES:
+def test_a_format_applies_where_it_is_smaller() -> None:
+    for storage_format in COMPRESSED:
         assert not applies(storage_format, (0,))
         assert not applies(storage_format, (4, 0, 3))
     assert not applies("int8", ())
@@ -100,17 +92,15 @@ def test_a_code_applies_where_it_is_smaller() -> None:
             call()
 
 
-# ── what comes back ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── restored tensors ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# whether a code applies is half of it
+# many draws are filtered: a format often does not apply
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-@given(shapes, st.sampled_from(CODES), st.lists(floats, min_size=1), st.lists(floats, min_size=1), seeds)
+@given(shapes, st.sampled_from(COMPRESSED), st.lists(floats, min_size=1), st.lists(floats, min_size=1), seeds)
 @example((4, 3), "int8", [0.0], [1e-45, -3e-45, 0.0], 0)  # steps of the smallest float there is
 @example((4, 3), "bfloat16", [-0.0, 0.0], [1e-45, -1e-40], 0)
-def test_what_comes_back(
-    shape: tuple[int, ...], storage_format: str, old: list[float], new: list[float], seed: int
-) -> None:
+def test_restored_tensors(shape: tuple[int, ...], storage_format: str, old: list[float], new: list[float], seed: int) -> None:
     assume(applies(storage_format, shape))
     base, changed = {"w": drawn(shape, old, seed)}, {"w": drawn(shape, new, seed + 1)}
     difference = changed["w"].double() - base["w"].double()
@@ -119,7 +109,7 @@ def test_what_comes_back(
         stored = encode(base, changed, {"w": storage_format})
     except ValueError as error:
         refused = str(error)
-    if refused:  # only what goes beyond float32 on the way
+    if refused:  # only where an intermediate value exceeds float32
         assert "NaN or infinity" in refused
         assert max(difference.norm(), changed["w"].abs().max()) > 1e38
         return
@@ -141,18 +131,16 @@ def test_what_comes_back(
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(CODES), st.lists(floats, min_size=1), seeds)
+@given(shapes, st.sampled_from(COMPRESSED), st.lists(floats, min_size=1), seeds)
 @example((3, 3), "int8", [-0.0, 0.0], 0)
-def test_no_change_is_the_base_to_the_bit(
-    shape: tuple[int, ...], storage_format: str, numbers: list[float], seed: int
-) -> None:
+def test_no_change_is_the_base_to_the_bit(shape: tuple[int, ...], storage_format: str, numbers: list[float], seed: int) -> None:
     assume(applies(storage_format, shape))
     for name in ("w", "running_var"):
         base = {name: drawn(shape, numbers, seed)}
         assert same_bits(restored(base, base, {name: storage_format})[name], base[name])
 
 
-def test_a_row_without_change_is_the_bases() -> None:
+def test_a_row_without_change_has_the_bits_of_the_base() -> None:
     base, changed = {"w": normal(3, 5)}, {"w": normal(3, 5, seed=1)}
     changed["w"][1] = base["w"][1]
     base["w"][2], changed["w"][2] = 0, 1e-44  # a 127th of it is no float
@@ -173,18 +161,18 @@ def test_one_scale_per_output_channel_and_one_for_a_vector() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floating_point_types_come_back_as_such(dtype: torch.dtype) -> None:
+def test_other_floating_point_types_are_restored(dtype: torch.dtype) -> None:
     base = {"w": normal(8, 16).to(dtype)}
     changed = {"w": base["w"] + normal(8, 16, scale=0.01, seed=1).to(dtype)}
-    for storage_format in CODES:
+    for storage_format in COMPRESSED:
         assert same_bits(restored(base, base, {"w": storage_format})["w"], base["w"])
         back = restored(base, changed, {"w": storage_format})["w"]
         assert back.dtype == dtype
         assert torch.allclose(back, changed["w"], rtol=0.01, atol=0.001)
 
 
-@pytest.mark.parametrize("storage_format", CODES)
-def test_threads_and_strides_do_not_show(storage_format: str) -> None:
+@pytest.mark.parametrize("storage_format", COMPRESSED)
+def test_threads_and_strides_do_not_change_a_bit(storage_format: str) -> None:
     base = {"w": normal(64, 32, 6, 6)}  # large enough to be shared among threads
     changed = {"w": base["w"] + normal(64, 32, 6, 6, scale=0.01, seed=1)}
     stored = encode(base, changed, {"w": storage_format})
@@ -216,20 +204,16 @@ names = st.text(st.sampled_from("a.@/#:-_ ü\0\n"), max_size=6).filter(lambda na
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(names, st.sampled_from(("float32", *CODES)), max_size=5), seeds)
+@given(st.dictionaries(names, st.sampled_from(("float32", *COMPRESSED)), max_size=5), seeds)
 @example({"a": "int8", "a.": "int8", ".a": "float32", "": "int8", ".": "bfloat16"}, 0)
-def test_every_tensor_under_its_own_code_and_name(storage_formats: dict[str, str], seed: int) -> None:
+def test_every_tensor_has_its_own_format_and_name(storage_formats: dict[str, str], seed: int) -> None:
     base = {name: normal(8, 5, 4, seed=seed) for name in (*storage_formats, "elsewhere")}
     changed = {name: base[name] + normal(8, 5, 4, scale=0.01, seed=7) for name in storage_formats}
-    stored_variants = {
-        name: storage_format for name, storage_format in storage_formats.items() if storage_format != "float32"
-    }
+    stored_variants = {name: storage_format for name, storage_format in storage_formats.items() if storage_format != "float32"}
     stored = encode(base, changed, stored_variants)
     back = decode(base, decode_state(encode_state(stored)))
     assert formats_of(stored) == storage_formats
-    assert sum(each.nbytes for each in stored.values()) == sum(
-        stored_bytes(c, [(8, 5, 4)]) for c in storage_formats.values()
-    )
+    assert sum(each.nbytes for each in stored.values()) == sum(stored_bytes(c, [(8, 5, 4)]) for c in storage_formats.values())
     assert back.keys() == storage_formats.keys()
     for name, storage_format in storage_formats.items():
         alone = restored({"w": base[name]}, {"w": changed[name]}, {"w": storage_format})["w"]
@@ -246,7 +230,7 @@ def test_float32_stores_the_tensors_themselves() -> None:
     assert all(same_bits(back[name], changed[name]) for name in changed)
 
 
-# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────
 
 NAN, INF = float("nan"), float("inf")
 
@@ -260,8 +244,8 @@ def one(value: float) -> Tensor:
 @pytest.mark.parametrize(
     ("base", "changed", "storage_formats", "reason"),
     [
-        ({"w": one(0)}, {"w": one(1)}, {"w": "int4"}, "'int4' is not a code"),
-        ({"w": one(0)}, {"w": one(1)}, {"v": "int8"}, "'v' has a code but no change"),
+        ({"w": one(0)}, {"w": one(1)}, {"w": "int4"}, "'int4' is not a storage format"),
+        ({"w": one(0)}, {"w": one(1)}, {"v": "int8"}, "'v' has a storage format but no change"),
         ({"w": one(0)}, {"v": one(1)}, {}, "'v' is changed but not in the base"),
         ({"w": one(0)}, {"w": one(1)[:2]}, {}, r"'w' is \[2, 6\] of torch.float32: expected \[4, 6\]"),
         ({"w": one(0)}, {"w": one(1).half()}, {"w": "int8"}, "torch.float16: expected .* torch.float32"),
@@ -274,11 +258,11 @@ def one(value: float) -> Tensor:
         *[
             ({"w": one(old)}, {"w": one(new)}, {"w": storage_format}, "the change of 'w' holds NaN or infinity")
             for old, new in ((0, NAN), (0, -INF), (NAN, 0), (INF, 0), (INF, INF))
-            for storage_format in CODES
+            for storage_format in COMPRESSED
         ],
     ],
 )
-def test_what_cannot_be_encoded_is_refused(
+def test_encode_refuses(
     base: dict[str, Tensor], changed: dict[str, Tensor], storage_formats: dict[str, str], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
@@ -287,8 +271,8 @@ def test_what_cannot_be_encoded_is_refused(
 
 
 def damaged() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any], str]]:
-    """A code, what is done to the parts of "w" under it, and what is said of that."""
-    yield "int8", lambda s: s.pop("w..scale"), "'w' is stored as 'int8': expected the parts of one code"
+    """A format, how the parts of "w" in it are damaged, and the message."""
+    yield "int8", lambda s: s.pop("w..scale"), "'w' is stored as 'int8': expected the parts of one storage format"
     yield "int8", lambda s: s.pop("w..int8"), "'w' is stored as 'scale'"
     yield "int8", lambda s: s.update({"w": one(0)}), "'w' is stored as '', 'int8', 'scale'"
     yield "int8", lambda s: s.update({"w..bfloat16": one(0).bfloat16()}), "'bfloat16', 'int8', 'scale'"
@@ -308,7 +292,7 @@ def damaged() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], Any], str]]:
 
 
 @pytest.mark.parametrize(("storage_format", "damage", "reason"), damaged())
-def test_what_does_not_fit_the_base_is_refused(storage_format: str, damage: Callable[..., Any], reason: str) -> None:
+def test_decode_refuses_what_does_not_fit_the_base(storage_format: str, damage: Callable[..., Any], reason: str) -> None:
     base = {"w": one(0.5)}
     stored = encode(base, {"w": one(1)}, {"w": storage_format})
     decode(base, stored)
@@ -318,7 +302,7 @@ def test_what_does_not_fit_the_base_is_refused(storage_format: str, damage: Call
     assert "\n" not in str(caught.value)
 
 
-def test_a_code_of_whole_numbers_is_refused() -> None:
+def test_integers_are_refused() -> None:
     stored = encode({"w": one(0)}, {"w": one(1)}, {"w": "bfloat16"})
     with pytest.raises(ValueError, match=r"'w' is of torch\.int64"):
         decode({"w": one(0).long()}, stored)

@@ -28,8 +28,11 @@ from torch import Tensor
 
 from gearnn_ray.adaptors import storage_formats
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import FileTree, canonical_json
-from gearnn_ray.store.releases import Store, decode_state, digest_of, encode_state
+from gearnn_ray.store.blobs import Blob, canonical_json, digest_of
+from gearnn_ray.store.files import FileTree
+from gearnn_ray.store.manifest import SCHEMA, Manifest
+from gearnn_ray.store.releases import Store
+from gearnn_ray.store.states import decode_state, encode_state
 
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 ABSENT = "sha256:" + "0" * 64
@@ -102,21 +105,26 @@ def table(share: float = 0.5) -> pa.Table:
     return pa.table(rows, schema=pa.schema(fields, metadata={"schema_version": "1"}))
 
 
-def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> dict[str, Any]:
+def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> Manifest:
     """Put the blobs of a small release and return its manifest."""
+    return Manifest.model_validate(content_of(store, shift, name))
+
+
+def content_of(store: Store, shift: float = 1.0, name: str = "street") -> dict[str, Any]:
+    """`manifest_of` as the JSON that a publisher could write by hand."""
     base, adaptor = store.put_state(base_state()), store.put_state(adaptor_state(shift))
     tuned = {"floats": 4, "layers": ["bn.running"], "scores": {"miou": 0.5}}
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": name,
         "model": {
             "name": "tiny",
             "num_classes": 4,
             "floats": 112,
             "task": "segmentation",
-            "normalisation": {"mean": [0.5], "std": [0.25]},
+            "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "own": "kept"},
         },
-        "base": {"digest": base.digest, "bytes": base.bytes},
+        "base": {"digest": base.digest, "bytes": base.bytes, "own": "kept"},
         "levels": {
             "clean": {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}},
             "brightness-0.4+jpeg-30": {"digest": adaptor.digest, "bytes": adaptor.bytes, **tuned},
@@ -124,13 +132,14 @@ def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> dict[
         "budget": {"fraction": 0.002, "floats": 4},
         "recipe": {"epochs": 4},
         "versions": {"torch": "2"},
-        "config": {"own": "kept"},
+        "config": {"own": [1, None]},
+        "own": {"kept": None},
     }
 
 
-def coded_manifest_of(store: Store) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`manifest_of` with a second level, of which conv.weight is stored as int8; and what that level changes."""
-    manifest, base = manifest_of(store), base_state()
+def compressed_content_of(store: Store) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`content_of` with a second level that stores conv.weight as int8, and the restored adaptor of that level."""
+    manifest, base = content_of(store), base_state()
     changed = {"conv.weight": base["conv.weight"] * 1.01, **adaptor_state(2.0)}
     blob = store.put_state(storage_formats.encode(base, changed, {"conv.weight": "int8"}))
     manifest["levels"]["jpeg-10"] = {
@@ -164,9 +173,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64])
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 states = st.dictionaries(st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(dtypes, shapes))
-metadata = st.none() | st.dictionaries(
-    st.text(max_size=4).filter(str.isidentifier), st.integers() | st.text(max_size=4)
-)
+metadata = st.none() | st.dictionaries(st.text(max_size=4).filter(str.isidentifier), st.integers() | st.text(max_size=4))
 
 
 @settings(max_examples=60, deadline=None)
@@ -226,9 +233,10 @@ class StoreBattery:
 
     def test_opening_and_looking_create_nothing(self, store: Store, place: Place) -> None:
         before = place.snapshot()
-        assert not store.has_blob(ABSENT)
+        assert not store.is_intact(ABSENT)
         assert store.names() == []
         assert store.tags("street") == {}
+        assert store.tag_digest("street", "latest") is None
         assert store.get_record(KEY) is None
         assert store.get_checkpoint(KEY) is None
         store.drop_checkpoint(KEY)
@@ -238,7 +246,7 @@ class StoreBattery:
         data = bytes(range(256)) * 50_000  # 12.8 MB: more than one part of an S3 upload
         digest = store.put_blob(data)
         assert place.read(f"blobs/sha256/{digest[7:]}") == data
-        assert store.has_blob(digest)
+        assert store.is_intact(digest)
         assert store.get_blob(digest) == data
 
         before = place.snapshot()
@@ -246,12 +254,14 @@ class StoreBattery:
         assert place.snapshot() == before
 
     @pytest.mark.parametrize("damaged", [b"sho", b"Content"])
-    def test_putting_a_blob_again_mends_it(self, store: Store, place: Place, damaged: bytes) -> None:
+    def test_putting_a_blob_again_repairs_it(self, store: Store, place: Place, damaged: bytes) -> None:
         digest = store.put_blob(b"content")
         place.write(f"blobs/sha256/{digest[7:]}", damaged)
         with pytest.raises(CorruptStoreError, match=digest):
             store.get_blob(digest)
+        assert not store.is_intact(digest)
         store.put_blob(b"content")
+        assert store.is_intact(digest)
         assert store.get_blob(digest) == b"content"
 
     def test_a_missing_blob_is_named(self, store: Store) -> None:
@@ -260,12 +270,12 @@ class StoreBattery:
 
     @pytest.mark.parametrize("digest", ["../../etc/passwd", "sha256:../../x", ABSENT + "\n", ABSENT[:-1], "é" * 64])
     def test_a_digest_is_never_a_path(self, store: Store, digest: str) -> None:
-        for call in (store.get_blob, store.has_blob, store.get_state):
+        for call in (store.get_blob, store.is_intact, store.get_state):
             with pytest.raises(CorruptStoreError, match="not a digest"):
                 call(digest)
 
     def test_a_state_comes_back(self, store: Store) -> None:
-        blob = store.put_state(base_state(), {"level": "clean"})
+        blob = store.put_state(base_state())
         assert blob.bytes == len(store.get_blob(blob.digest))
         assert equal(store.get_state(blob.digest), base_state())
 
@@ -352,7 +362,8 @@ class StoreBattery:
             assert release.name == "street"
             created = datetime.fromisoformat(release.manifest["created"])
             assert created.utcoffset() == timedelta(0)
-            assert release.manifest == {**manifest, "created": release.manifest["created"]}
+            assert release.manifest == {**content_of(store), "created": release.manifest["created"]}
+            assert release.content == manifest.model_copy(update={"created": release.content.created})
             assert set(release.levels) == {"clean", "brightness-0.4+jpeg-30"}
             assert equal(release.base_state(), base_state())
             assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(1.0))
@@ -361,18 +372,23 @@ class StoreBattery:
             release.adaptor_state("jpeg-99")
         assert store.get_table(TABLE).equals(table())
 
-    def test_a_coded_release_comes_back_restored(self, store: Store, place: Place) -> None:
-        manifest, back = coded_manifest_of(store)
-        digest = store.publish(manifest, {})
+    def test_a_compressed_release_comes_back_restored(self, store: Store) -> None:
+        content, back = compressed_content_of(store)
+        digest = store.publish(Manifest.model_validate(content), {})
         release = store.pull("street")
         assert equal(release.adaptor_state("jpeg-10"), back)
         assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(1.0))
         assert equal(release.base_state(), base_state())
-        # a reader of schema 1 alone refuses it
-        assert json.loads(place.read(f"manifests/{digest[7:]}.json"))["schema"] == 2
-        assert manifest["schema"] == 1
-        for again in (manifest, release.manifest):
+        for again in (release.content, Manifest.model_validate(release.manifest)):
             assert store.publish(again, {}) == digest
+
+    def test_equal_manifests_have_equal_bytes(self, store: Store, place: Place) -> None:
+        content = content_of(store)
+        spelled_out = {"data": None, "seed": None, "execution": None, "model": content["model"] | {"class_names": []}}
+        digest = store.publish(Manifest.model_validate(content), {})
+        assert store.publish(Manifest.model_validate(content | spelled_out), {}) == digest
+        written = place.read(f"manifests/{digest[7:]}.json")
+        assert written == canonical_json({**content, "created": store.manifest("street")[1].created})
 
     def test_the_dicts_of_a_release_are_the_callers_own(self, store: Store) -> None:
         store.publish(manifest_of(store), {})
@@ -387,8 +403,8 @@ class StoreBattery:
     def test_publishing_the_same_again_adds_nothing(self, store: Store, place: Place) -> None:
         digest = store.publish(manifest_of(store), {TABLE: table()}, tags=["v1"])
         before = place.snapshot()
-        again = dict(reversed(manifest_of(store).items()))
-        assert Store(place.uri).publish(again, {TABLE: table()}, tags=["v1"]) == digest
+        again = dict(reversed(content_of(store).items()))
+        assert Store(place.uri).publish(Manifest.model_validate(again), {TABLE: table()}, tags=["v1"]) == digest
         assert place.snapshot() == before
 
     def test_publishing_a_then_b_then_a(self, store: Store, place: Place) -> None:
@@ -402,7 +418,7 @@ class StoreBattery:
         assert place.snapshot().keys() == files
 
     @pytest.mark.parametrize("damage", ["missing", "altered"])
-    def test_publishing_again_mends_the_manifest(self, store: Store, place: Place, damage: str) -> None:
+    def test_publishing_again_repairs_the_manifest(self, store: Store, place: Place, damage: str) -> None:
         digest = store.publish(manifest_of(store), {})
         path = f"manifests/{digest[7:]}.json"
         if damage == "missing":
@@ -439,24 +455,44 @@ class StoreBattery:
         assert store.tags("street") == {"latest": a, "next": b}
 
     def test_an_unknown_release_names_those_there_are(self, store: Store) -> None:
-        with pytest.raises(UserError, match="none at all"):
+        with pytest.raises(UserError, match=r"^No release street:latest: the store .* is empty\. Run the split job first"):
             store.pull("street")
         digest = store.publish(manifest_of(store), {}, tags=["v1"])
         with pytest.raises(UserError, match="street:latest, street:v1"):
             store.pull("street:v2")
-        with pytest.raises(UserError, match="there is street"):
+        with pytest.raises(UserError, match="has releases of street"):
             store.pull("road")
         with pytest.raises(UserError, match="of 'street', not of 'road'"):
             store.pull(f"road@{digest}")
         with pytest.raises(CorruptStoreError, match=ABSENT):
             store.pull(f"street@{ABSENT}")
 
-    @pytest.mark.parametrize(
-        "ref", ["", "../street", "street:", "street:../v1", "street:v1:v2", "street@", "@" + ABSENT]
-    )
+    @pytest.mark.parametrize("ref", ["", "../street", "street:", "street:../v1", "street:v1:v2", "street@", "@" + ABSENT])
     def test_a_ref_is_never_a_path(self, store: Store, ref: str) -> None:
         with pytest.raises(UserError, match=r"cannot be used|not a digest"):
             store.pull(ref)
+
+    def test_publishing_without_latest_moves_only_the_tags(self, store: Store) -> None:
+        whole = store.publish(manifest_of(store, 1.0), {})
+        partial = store.publish(manifest_of(store, 2.0), {}, ("partial",), latest=False)
+        assert store.tags("street") == {"latest": whole, "partial": partial}
+
+    def test_files_beside_the_refs_harm_neither_reading_nor_listing(self, store: Store, place: Place) -> None:
+        digest = store.publish(manifest_of(store), {})
+        place.write("refs/street/latest.bak", b"no digest")
+        place.write("refs/street/old/latest", digest.encode())
+        place.write("refs/street/latest~", digest.encode())
+        place.write("refs/README", b"about")
+        assert store.tag_digest("street", "latest") == digest
+        assert store.tag_digest("street", "v1") is None
+        assert store.tags("street") == {"latest": digest}
+        assert store.names() == ["street"]
+        assert store.pull("street").digest == digest
+        with pytest.raises(UserError, match="No release street:v1"):
+            store.pull("street:v1")
+        store.tag("street", "latest", digest)
+        with pytest.raises(CorruptStoreError, match=r"refs/street/latest\.bak.*'no digest'"):
+            store.tag_digest("street", "latest.bak")
 
     def test_a_torn_ref_is_refused(self, store: Store, place: Place) -> None:
         store.publish(manifest_of(store), {})
@@ -464,6 +500,28 @@ class StoreBattery:
             place.write("refs/street/latest", torn)
             with pytest.raises(CorruptStoreError, match="refs/street/latest"):
                 store.pull("street")
+            with pytest.raises(CorruptStoreError, match="refs/street/latest"):
+                store.tag_digest("street", "latest")
+            assert store.tags("street") == {}
+
+    def test_a_corrupt_blob_is_refused_on_publishing_and_repaired_by_its_writer(self, store: Store, place: Place) -> None:
+        a = store.publish(manifest_of(store, 1.0), {})
+        full, content = store.put_blob(b"full fine-tune"), content_of(store, 2.0)
+        level = content["levels"]["brightness-0.4+jpeg-30"]
+        level["full"] = {"digest": full, "bytes": 14}
+        for digest in (content["base"]["digest"], level["digest"], full):
+            whole = store.get_blob(digest)
+            place.write(f"blobs/sha256/{digest[7:]}", whole[:-1] + bytes([whole[-1] ^ 1]))
+            assert not store.is_intact(digest)
+            before = place.snapshot()
+            with pytest.raises(CorruptStoreError, match=f"{digest} is altered") as caught:
+                store.publish(Manifest.model_validate(content), {TABLE: table()}, tags=["v1"])
+            assert "\n" not in str(caught.value)
+            assert place.snapshot() == before
+            store.put_blob(whole)
+        assert store.tags("street") == {"latest": a}
+        b = store.publish(Manifest.model_validate(content), {TABLE: table()}, tags=["v1"])
+        assert store.pull("street:v1").digest == b
 
     def test_a_flipped_byte_or_a_missing_file_is_refused_by_its_digest(self, store: Store, place: Place) -> None:
         store.publish(manifest_of(store), {})
@@ -499,34 +557,35 @@ class StoreBattery:
             ("levels", None, "levels"),
             ("levels.jpeg-10", None, "jpeg-10"),
             ("levels.jpeg-10.digest", "/etc/passwd", "/etc/passwd"),
-            ("levels.jpeg-10.digest", None, "every other level"),
+            ("levels.jpeg-10.digest", None, "jpeg-10: clean has no digest and holds nothing, every other level has"),
             ("levels.jpeg-10.digest", ABSENT, ABSENT),
             ("levels.jpeg-10.bytes", 7, "manifest says 7"),
             ("levels.jpeg-10.bytes", -1, "jpeg-10.bytes"),
             ("levels.jpeg-10.floats", 5, "manifest says 5"),
             ("levels.jpeg-10.floats", True, "jpeg-10.floats"),
             ("levels.jpeg-10.layers", "bn", "jpeg-10.layers"),
-            ("levels.clean.digest", ABSENT, "levels.clean"),
-            ("levels.clean.floats", 1, "levels.clean"),
-            ("levels.clean.layers", ["bn"], "levels.clean"),
-            (
-                "levels.jpeg-10.storage_formats",
-                {"conv.weight": "int8"},
-                "schema version 1, and its levels' codes ask for 2",
-            ),
+            ("levels.jpeg-10.luma", "dark", "jpeg-10.luma"),
+            ("levels.jpeg-10.full", {"digest": "/etc/passwd", "bytes": 1}, "jpeg-10.full.digest"),
+            ("model.normalisation", {"mean": [0.5, 0.5, 0.5]}, "model.normalisation.std"),
+            ("budget", 4, "budget"),
+            ("levels.clean.digest", ABSENT, "levels: clean"),
+            ("levels.clean.floats", 1, "levels: clean"),
+            ("levels.clean.layers", ["bn"], "levels: clean"),
+            ("levels.clean.storage_formats", {"bn": "int8"}, "levels: clean"),
+            ("levels.jpeg-10.storage_formats", {"conv.weight": "int8"}, "'conv.weight' is stored as float32 or not at all"),
             ("levels.jpeg-10.storage_formats", None, "jpeg-10.storage_formats"),
             ("levels.jpeg-10.storage_formats", [], "jpeg-10.storage_formats"),
             ("levels.\\.\\./x", {}, "levels"),
-            ("schema", 2, "schema version 2, and its levels' codes ask for 1"),
-            ("schema", 3, "schema version 3, this gearnn_ray reads 1 and 2"),
-            ("schema", "1", "schema version '1'"),
-            ("schema", None, "schema version None"),
+            ("schema", 1, "schema 1, and this version of gearnn_ray reads schema 2. Publish the release again"),
+            ("schema", 3, "schema 3, and this version of gearnn_ray reads schema 2"),
+            ("schema", "2", "schema '2'"),
+            ("schema", None, "schema None"),
         ],
     )
-    def test_a_manifest_that_lies_is_refused(
+    def test_a_manifest_with_a_wrong_entry_is_refused(
         self, store: Store, place: Place, path: str, value: Any, reason: str
     ) -> None:
-        manifest = {**manifest_of(store), "created": "2026-01-01T00:00:00Z"}
+        manifest = {**content_of(store), "created": "2026-01-01T00:00:00Z"}
         manifest["levels"]["jpeg-10"] = manifest["levels"].pop("brightness-0.4+jpeg-30")
         forge(place, manifest)
         assert store.pull("street").levels == ("clean", "jpeg-10")
@@ -545,7 +604,7 @@ class StoreBattery:
             assert digest in str(caught.value)
 
     @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff"])
-    def test_a_manifest_that_is_none_is_refused(self, store: Store, place: Place, data: bytes) -> None:
+    def test_a_file_that_is_no_manifest_is_refused(self, store: Store, place: Place, data: bytes) -> None:
         digest = forge(place, data)
         with pytest.raises(UserError, match=digest):
             store.pull("street")
@@ -561,35 +620,33 @@ class StoreBattery:
     def test_an_adaptor_that_does_not_fit_the_base_is_refused(
         self, store: Store, adaptor: dict[str, Tensor], reason: str
     ) -> None:
-        manifest, blob = manifest_of(store), store.put_state(adaptor)
-        manifest["levels"]["brightness-0.4+jpeg-30"] |= {"digest": blob.digest, "bytes": blob.bytes}
-        store.publish(manifest, {})
+        content, blob = content_of(store), store.put_state(adaptor)
+        content["levels"]["brightness-0.4+jpeg-30"] |= {"digest": blob.digest, "bytes": blob.bytes}
+        store.publish(Manifest.model_validate(content), {})
         with pytest.raises(CorruptStoreError, match=reason) as caught:
             store.pull("street")
         assert blob.digest in str(caught.value)
 
-    def test_publishing_what_is_not_all_there_changes_nothing(self, store: Store, place: Place) -> None:
+    def test_publishing_an_invalid_or_incomplete_release_changes_nothing(self, store: Store, place: Place) -> None:
         store.publish(manifest_of(store, 1.0), {TABLE: table()}, tags=["v1"])
         good = manifest_of(store, 2.0)
-        level = good["levels"]["brightness-0.4+jpeg-30"]
+        level = good.levels["brightness-0.4+jpeg-30"]
 
-        def level_with(**changes: Any) -> dict[str, Any]:
-            return {**good, "levels": {"jpeg-10": {**level, **changes}}}
+        def with_level(**changes: Any) -> Manifest:
+            return good.model_copy(update={"levels": {"jpeg-10": level.model_copy(update=changes)}})
 
         before = place.snapshot()
         for bad in (
-            level_with(digest=ABSENT),
-            level_with(digest=None),
-            level_with(bytes=level["bytes"] + 1),
-            {**good, "base": {"digest": ABSENT, "bytes": 1}},
-            {**good, "name": "../street"},
-            {**good, "name": None},
-            {**good, "schema": 2},
-            {**level_with(storage_formats={"bn.running_mean": "int8"}), "schema": 3},
-            level_with(storage_formats={"bn.running_mean": "int4"}),
-            level_with(storage_formats={"bn.running_mean": 8}),
-            {**good, "levels": {"clean": {**good["levels"]["clean"], "storage_formats": {"bn.running_mean": "int8"}}}},
-            {**good, "levels": {"../x": level}},
+            with_level(digest=ABSENT),
+            with_level(digest=None),
+            with_level(bytes=level.bytes + 1),
+            with_level(storage_formats={"bn.running_mean": "int4"}),
+            with_level(full=Blob(digest=ABSENT, bytes=1)),
+            good.model_copy(update={"base": Blob(digest=ABSENT, bytes=1)}),
+            good.model_copy(update={"name": "../street"}),
+            good.model_copy(update={"name": None}),
+            good.model_copy(update={"levels": {"clean": level}}),
+            good.model_copy(update={"levels": {"../x": level}}),
         ):
             with pytest.raises(UserError):
                 store.publish(bad, {TABLE: table(0.9)}, tags=["v1"])
@@ -598,12 +655,10 @@ class StoreBattery:
         with pytest.raises(ValueError, match="path"):
             store.publish(good, {"../x.parquet": table(0.9)})
         with pytest.raises(ValueError, match="JSON"):
-            store.publish({**good, "budget": float("nan")}, {TABLE: table(0.9)})
+            store.publish(good.model_copy(update={"recipe": {"epochs": float("nan")}}), {TABLE: table(0.9)})
         assert place.snapshot() == before
 
-    def test_interrupted_at_any_write_the_latest_release_stays_whole(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_interrupted_at_any_write_the_latest_release_stays_whole(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         a = store.publish(manifest_of(store, 1.0), {TABLE: table()})
         b_manifest = manifest_of(store, 2.0)
         write, outcomes = FileTree.write, []
@@ -699,70 +754,41 @@ class TestLocalStore(StoreBattery):
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("changes", "said", "reason"),
+        ("changes", "formats", "reason"),
         [
-            ({}, {"conv.weight": "bfloat16"}, "'conv.weight' is stored as int8, the manifest says bfloat16"),
+            ({}, {"conv.weight": "bfloat16"}, "'conv.weight' is stored as int8, but the manifest says bfloat16"),
             ({}, {"bn.running_mean": "int8"}, "'bn.running_mean' is stored as float32 or not at all"),
-            ({}, {"conv.weight": "float32"}, "'conv.weight' is stored as int8, the manifest says float32"),
+            ({}, {"conv.weight": "float32"}, "'conv.weight' is stored as int8, but the manifest says float32"),
             ({}, {"conv.weight": "int8", "gone": "int8"}, "'gone' is stored as float32 or not at all"),
-            ({}, {"conv.weight": "int4"}, "'int4' is not a code"),
-            ({"conv.weight..int4": torch.zeros(1)}, None, "expected the parts of one code"),
+            ({}, {"conv.weight": "int4"}, "should be 'float32', 'bfloat16' or 'int8'. Found 'int4'"),
+            ({"conv.weight..int4": torch.zeros(1)}, None, "'conv.weight' is stored as 'int4', 'int8', 'scale'"),
             ({"conv.weight..scale": torch.zeros(3)}, None, r"\[3\] of torch.float32: expected \[4\]"),
             ({"conv.weight..scale": torch.full((4,), float("inf"))}, None, "holds NaN or infinity"),
             ({"conv.weight..int8": torch.zeros(4, 3, 3, 3)}, None, "float32: expected .* torch.int8"),
             ({"bn.running_mean": torch.zeros(5)}, None, r"\[5\] of torch.float32: expected \[4\]"),
             ({"bn.weight": torch.zeros(4)}, None, "'bn.weight' is changed but not in the base"),
-            ({"bn.num_batches_tracked": torch.tensor(8)}, None, "113 numbers, the manifest says 112"),
+            ({"bn.num_batches_tracked": torch.tensor(8)}, None, "113 numbers, but the manifest says 112"),
         ],
     )
-    def test_a_coded_adaptor_that_lies_is_refused(
-        self, store: Store, place: Folder, changes: dict[str, Tensor], said: dict[str, str] | None, reason: str
+    def test_a_compressed_adaptor_that_conflicts_with_its_manifest_is_refused(
+        self, store: Store, place: Folder, changes: dict[str, Tensor], formats: dict[str, str] | None, reason: str
     ) -> None:
-        manifest, _ = coded_manifest_of(store)
+        manifest, _ = compressed_content_of(store)
         entry = manifest["levels"]["jpeg-10"]
         blob = store.put_state(store.get_state(entry["digest"]) | changes)
-        entry |= {"digest": blob.digest, "bytes": blob.bytes, "storage_formats": said or entry["storage_formats"]}
-        digest = forge(place, {**manifest, "schema": 2, "created": "2026-01-01T00:00:00Z"})
+        entry |= {"digest": blob.digest, "bytes": blob.bytes, "storage_formats": formats or entry["storage_formats"]}
+        digest = forge(place, {**manifest, "created": "2026-01-01T00:00:00Z"})
         with pytest.raises(CorruptStoreError, match=reason) as caught:
             store.pull("street")
-        assert (digest if said == {"conv.weight": "int4"} else blob.digest) in str(caught.value)
+        assert (digest if formats == {"conv.weight": "int4"} else blob.digest) in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_a_coded_adaptor_without_codes_in_its_manifest_is_refused(self, store: Store) -> None:
-        manifest, _ = coded_manifest_of(store)
-        del manifest["levels"]["jpeg-10"]["storage_formats"]
-        store.publish(manifest, {})
-        with pytest.raises(CorruptStoreError, match=r"'conv\.weight\.\.int8', which the base has not"):
+    def test_a_compressed_adaptor_without_storage_formats_in_its_manifest_is_refused(self, store: Store) -> None:
+        content, _ = compressed_content_of(store)
+        del content["levels"]["jpeg-10"]["storage_formats"]
+        store.publish(Manifest.model_validate(content), {})
+        with pytest.raises(CorruptStoreError, match=r"'conv\.weight' is stored as int8, but the manifest says float32"):
             store.pull("street")
-
-    def test_a_release_without_codes_is_written_as_it_always_was(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        class Fixed(datetime):
-            @classmethod
-            def now(cls, tz: Any = None) -> datetime:
-                return datetime(2026, 1, 1, tzinfo=UTC)
-
-        monkeypatch.setattr("gearnn_ray.store.releases.datetime", Fixed)
-        base = {
-            "conv.weight": torch.arange(108.0).reshape(4, 3, 3, 3),
-            "bn.running_mean": torch.arange(4.0),
-            "bn.num_batches_tracked": torch.tensor(7),
-        }
-        changed = {"conv.weight": base["conv.weight"] / 7, "bn.running_mean": base["bn.running_mean"] - 0.1}
-        ours, its = (
-            store.put_state(base),
-            store.put_state(storage_formats.encode(base, changed, {"conv.weight": "float32"})),
-        )
-        manifest = manifest_of(store)
-        manifest["base"] = {"digest": ours.digest, "bytes": ours.bytes}
-        level = manifest["levels"]["brightness-0.4+jpeg-30"]
-        level |= {"digest": its.digest, "bytes": its.bytes, "floats": 112}
-        # digests of before there were codes
-        assert its.digest == "sha256:eac4f2d96a58866e5c60a3b1090101731b1ae09f3f58beb603cb521c1302dd3b"
-        digest = store.publish(manifest, {})
-        assert digest == "sha256:f24df5f1e6eeea219e1ededfaaaaddd788c623992388264e68ab6dd8a5908f56"
-        assert equal(store.pull("street").adaptor_state("brightness-0.4+jpeg-30"), changed)
 
     def test_a_path_below_a_file_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
@@ -822,20 +848,10 @@ class TestLocalStore(StoreBattery):
 
 
 @pytest.mark.parametrize(
-    "uri",
-    [
-        "",
-        "\0",
-        "ftp://host/x",
-        "gs://bucket/x",
-        "file://relative",
-        "s3://",
-        "s3://bucket?colour=red",
-        "s3://a b",
-    ],
+    "uri", ["", "\0", "ftp://host/x", "gs://bucket/x", "file://relative", "s3://", "s3://bucket?colour=red", "s3://a b"]
 )
 def test_an_address_nobody_can_open_is_refused(uri: str) -> None:
-    with pytest.raises(UserError, match="cannot open the store") as caught:
+    with pytest.raises(UserError, match="Cannot open the store") as caught:
         Store(uri)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""What a sweep makes of its points: front, knee, recommendation, rows, sentence."""
+"""The Pareto front of a sweep's points, its knee, the recommendation, rows and sentence."""
 
 import math
 from dataclasses import replace
@@ -8,16 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gearnn_ray.offline.level_run import LevelResult
+from gearnn_ray.offline.selection import LayerSelection
 from gearnn_ray.store import tables
 from gearnn_ray.sweep.figure import sweep_figure
 from gearnn_ray.sweep.findings import Point, knee, pareto_front, recommended, rows_of, sentence
 
 
-def point(size: int, score: float, complete: bool = True, budget: str = "", value: str = "mean-abs") -> Point:
+def point(size: int, score: float, complete: bool = True, budget: str = "", importance: str = "mean-abs") -> Point:
     """Two levels whose mean is `score` and whose bytes add up to `size`."""
     levels = [("jpeg-10", score - 1, size // 2), ("jpeg-20", score + 1, size - size // 2)]
-    results = [LevelResult(n, 40.0, full=60.0, adaptor=s, digest=n, bytes=b, layers=("a",)) for n, s, b in levels]
-    return Point(budget or f"{size}B", size // 4, value, tuple(results), complete)
+    chosen = LayerSelection(layers=("a",), storage_formats={}, used=1, objective=1.0, bound=1.0, status="OPTIMAL")
+    results = [LevelResult(n, 40.0, full=60.0, adaptor=s, digest=n, bytes=b, selection=chosen) for n, s, b in levels]
+    return Point(budget or f"{size}B", size // 4, importance, tuple(results), complete)
 
 
 def test_an_adaptor_that_levels_share_is_counted_once() -> None:
@@ -36,9 +38,7 @@ def test_the_front_is_what_no_other_beats(drawn: list[tuple[int, int, bool]]) ->
     done = [p for p in points if p.complete]
 
     def beaten(p: Point) -> bool:
-        return any(
-            (o.bytes <= p.bytes and o.score >= p.score) and (o.bytes < p.bytes or o.score > p.score) for o in done
-        )
+        return any((o.bytes <= p.bytes and o.score >= p.score) and (o.bytes < p.bytes or o.score > p.score) for o in done)
 
     assert {(p.bytes, p.score) for p in front} == {(p.bytes, p.score) for p in done if not beaten(p)}
     assert [p.bytes for p in front] == sorted({p.bytes for p in front})
@@ -51,7 +51,7 @@ def test_the_recommended_is_the_smallest_near_the_best(drawn: list[tuple[int, in
     found = recommended(points, within)
     if not done:
         assert found is None
-        assert sentence(points, within) == "No budget was judged at every level, so none is recommended."
+        assert sentence(points, within, "mIoU") == "No budget was evaluated at every level, so none is recommended."
         return
     near = [p for p in done if p.score >= max(p.score for p in done) - within]
     assert found is not None
@@ -72,14 +72,15 @@ def test_the_knee_is_where_more_memory_begins_to_give_little() -> None:
 
 def test_one_sentence_says_what_and_against_what() -> None:
     points = [point(100, 48.0, budget="0.05%"), point(400, 49.8, budget="0.2%"), point(2000, 50.0, budget="1%")]
-    assert sentence(points, 0.5) == (
-        "M = 0.2%: smallest budget within 0.5 points of the best, 49.8 in 400 bytes against 50.0 in 2,000 at 1%."
+    assert sentence(points, 0.5, "mIoU") == (
+        "Recommended: 0.2% (49.8 mIoU, 0.4 kB). It is the smallest within 0.5 points of the most accurate budget tried, "
+        "1% (50.0 mIoU, 2.0 kB)."
     )
-    assert sentence(points, 0) == (
-        "M = 1%: smallest budget within 0 points of the best, which it is itself, with 50.0 in 2,000 bytes."
-    )
-    other = point(300, 49.9, budget="0.2%", value="fisher")
-    assert sentence([*points, other], 0.5).startswith("M = 0.2% (fisher): ")
+    assert sentence(points, 0, "AP") == ("Recommended: 1% (50.0 AP, 2.0 kB). It is also the most accurate budget tried.")
+    other = point(300, 49.9, budget="0.2%", importance="fisher")
+    assert sentence([*points, other], 0.5, "mIoU").startswith("Recommended: 0.2% by fisher (49.9 mIoU, 0.3 kB).")
+    large = point(1_137_432, 60.2, budget="1%")
+    assert sentence([large], 0.5, "mIoU").startswith("Recommended: 1% (60.2 mIoU, 1.14 MB).")
 
 
 def test_rows_are_those_of_the_table_unfinished_ones_included() -> None:
@@ -95,7 +96,7 @@ def test_rows_are_those_of_the_table_unfinished_ones_included() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_the_figure_is_the_same_bytes_again(count: int) -> None:
-    points = [point(100 * (i + 1), 48 + i, value=("mean-abs", "l2")[i % 2]) for i in range(count)]
-    png = sweep_figure(points, 0.5, 10**6, "title")
+    points = [point(100 * (i + 1), 48 + i, importance=("mean-abs", "l2")[i % 2]) for i in range(count)]
+    png = sweep_figure(points, 0.5, "mIoU", 10**6, "title")
     assert png.startswith(b"\x89PNG")
-    assert png == sweep_figure(points, 0.5, 10**6, "title")
+    assert png == sweep_figure(points, 0.5, "mIoU", 10**6, "title")

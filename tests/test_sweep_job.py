@@ -1,7 +1,9 @@
 """A sweep on a real Ray: what it finds, publishes, reuses and refuses, and what one failure costs."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from gearnn_ray import Store
+from gearnn_ray.cli import early_checks
 from gearnn_ray.cli.main import run_split, run_sweep
-from gearnn_ray.config.schema import budget_floats
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.store import tables
 from gearnn_ray.sweep import pipeline
@@ -25,7 +28,7 @@ BUDGETS = ["10%", "30%", "80%"]
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("sweep")
     tiny.write_folder(folder / "data")
@@ -37,7 +40,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
 
 def told(folder: Path, store: str = "store", **changes: Any) -> list[str]:
     options: dict[str, Any] = {
-        "store": folder / store, "release": "tiny", "data.cache": folder / "cache", "budgets": BUDGETS, "levels": SWEPT,
+        "store": folder / store, "release": "tiny", "trust": "tests", "data.cache": folder / "cache", "budgets": BUDGETS,
+        "levels": SWEPT,
     } | changes  # fmt: skip
     line: list[str] = []
     for name, value in options.items():
@@ -61,12 +65,10 @@ def made(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return sorted((e["level"], e["stage"]) for e in lines if e["event"] == "finished" and e["stage"] != "images")
 
 
-def test_every_budget_at_every_level_and_the_smallest_good_one_published(
-    spec: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_budget_at_every_level_and_the_smallest_good_one_published(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(spec / "released", spec / "store")
     store = Store(spec / "store")
-    latest, manifest = store.manifest("tiny")
+    latest, manifest = store.manifest("tiny")[0], store.manifest("tiny")[1].as_json()
     code, result, lines = run(told(spec, within=100), capsys)
     assert (code, result["failed"]) == (0, {})
 
@@ -82,8 +84,8 @@ def test_every_budget_at_every_level_and_the_smallest_good_one_published(
         [*((f"M = {b}", level) for b in ("10%", "80%") for level in SWEPT), ("M = 10%, the rest", "jpeg-30")]
     )
 
-    assert result["sentence"].startswith("M = 10%: smallest budget within 100 points of the best")
-    digest, recommended = store.manifest("tiny:recommended")
+    assert re.match(r"Recommended: 10% \(\d+\.\d mIoU, \d+\.\d kB\)\. It is ", result["sentence"])
+    digest, recommended = store.manifest("tiny:recommended")[0], store.manifest("tiny:recommended")[1].as_json()
     assert result["release"] == digest
     assert store.manifest("tiny")[0] == latest  # who follows it is not moved
     assert set(recommended["levels"]) == set(LEVELS)
@@ -114,20 +116,18 @@ def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
     assert run_split([*options, *criterion, "--json"]) == 0
     arguments = told(spec, "coded", release="coded", levels=["jpeg-10"], budgets=["10%"], within=0)
     # of one level ASHA has nothing to stop
-    code, result, lines = run([*arguments, "--values", "fisher", "sum-abs", "--asha", "True"], capsys)
+    code, result, lines = run([*arguments, "--importance", "fisher", "sum-abs", "--asha", "True"], capsys)
     assert (code, result["failed"]) == (0, {})
     assert [(p["value"], p["budget"]) for p in result["points"]] == [(value, "10%") for value in ("fisher", "sum-abs")]
     assert not any(stage == "full" for _, stage in made(lines)), "the level's and the control's are the split's"
     store = Store(spec / "coded")
-    manifest = store.manifest("coded:recommended")[1]
+    manifest = store.manifest("coded:recommended")[1].as_json()
     assert manifest["schema"] == 2
     entry = manifest["levels"]["jpeg-10"]
     assert set(entry["storage_formats"].values()) & {"bfloat16", "int8"}
     assert manifest["config"]["selection"].items() >= {"granularity": "module", "against": "clean"}.items()
     best = max(result["points"], key=lambda p: p["score"])
-    assert manifest["config"]["selection"]["value"] in {
-        p["value"] for p in result["points"] if p["score"] == best["score"]
-    }
+    assert manifest["config"]["selection"]["importance"] in {p["value"] for p in result["points"] if p["score"] == best["score"]}
     # what was judged is what is restored
     release = store.pull("coded:recommended")
     assert entry["scores"]["adaptor"] == best["score"]
@@ -148,20 +148,20 @@ def test_trials_that_fail_fail_the_job_by_name(spec: Path, capsys: pytest.Captur
     assert "brightness-0.1: the loss became nan" in result["failed"]["M = 30%"]
     # of the release's own budget there is what the split left
     assert [list(point["levels"]) for point in result["points"]] == [["jpeg-10"], []]
-    assert result["sentence"] == "No budget was judged at every level, so none is recommended."
+    assert result["sentence"] == "No budget was evaluated at every level, so none is recommended."
     assert "recommended" not in Store(spec / "dark").tags("dark")
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"release": "nothing"}, "there is no release nothing:latest"),
+        ({"release": "nothing"}, "No release nothing:latest"),
         ({"budgets": ["0.1%"]}, "fits no layer"),
         ({"budgets": ["lots"]}, "the budget 'lots' is not understood"),
         ({"budgets": ["30%", "30.00%"]}, "are the same number of floats"),
         ({"levels": ["clean"]}, "levels has clean, where nothing is adapted"),
         ({"levels": ["jpeg-10", "jpeg-10"]}, "is given twice"),
-        ({"values": ["luck"]}, "values"),
+        ({"importance": ["luck"]}, "importance"),
         ({"within": -1}, "within"),
         ({"resources.cpus": 99}, "99"),
     ],
@@ -184,17 +184,18 @@ def test_how_it_ends_early(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         def fail(*_: object, error: BaseException = error) -> None:
             raise error
 
+        monkeypatch.setattr(early_checks, "check_release_job", lambda config: None)
         monkeypatch.setattr(pipeline, "sweep", fail)
         assert run_sweep(["--store", "/nowhere"]) == code
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_killed_and_run_again_it_repeats_no_finished_adaptor(
-    spec: Path, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+    spec: Path, ray_cluster: Mapping[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(spec / "released", spec / "killed")
     arguments = told(spec, "killed", budgets=["80%"])
-    job = tiny.start_job(arguments, "sweep.py", RAY_ADDRESS=ray_cluster)
+    job = tiny.start_job(arguments, "sweep.py", **ray_cluster)
     assert job.stdout is not None
     seen: list[dict[str, Any]] = []
     for line in job.stdout:

@@ -12,11 +12,13 @@ from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.core.errors import TrainingFailedError
 from gearnn_ray.models.layers import network_state, same_bits
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.tasks.segmentation import Image
-from gearnn_ray.training.trainer import Progress, evaluate, fine_tune, resolve_precision
-from tests.conftest import NORMALISATION
+from gearnn_ray.tasks.base import Image, score
+from gearnn_ray.training.precision import fastest_precision
+from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.trainer import Progress, fine_tune
+from tests.conftest import NORMALISATION, SEGMENTATION
 
-RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=4, crop=24, precision="float32")
+RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=4, crop=24)
 
 
 class Memory:
@@ -41,16 +43,21 @@ def model() -> nn.Module:
 
 
 def tune(model: nn.Module, pictures: tuple[list[Image], list[Image]], **options: object) -> dict[str, Tensor]:
-    options = {"chosen": None, "seed": 7, "recipe": RECIPE} | options
-    recipe = options.pop("recipe")
-    fine_tune(model, *pictures, recipe, NORMALISATION, **options)  # type: ignore[arg-type]
+    options = {"chosen": None, "seed": 7, "recipe": RECIPE, "precision": "float32"} | options
+    recipe, precision = options.pop("recipe"), options.pop("precision")
+    fine_tune(SEGMENTATION, model, *pictures, recipe, NORMALISATION, precision, **options)  # type: ignore[arg-type]
     return network_state(model)
 
 
+def miou(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> float:
+    predictor = Predictor(model, NORMALISATION)
+    return score(SEGMENTATION, collect_evidence(SEGMENTATION, model, [predictor], *pictures)[0])
+
+
 def test_it_learns(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
-    before = evaluate(model, *pictures, NORMALISATION, "float32")
+    before = miou(model, pictures)
     tune(model, pictures, recipe=RECIPE.model_copy(update={"epochs": 12}))
-    assert evaluate(model, *pictures, NORMALISATION, "float32") > max(60.0, before + 20)
+    assert miou(model, pictures) > max(60.0, before + 20)
 
 
 @pytest.mark.parametrize("chosen", [("conv1.weight", "bn2.running_stats"), ("bn1.weight", "bn1.bias"), ("head.bias",)])
@@ -91,7 +98,8 @@ def test_resumed_ends_with_the_same_bits(
     other = build_model("tests.nets:small", num_classes=3)
     other.load_state_dict(start)
     outcome = fine_tune(
-        other, *pictures, recipe, NORMALISATION, chosen=chosen, seed=7, checkpoint=Memory(dying.data)
+        SEGMENTATION, other, *pictures, recipe, NORMALISATION, "float32", chosen=chosen, seed=7,
+        checkpoint=Memory(dying.data),
     )  # fmt: skip
     assert outcome.epochs_run == RECIPE.epochs - epochs_before
     assert all(same_bits(undisturbed[name], tensor) for name, tensor in network_state(other).items())
@@ -99,11 +107,7 @@ def test_resumed_ends_with_the_same_bits(
 
 @pytest.mark.parametrize(("averaged", "steps"), [(1.0, 9), (0.5, 4), (0.1, 1)])
 def test_the_last_steps_weights_are_averaged(
-    model: nn.Module,
-    pictures: tuple[list[Image], list[Image]],
-    averaged: float,
-    steps: int,
-    monkeypatch: pytest.MonkeyPatch,
+    model: nn.Module, pictures: tuple[list[Image], list[Image]], averaged: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
     real = torch.optim.SGD.step
@@ -140,15 +144,6 @@ def test_stopped_early_it_is_the_same_fine_tune_so_far(
     steps = min(9, max(1, round(3 * epochs)))
     assert len(seen) == steps == reports[-1].step == reports[-1].steps
     assert same_bits(tuned["conv1.weight"], whole[steps - 1])
-
-
-def test_what_a_recipe_gained_later_changes_no_key_until_it_is_used() -> None:
-    before = {
-        "epochs": 4, "learning_rate": 0.01, "schedule": "linear", "batch_size": 8, "crop": 208, "momentum": 0.9,
-        "weight_decay": 1e-4, "precision": "auto",
-    }  # fmt: skip
-    assert Recipe().inputs() == before
-    assert Recipe(averaged=0.5).inputs() == before | {"averaged": 0.5}
 
 
 def test_a_torn_checkpoint_begins_again(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
@@ -200,49 +195,93 @@ def test_weights_that_are_not_finite_fail(model: nn.Module, pictures: tuple[list
 
 def test_it_reports_its_progress(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
     reports: list[Progress] = []
-    fine_tune(model, *pictures, RECIPE, NORMALISATION, chosen=None, seed=0, progress=reports.append)
+    tune(model, pictures, seed=0, progress=reports.append)
     assert [r.step for r in reports][-1] == reports[0].steps == 9
     assert {r.epoch for r in reports} == {0, 1, 2}
     assert all(0 < r.loss < 10 for r in reports)
 
 
-def test_precision_is_what_was_asked_or_what_the_processor_gains_from() -> None:
-    cpu = torch.device("cpu")
-    assert resolve_precision("float32", cpu) == "float32"
-    assert resolve_precision("bfloat16", cpu) == "bfloat16"
-    expected = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-    assert resolve_precision("auto", cpu) == expected
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "expected"),
+    [(True, True, "bfloat16"), (False, True, "bfloat16"), (True, False, "bfloat16"), (False, False, "float32")],
+)
+def test_the_fastest_precision_is_bfloat16_where_the_cpu_multiplies_in_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert fastest_precision(torch.device("cpu")) == expected
 
 
 def test_bfloat16_learns_the_same_thing(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
     start = network_state(model)
     in_float32 = tune(model, pictures)
     model.load_state_dict(start)
-    in_bfloat16 = tune(model, pictures, recipe=RECIPE.model_copy(update={"precision": "bfloat16"}))
+    in_bfloat16 = tune(model, pictures, precision="bfloat16")
     moved = (in_float32["conv1.weight"] - start["conv1.weight"]).norm()
     assert (in_float32["conv1.weight"] - in_bfloat16["conv1.weight"]).norm() < 0.3 * moved
     assert in_bfloat16["conv1.weight"].dtype == torch.float32
 
 
-def _one_of_two(rank: int, address: str, out: str, pictures: tuple[list[Image], list[Image]]) -> None:
+# ── networks with dropout, unused parameters, auxiliary heads ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["with_dropout", "with_auxiliary_head"])
+def test_networks_that_draw_numbers_or_leave_weights_unused_resume_to_the_same_bits(
+    name: str, pictures: tuple[list[Image], list[Image]]
+) -> None:
+    """An auxiliary head that no loss reaches has no momentum; dropout draws from torch's generator, seeded for every step."""
+    torch.manual_seed(0)
+    model = build_model(f"tests.nets:{name}", num_classes=3)
+    start = network_state(model)
+    undisturbed = tune(model, pictures)
+    model.load_state_dict(start)
+    torch.manual_seed(99)  # what was drawn before does not matter
+    assert all(same_bits(undisturbed[n], tensor) for n, tensor in tune(model, pictures).items())
+    model.load_state_dict(start)
+    dying = Memory(die_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, pictures, checkpoint=dying)
+    model.load_state_dict(start)
+    torch.manual_seed(5)
+    resumed = tune(model, pictures, checkpoint=Memory(dying.data))
+    assert all(same_bits(undisturbed[n], tensor) for n, tensor in resumed.items())
+    if name == "with_auxiliary_head":
+        assert same_bits(resumed["auxiliary.weight"], start["auxiliary.weight"])
+    else:
+        model.load_state_dict(start)
+        other = tune(model, pictures, seed=8)
+        assert not same_bits(other["conv1.weight"], undisturbed["conv1.weight"])
+
+
+# ── several workers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+CHOSEN = ("conv1.weight", "head.weight", "head.bias")
+
+
+def _two_undisturbed(rank: int, address: str, out: str, name: str, pictures: tuple[list[Image], list[Image]]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = build_model("tests.nets:small", num_classes=3)
-    state = tune(model, pictures, chosen=("conv1.weight", "head.weight", "head.bias"))
-    torch.save(state, f"{out}-{rank}.pt")
+    model = build_model(name, num_classes=3)
+    torch.save(tune(model, pictures, chosen=CHOSEN, checkpoint=Memory()), f"{out}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", ["tests.nets:small", "tests.nets:with_auxiliary_head"])
 def test_two_workers_share_each_batch_and_agree_with_one(
-    tmp_path: Path, model: nn.Module, pictures: tuple[list[Image], list[Image]]
+    tmp_path: Path, pictures: tuple[list[Image], list[Image]], name: str
 ) -> None:
-    """With statistics frozen and equally many labelled pixels, the mean of two halves' gradients is the whole batch's."""
+    """The loss is a sum over the labelled pixels of all workers: it does not matter that one image has far fewer of them."""
     images, labels = pictures
-    labels = [label % 3 for label in labels]
-    mp.spawn(_one_of_two, (str(tmp_path / "meet"), str(tmp_path / "state"), (images, labels)), nprocs=2)
-    alone = tune(model, (images, labels), chosen=("conv1.weight", "head.weight", "head.bias"))
+    labels = [label.copy() for label in labels]
+    for label in labels[::3]:
+        label[4:] = 255
+    mp.spawn(_two_undisturbed, (str(tmp_path / "meet"), str(tmp_path / "state"), name, (images, labels)), nprocs=2)
+    torch.manual_seed(0)
+    alone = tune(build_model(name, num_classes=3), (images, labels), chosen=CHOSEN)
     zero, one = (torch.load(tmp_path / f"state-{rank}.pt") for rank in (0, 1))
-    for name, tensor in alone.items():
-        assert same_bits(zero[name], one[name])
-        torch.testing.assert_close(zero[name], tensor, rtol=1e-3, atol=1e-5)
+    for tensor_name, tensor in alone.items():
+        assert same_bits(zero[tensor_name], one[tensor_name])
+        torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import Tensor
 
 from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.registry import build_model
+from gearnn_ray.offline.job_spec import JobSpec
+from gearnn_ray.tasks.base import score
+from gearnn_ray.training.predict import Predictor, collect_evidence
 from tests.conftest import ROOT
 
 CLASSES = 3
@@ -76,7 +81,7 @@ def start_job(arguments: list[str], job: str = "split.py", **environment: str) -
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
 
 
@@ -87,11 +92,17 @@ def events(output: str) -> list[dict[str, Any]]:
 
 def epochs_run(lines: list[dict[str, Any]]) -> int:
     """Epochs of all fine-tunes that were finished in these events."""
-    return sum(
-        e["event"] == "progress" and e["epochs"] > 0 and e["step"] * e["epochs"] % e["steps"] == 0 for e in lines
-    )
+    return sum(e["event"] == "progress" and e["epochs"] > 0 and e["step"] * e["epochs"] % e["steps"] == 0 for e in lines)
 
 
 def blobs(store: Path) -> set[str]:
     """Every blob of a local store: equal sets mean equal digests, hence equal bits."""
     return {path.name for path in (store / "blobs" / "sha256").iterdir() if not path.name.startswith(".")}
+
+
+def score_of(spec: JobSpec, state: Mapping[str, Tensor], level: str) -> float:
+    """mIoU in percent of a network with these tensors on a level's validation images."""
+    model = build_model(spec.network.name, spec.network.num_classes)
+    model.load_state_dict(dict(state))
+    predictor = Predictor(model, spec.network.normalisation, spec.execution.precision)
+    return score(spec.task, collect_evidence(spec.task, model, [predictor], *spec.validation_data(level))[0])

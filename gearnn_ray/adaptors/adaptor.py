@@ -1,7 +1,4 @@
-"""Adaptors A_q: what differs between the base and the network of a level. Take one out of a network, put one in.
-
-`{**base, **adaptor}` is the network of that level, bit for bit. Knows nothing of how either came about.
-"""
+"""Adaptors A_q: the tensors in which a level's network, `{**base, **adaptor}` bit for bit, differs from the base."""
 
 from collections.abc import Collection, Mapping
 
@@ -11,14 +8,12 @@ from gearnn_ray.models.layers import layers_of, network_state, same_bits, tensor
 
 
 class ComplementChangedError(Exception):
-    """A tensor outside the chosen layers is not bit-identical to the base: this adaptor must not be published."""
+    """A tensor outside the selected layers is not bit-identical to the base: this adaptor must not be published."""
 
 
 def take_adaptor(model: nn.Module, base: Mapping[str, Tensor], chosen: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of the `chosen` layers (names as in `layers_of`) of `model`, with state-dict names.
-
-    Raises ComplementChangedError when anything else differs from `base` in a single bit, and KeyError for a chosen
-    layer the network does not have.
+    """The tensors of the `chosen` layers (names as in `layers_of`) of `model`, by state-dict name. Raises KeyError for an unknown
+    layer, ComplementChangedError if a tensor of another layer differs from `base` in a single bit.
     """
     layers = layers_of(model)
     unknown = sorted(set(chosen) - {layer.name for layer in layers})
@@ -35,7 +30,7 @@ def take_adaptor(model: nn.Module, base: Mapping[str, Tensor], chosen: Collectio
 
 
 def put_adaptor(model: nn.Module, base: Mapping[str, Tensor], adaptor: Mapping[str, Tensor]) -> None:
-    """Make `model` the network of a level. Raises KeyError or RuntimeError (torch's) when names or shapes do not fit."""
+    """Make `model` the network of a level. Raises KeyError or torch's RuntimeError when names or shapes do not fit."""
     foreign = sorted(adaptor.keys() - base.keys())
     if foreign:
         raise KeyError(f"the adaptor's tensor {foreign[0]!r} is not in the base")

@@ -1,10 +1,7 @@
-"""A batch normalisation's running statistics, folded into its weight and bias: two tensors say what four did.
+"""Folds the running statistics of a batch normalisation into its weight and bias: an adaptor then stores two tensors, not four.
 
-As it is used, y = γ·(x - μ)/√(σ² + ε) + β is affine in x. With the base's μ₀ and σ₀² it is the same for
-
-    γ' = γ·√(σ₀² + ε)/√(σ² + ε)        β' = β + γ·(μ₀ - μ)/√(σ² + ε)
-
-so that an adaptor need not hold statistics, and what moved is compared in one unit. Knows nothing of levels or stores.
+In evaluation mode y = γ·(x - μ)/√(σ² + ε) + β is affine in x. With the base's statistics μ₀ and σ₀² it is the same function for
+γ' = γ·√(σ₀² + ε)/√(σ² + ε) and β' = β + γ·(μ₀ - μ)/√(σ² + ε). Changes of all four tensors are then in the units of γ and β.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,9 +25,9 @@ class Foldable:
 
 
 def foldable(model: nn.Module) -> dict[str, Foldable]:
-    """By the layer that their statistics are: batch normalisations with all four tensors, none of them another's too."""
+    """The batch normalisations with four tensors that no other module shares, by the name of their statistics' layer."""
     tensors = {layer.name: layer.tensors for layer in layers_of(model)}
-    found = dict[str, Foldable]()
+    normalisations = dict[str, Foldable]()
     for path, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or not module.affine or module.running_mean is None:
             continue
@@ -39,25 +36,20 @@ def foldable(model: nn.Module) -> dict[str, Foldable]:
         )
         own = {weight: (weight,), bias: (bias,), statistics_of(path): (mean, variance)}
         if all(tensors.get(layer) == names for layer, names in own.items()):
-            found[statistics_of(path)] = Foldable(weight, bias, mean, variance, module.eps)
-    return found
+            normalisations[statistics_of(path)] = Foldable(weight, bias, mean, variance, module.eps)
+    return normalisations
 
 
-def fold(
-    normalisations: Collection[Foldable], base: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """`state` with the base's statistics in these normalisations, and the weights and biases that make up for it.
-
-    In evaluation mode it is the same network, to rounding. Computed in float64 by single operations, so that everyone gets the
-    same bits.
+def fold(normalisations: Collection[Foldable], base: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the base's statistics in these normalisations, and with weights and biases that compensate for them: in
+    evaluation mode the network computes the same, up to rounding. Float64 in single operations gives every machine the same bits.
     """
     folded = dict(state)
     for each in normalisations:
-        scale = (base[each.variance].double() + each.eps).sqrt() / (state[each.variance].double() + each.eps).sqrt()
+        deviation = (state[each.variance].double() + each.eps).sqrt()
+        scale = (base[each.variance].double() + each.eps).sqrt() / deviation
+        shift = (base[each.mean].double() - state[each.mean].double()) / deviation
         weight, bias = state[each.weight], state[each.bias]
-        shift = (base[each.mean].double() - state[each.mean].double()) / (
-            state[each.variance].double() + each.eps
-        ).sqrt()
         folded[each.weight] = (weight.double() * scale).to(weight.dtype)
         folded[each.bias] = (bias.double() + weight.double() * shift).to(bias.dtype)
         folded[each.mean], folded[each.variance] = base[each.mean], base[each.variance]

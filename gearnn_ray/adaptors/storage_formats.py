@@ -1,14 +1,13 @@
-"""How a tensor's change is stored: as the tensor itself, or as a smaller difference to the base's.
+"""Storage formats of an adaptor's tensors: the tensor itself, or a smaller difference from the base's tensor.
 
-    code        stored under                    the difference
-    float32     name                            (the tensor itself, whatever its type)
-    bfloat16    name..bfloat16                  as it is, rounded
+    format      stored under                    the difference
+    float32     name                            none: the tensor itself, in its own type
+    bfloat16    name..bfloat16                  rounded to bfloat16
     int8        name..int8, name..scale         int8 · scale, with one scale per output channel
 
-The difference is seen as a matrix [m, rest] of the first dimension and all others; a tensor of fewer than two dimensions
-is one row. Restored is base + difference in float32, by single elementwise IEEE operations: neither a matrix product, whose
-order of sums depends on the machine, nor a fused multiply-add, so that everyone gets the same bits. Where the difference is 0
-these are the base's. Knows nothing of levels, training or stores.
+The channels are the first dimension; a tensor with fewer than two dimensions is one channel. A restored tensor is base +
+difference in float32. Single elementwise IEEE operations (no matrix product, no fused multiply-add) give every machine the same
+bits. Where the difference is 0, the bits are those of the base.
 """
 
 import math
@@ -17,29 +16,26 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Between a tensor's name and its part. No name has it: torch lets no module or tensor have an empty name or a dot in it.
+# Between a tensor's name and its part. No name contains it: torch forbids empty names and dots in names of modules and tensors.
 _SEPARATOR = ".."
-_PARTS = {("",): "float32", ("bfloat16",): "bfloat16", ("int8", "scale"): "int8"}
-_NAMES = {storage_format: parts for parts, storage_format in _PARTS.items()}
+_PARTS = {"float32": ("",), "bfloat16": ("bfloat16",), "int8": ("int8", "scale")}
+_FORMATS = {parts: storage_format for storage_format, parts in _PARTS.items()}
 
 
 def check_format(name: str) -> str:
-    """The name, if it is one of a code: float32, bfloat16 or int8. Raises ValueError."""
-    if name not in _NAMES:
-        raise ValueError(f"{name!r} is not a code: expected float32, bfloat16 or int8")
+    """Return the name of a storage format: float32, bfloat16 or int8. Raises ValueError for any other name."""
+    if name not in _PARTS:
+        raise ValueError(f"{name!r} is not a storage format: expected float32, bfloat16 or int8")
     return name
 
 
 def applies(storage_format: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape is smaller under a code than as float32, which itself always applies.
-
-    Raises ValueError for what is no code.
-    """
+    """Whether the format is float32 or makes a tensor of this shape smaller. Raises ValueError for an unknown format."""
     return storage_format == "float32" or stored_bytes(storage_format, [shape]) < stored_bytes("float32", [shape])
 
 
 def stored_bytes(storage_format: str, shapes: Iterable[Sequence[int]]) -> int:
-    """Bytes of what is stored of float32 tensors of these shapes, without names and file header. Raises ValueError."""
+    """Bytes of stored float32 tensors of these shapes, without names and header. Raises ValueError for an unknown format."""
     return sum(
         math.prod(size) * dtype.itemsize
         for shape in shapes
@@ -47,59 +43,49 @@ def stored_bytes(storage_format: str, shapes: Iterable[Sequence[int]]) -> int:
     )
 
 
-def encode(
-    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], storage_formats: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """What is stored of `changed`, tensors of the base's names, shapes and types, each under its code (default float32).
-
-    Under float32 a tensor is stored as it is. Raises ValueError for a code that does not apply, for a tensor that does not fit
-    the base, and where a difference or what comes back of it is not finite.
+def encode(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], storage_formats: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors to store for `changed`, each in its format (default float32). Raises ValueError for a format that does not
+    apply, for a tensor that does not fit the base, and where a difference or a restored tensor is not finite.
     """
     if foreign := sorted(storage_formats.keys() - changed.keys()):
-        raise ValueError(f"{foreign[0]!r} has a code but no change: give codes for changed tensors only")
+        raise ValueError(f"{foreign[0]!r} has a storage format but no change: give formats for changed tensors only")
     stored: dict[str, Tensor] = {}
     for name, tensor in changed.items():
         storage_format = check_format(storage_formats.get(name, "float32"))
-        before, after = _tensor(base, name), tensor.detach()
+        before, after = _base_tensor(base, name), tensor.detach()
         _check_fits(name, after, tuple(before.shape), before.dtype)
         if storage_format == "float32":
             stored[name] = after
             continue
-        _check_applies(storage_format, before.shape)
+        if not applies(storage_format, before.shape):
+            raise ValueError(f"{storage_format} does not apply to a tensor {list(before.shape)}: store it as float32")
         difference = (after.double() - before.double()).float()
-        parts = _parts(storage_format, _finite(f"the change of {name!r}", difference))
+        parts = _split(storage_format, _finite(f"the change of {name!r}", difference))
         _restore(name, before, storage_format, parts)
-        stored |= {_key(name, part): each for part, each in parts.items()}
+        stored |= {_key(name, part): value for part, value in parts.items()}
     return stored
 
 
 def decode(base: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The restored tensors of what `encode` made: names, shapes and types are the base's.
-
-    A restored `running_var` is at least 0: rounding could take a small variance below, and its root would be NaN. Raises
-    ValueError for anything that does not fit the base, is incomplete or not finite.
+    """The restored tensors of what `encode` returned. A restored `running_var` is at least 0, because rounding could make it
+    negative and its root NaN. Raises ValueError for a tensor that does not fit the base, is incomplete, or is not finite.
     """
     state: dict[str, Tensor] = {}
     for name, (storage_format, parts) in parts_of(stored).items():
-        before = _tensor(base, name)
+        before = _base_tensor(base, name)
         for part, (shape, dtype) in _layout(storage_format, before.shape, before.dtype).items():
             _check_fits(_key(name, part), parts[part], shape, dtype)
         state[name] = parts[""] if storage_format == "float32" else _restore(name, before, storage_format, parts)
     return state
 
 
-def restored(
-    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], storage_formats: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """What comes back of `changed` after it was stored under `codes`. Raises ValueError as `encode` does."""
+def restored(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], storage_formats: Mapping[str, str]) -> dict[str, Tensor]:
+    """`changed` after being stored in these formats and restored. Raises ValueError as `encode` does."""
     return decode(base, encode(base, changed, storage_formats))
 
 
 def difference_of(storage_format: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
-    """The difference [*shape] that parts (as in the table above, of any code but float32) stand for, in float32.
-
-    Parts may be those of many tensors [*shape], side by side in leading dimensions: so are the differences then.
-    """
+    """The difference [*shape] in float32 from its parts in any other format. Parts may be stacked in leading dimensions."""
     if storage_format == "bfloat16":
         return parts["bfloat16"].float()
     steps, scale = parts["int8"], parts["scale"]
@@ -107,34 +93,34 @@ def difference_of(storage_format: str, parts: Mapping[str, Tensor], shape: Seque
 
 
 def added(name: str, before: Tensor, difference: Tensor) -> Tensor:
-    """What the tensor `name` [*shape] of the base becomes by differences [..., *shape], in its type; finite or not."""
+    """The tensor `name` [*shape] of the base plus differences [..., *shape], in the base's type. It may not be finite."""
     after = before + difference
     if name.rpartition(".")[2] == "running_var":
         after = after.clamp(min=0)
-    # -0.0 + 0.0 would be 0.0: no change keeps even that bit
+    # -0.0 + 0.0 would be 0.0: without a change, this bit stays too
     return torch.where(difference == 0, before, after.to(before.dtype))
 
 
 def parts_of(stored: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """The code and the parts of every tensor, by its name in the base; "" is float32's only part. Raises as `codes_of`."""
+    """Storage format and parts of every tensor, by its name in the base; float32 has one part, "". Raises as `formats_of`."""
     return {
-        name: (storage_format, {part: stored[_key(name, part)] for part in _NAMES[storage_format]})
+        name: (storage_format, {part: stored[_key(name, part)] for part in _PARTS[storage_format]})
         for name, storage_format in formats_of(stored).items()
     }
 
 
 def formats_of(stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """The code of every tensor, by its name in the base. Raises ValueError for parts that make no code."""
-    found: dict[str, list[str]] = {}
+    """The storage format of every tensor, by its name in the base. Raises ValueError for parts that form no format."""
+    found: dict[str, tuple[str, ...]] = {}
     for key in sorted(stored):
         name, _, part = key.rpartition(_SEPARATOR)
         if key != _key(name, part):
             name, part = key, ""
-        found.setdefault(name, []).append(part)
+        found[name] = (*found.get(name, ()), part)
     for name, parts in found.items():
-        if tuple(parts) not in _PARTS:
-            raise ValueError(f"{name!r} is stored as {', '.join(map(repr, parts))}: expected the parts of one code")
-    return {name: _PARTS[tuple(parts)] for name, parts in found.items()}
+        if parts not in _FORMATS:
+            raise ValueError(f"{name!r} is stored as {', '.join(map(repr, parts))}: expected the parts of one storage format")
+    return {name: _FORMATS[parts] for name, parts in found.items()}
 
 
 def _key(name: str, part: str) -> str:
@@ -142,14 +128,12 @@ def _key(name: str, part: str) -> str:
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """m and rest: rows are output channels, of which a tensor of fewer than two dimensions has none of its own."""
+    """m and rest: the rows are output channels. A tensor with fewer than two dimensions has one row."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def _layout(
-    storage_format: str, shape: Sequence[int], own: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every part that a tensor of this shape, and a type of its own, is stored in."""
+def _layout(storage_format: str, shape: Sequence[int], own: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every stored part of a tensor with this shape and its `own` type."""
     if storage_format == "float32":
         return {"": (tuple(shape), own)}
     if storage_format == "bfloat16":
@@ -157,8 +141,7 @@ def _layout(
     return {"int8": (tuple(shape), torch.int8), "scale": ((_matrix(shape)[0],), torch.float32)}
 
 
-def _parts(storage_format: str, difference: Tensor) -> dict[str, Tensor]:
-    """A difference in the parts of `_layout`."""
+def _split(storage_format: str, difference: Tensor) -> dict[str, Tensor]:
     if storage_format == "bfloat16":
         return {"bfloat16": difference.bfloat16()}
     rows = difference.double().reshape(_matrix(difference.shape))
@@ -168,33 +151,24 @@ def _parts(storage_format: str, difference: Tensor) -> dict[str, Tensor]:
 
 
 def _restore(name: str, before: Tensor, storage_format: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """base + difference, in the base's type. Raises ValueError for integers, and unless all of it is finite."""
+    """base + difference, in the base's type. Raises ValueError for an integer type and for a sum that is not finite."""
     if not before.is_floating_point():
         raise ValueError(f"{name!r} is of {before.dtype}: expected a floating-point type for {storage_format}")
     after = added(name, before, difference_of(storage_format, parts, before.shape))
     return _finite(f"{name!r}, restored from {storage_format},", after)
 
 
-def _tensor(base: Mapping[str, Tensor], name: str) -> Tensor:
-    _check_name(name)
-    if name not in base:
-        raise ValueError(f"{name!r} is changed but not in the base: give the base it was made of")
-    return base[name].detach()
-
-
-def _check_name(name: str) -> None:
+def _base_tensor(base: Mapping[str, Tensor], name: str) -> Tensor:
     if _SEPARATOR in name:
-        raise ValueError(f"{name!r} holds {_SEPARATOR!r}, which parts of a coded tensor are named with: rename it")
+        raise ValueError(f"{name!r} holds {_SEPARATOR!r}, which separates the parts of stored tensors: rename it")
+    if name not in base:
+        raise ValueError(f"{name!r} is changed but not in the base: give the base that it was made from")
+    return base[name].detach()
 
 
 def _check_fits(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         raise ValueError(f"{name!r} is {list(tensor.shape)} of {tensor.dtype}: expected {list(shape)} of {dtype}")
-
-
-def _check_applies(storage_format: str, shape: Sequence[int]) -> None:
-    if not applies(storage_format, shape):
-        raise ValueError(f"{storage_format} does not apply to a tensor {list(shape)}: store it as float32")
 
 
 def _finite(what: str, tensor: Tensor) -> Tensor:

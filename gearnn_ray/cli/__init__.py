@@ -1,1 +1,1 @@
-"""From a command line to an exit code."""
+"""The command line: parses options, runs jobs, prints results."""

@@ -1,1 +1,1 @@
-"""What a job is told: options, their checks, and the command line made from them."""
+"""What users configure: options, their checks, and the command line generated from them."""

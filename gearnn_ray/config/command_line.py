@@ -1,29 +1,29 @@
-"""How a job is told: a YAML file and a command line made from `config`'s types, and one plain sentence where they are wrong.
+"""Reads a job's configuration from a YAML file and a command line; an invalid one is refused in one plain sentence.
 
-Knows nothing of Ray, nor of what the options mean.
+The options are generated from the configuration's type. Knows nothing of Ray or of what the options mean.
 """
 
 import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gearnn_ray.config.schema import PRESETS, SplitConfig
+from gearnn_ray.config.split import PRESETS, SplitConfig
 from gearnn_ray.core.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def from_mapping(kind: type[ConfigT], values: object, source: str) -> ConfigT:
-    """Validate plain values (of a YAML file) as `kind`. Raises UserError: one sentence naming the first thing wrong."""
-    if not isinstance(values, dict):
+    """Validate plain values, for example of a YAML file, as `kind`. Raises UserError for the first invalid one."""
+    if not isinstance(values, Mapping):
         raise UserError(f"{source} holds a {type(values).__name__}: expected a mapping of options to values")
     try:
         return kind.model_validate(values)
@@ -43,7 +43,7 @@ def _sentence(error: ValidationError, source: str) -> str:
 
 
 def read_yaml(path: str | Path) -> object:
-    """Contents of a YAML file. Raises UserError when it cannot be read."""
+    """Contents of a YAML file. Raises UserError if it cannot be read."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -54,28 +54,28 @@ def read_yaml(path: str | Path) -> object:
 
 
 class JobOptions(BaseModel):
-    """Options of every job that are no part of what it computes."""
+    """Options of every job that do not change what it computes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str | None = None
-    """YAML file with any of the options below; the command line wins over it"""
+    """YAML file with any of the other options; the command line takes precedence"""
     preset: str | None = None
-    """of jobs/split.py: fast"""
-    json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """one JSON object per line instead of text, for machines"""
+    """name of a set of options of jobs/split.py; all other options take precedence"""
+    json_lines: bool = False
+    """print one JSON object per line instead of text"""
 
 
 def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], description: str) -> tuple[ConfigT, JobOptions]:
-    """A job's configuration from `--config FILE` and the options of the command line, which win.
+    """A job's configuration from `--config FILE` and the command line, which takes precedence.
 
-    Raises UserError with one sentence for anything wrong; `--help` prints and exits 0.
+    Raises UserError for the first invalid option; `--help` prints all options and exits 0.
     """
     options, rest = _own_options(arguments)
-    told = read_yaml(options.config) if options.config else {}
-    if options.preset is not None and isinstance(told, dict):
-        told = {**told, "preset": options.preset}
-    base = from_mapping(kind, told, options.config or "the command line")
+    given = read_yaml(options.config) if options.config else {}
+    if options.preset is not None and isinstance(given, dict):
+        given = {**given, "preset": options.preset}
+    base = from_mapping(kind, given, options.config or "the command line")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
@@ -84,11 +84,11 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
                 default=base,
                 args=rest,
                 prog=Path(sys.argv[0]).name,
-                description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line wins. "
-                "--json: one JSON object per line, for machines."
+                description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line takes "
+                "precedence. --json: print one JSON object per line instead of text."
                 + (
-                    f" --preset {' or '.join(PRESETS)}: fewer epochs, or more accuracy for each byte; what else is said wins."
-                    * (kind is SplitConfig)
+                    f" --preset {' or '.join(PRESETS)}: fewer epochs, or more accuracy for each byte; all other options take "
+                    "precedence." * (kind is SplitConfig)
                 ),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
@@ -99,12 +99,12 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
         raise UserError(f"the command line: {_plain(shown.getvalue())}") from None
     except ValidationError as error:
         raise UserError(_sentence(error, "the command line")) from error
-    # defaults are not validated by pydantic when tyro fills them in: once more, whole
+    # tyro fills in defaults without pydantic's validation
     return from_mapping(kind, config.model_dump(), "the command line"), options
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
-    after = {"config": "the path of a YAML file", "preset": " or ".join(PRESETS)}
+    expected = {"config": "the path of a YAML file", "preset": " or ".join(PRESETS)}
     found: dict[str, str] = {}
     json_lines = False
     rest: list[str] = []
@@ -113,10 +113,10 @@ def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
         option, equals, value = argument.removeprefix("--").partition("=")
         if argument == "--json":
             json_lines = True
-        elif argument.startswith("--") and option in after:
+        elif argument.startswith("--") and option in expected:
             given = value if equals else next(pending, None)
             if given is None:
-                raise UserError(f"--{option} stands alone: expected {after[option]} after it")
+                raise UserError(f"--{option} stands alone: expected {expected[option]} after it")
             found[option] = given
         else:
             rest.append(argument)
@@ -124,19 +124,18 @@ def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
 
 
 def _plain(box: str) -> str:
-    """tyro's framed message as one sentence."""
+    """tyro's message, which stands in a frame, as one sentence."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"[─│╭╮╰╯]+|-{4,}", " ", line).strip() for line in text.splitlines()]
     words = re.sub(r"\s+", " ", " ".join(lines[1:])).strip()
     words = re.split(r" ?(?:Argument helptext|For full helptext|Perhaps you meant)", words)[0].strip()
     invalid = re.match(
-        r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=(\w+), input_value=(.*?), input_type=",
-        words,
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=(\w+), input_value=(.*?), input_type=", words
     )
     if invalid is None:
         return words.rstrip(".") + " (--help lists the options)"
     section, found, kind, value = invalid.groups()
-    if kind == "value_error":  # of an option, or of several that do not go together
+    if kind == "value_error":  # raised by a validator of ours, with a whole sentence
         return found.partition("Value error, ")[2]
     option, _, message = found.partition(" ")
     where = option if section[0].isupper() else f"{section}.{option}"

@@ -1,1 +1,1 @@
-"""What every room rests on: errors and events. Imports nothing of the package."""
+"""Errors and events, which all rooms use. Imports no other room."""

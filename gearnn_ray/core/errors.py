@@ -1,16 +1,13 @@
-"""What can go wrong on the user's side, said in one plain sentence.
-
-A job prints `str(error)` and exits 2: no traceback, nothing half done. Bugs of ours are any other exception.
-"""
+"""Errors that a user can cause or repair: a job prints `str(error)`, one plain sentence, and exits 2 without a traceback."""
 
 
 class UserError(Exception):
-    """Something we were told is wrong: what was found, what was expected, what to do. One plain sentence."""
+    """Invalid input. The message is one sentence: what was found, what was expected, what to do."""
 
 
 class CorruptStoreError(UserError):
-    """What a store holds is not what its digest promises; the sentence names the digest."""
+    """Data in a store does not match its digest; the message names the digest."""
 
 
 class TrainingFailedError(Exception):
-    """A fine-tune cannot go on (a loss that is not finite, say); fails its level, not the others."""
+    """A fine-tune cannot continue, for example because its loss is not finite. Only its own level fails."""

@@ -1,22 +1,21 @@
-"""What the stages of a job have to say while they work. Plain values: workers send them, reporters draw them."""
+"""What the stages of a job report while they run. Plain values: workers send them, reporters print them."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-StageName = Literal["images", "base", "original", "full", "measure", "selection", "partial"]
-"""The split job's stages; an evaluation names its own."""
-
 
 @dataclass(frozen=True)
 class Event:
-    """Something a stage has to say: `step` of `steps` while it works, then `finished` or `reused`."""
+    """A report of one stage: `step` of `steps` while it runs, then `finished` or `reused`. `level` is a level's name, or "all"
+    for a stage that serves several. `score` is in percent, and `metric` names it, such as mIoU. `seconds` is how long the stage
+    took, `time` when it reported, in seconds since 1970 by the worker's clock, and `note` a remark for the reader.
+    """
 
     kind: Literal["started", "progress", "finished", "reused"]
     stage: str
     level: str
-    """a level's name, or "all" for what belongs to no single one"""
     step: int = 0
     steps: int = 0
     epoch: int = 0
@@ -25,7 +24,8 @@ class Event:
     score: float | None = None
     seconds: float = 0.0
     time: float = field(default_factory=time.time)
-    """when it happened, seconds since 1970 on the clock of the worker that says it"""
+    metric: str = ""
+    note: str = ""
 
 
 Emit = Callable[[Event], None]

@@ -1,8 +1,5 @@
-"""The distorted images of a split, made once and read back from disk while nothing about them changes.
-
-An entry of the cache is a folder named by the digest of everything that decides its pixels: one flat data
-file, memory-mapped by every reader on the machine, and an index. Knows how entries are made and found, and
-nothing about what levels do, how images are read, or what they are used for.
+"""The distorted images of a split, computed once and then read from disk. A cache entry is a folder named by the digest of
+everything that decides its pixels: a flat data file, mapped into memory, and an index with the images' sizes and brightness.
 """
 
 import fcntl
@@ -10,11 +7,15 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import socket
+import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -23,24 +24,34 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.data.dataset import IGNORED, Split
+from gearnn_ray.data.dataset import Split
 from gearnn_ray.levels.level import CLEAN, LEVELS_VERSION, Level, codec_versions
 
-__all__ = ["PackedImages", "level_images", "split_labels"]
+__all__ = ["ImageStatistics", "PackedImages", "level_images", "level_statistics", "split_targets"]
 
-_FORMAT = 1  # of data.bin and index.json
+_FORMAT = 2  # of data.bin and index.json; part of every key
 _DATA, _INDEX = "data.bin", "index.json"
+_MEASURED_IMAGES = 200
 
-Pixels = NDArray[np.uint8]
-"""An RGB image [H, W, 3] or a map of class ids [H, W]."""
+Pixels = NDArray[np.uint8]  # an RGB image [H, W, 3] or a map of class ids [H, W]
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Size and brightness of a level's images, from which a server estimates levels. height, width: the most frequent size in
+    pixels. luma: mean over images of their mean Rec. 601 luma, 0 to 255. luma_spread: standard deviation of ln(mean luma).
+    """
+
+    height: int
+    width: int
+    luma: float
+    luma_spread: float
 
 
 class PackedImages(Sequence[Pixels]):
-    """The images of one cache entry: read-only uint8 arrays, [H, W, 3] or [H, W], each of its own size.
-
-    Raw entries are views of the memory-mapped file: nothing is copied, nor read before it is looked at. PNG
-    entries are decoded at each access. Pickled by path: a worker on the same machine maps the same file.
-    Raises `CorruptStoreError` when the entry is not there, or not of the size that its index promises.
+    """The images of one cache entry: read-only uint8 arrays, [H, W, 3] or [H, W], each of its own size. Raw images are views of
+    the memory-mapped file, PNG images are decoded at each access. Pickled by path. Raises `CorruptStoreError` if the entry does
+    not exist or does not have the size that its index states.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,18 +61,25 @@ class PackedImages(Sequence[Pixels]):
             self.encoding: str = index["encoding"]
             self._offsets: list[int] = index["offsets"]
             self._shapes: list[tuple[int, ...]] = [tuple(shape) for shape in index["shapes"]]
+            self._lumas: list[float] = index["lumas"]
             size = (folder / _DATA).stat().st_size
             if size != self._offsets[-1] or len(self._offsets) != len(self._shapes) + 1:
                 raise ValueError(f"{size} bytes of {self._offsets[-1]}")
             self._data = np.memmap(folder / _DATA, np.uint8, "r").view(np.ndarray)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            found = f"the cached images in {folder} are missing or damaged ({error})"
-            raise CorruptStoreError(f"{found}, expected them whole: run the job again to remake them.") from None
+            raise CorruptStoreError(
+                f"the cached images in {folder} are missing or damaged ({error}), expected them complete: run the job again to "
+                "make them again."
+            ) from None
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of every image, known without reading one."""
+        """The shape of every image, without reading any."""
         return list(self._shapes)
+
+    def statistics(self) -> ImageStatistics:
+        """Statistics of at most 200 evenly spaced images, without reading any; only of RGB images."""
+        return _statistics([self._shapes[i] for i in _measured_positions(len(self))], self._lumas)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -73,7 +91,7 @@ class PackedImages(Sequence[Pixels]):
     def __getitem__(self, index: int | slice) -> Pixels | list[Pixels]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # negative ones count from the end, others raise IndexError
+        index = range(len(self))[index]  # a negative index counts from the end; others raise IndexError
         stored = self._data[self._offsets[index] : self._offsets[index + 1]]
         if self.encoding == "raw":
             return stored.reshape(self._shapes[index])
@@ -86,47 +104,64 @@ class PackedImages(Sequence[Pixels]):
 
 
 def level_images(split: Split, level: Level, cache: Path) -> PackedImages:
-    """The images of a split at a level, in its order: uint8 [H, W, 3], from the cache or made now.
-
-    Frames are streamed: memory does not grow with the split. Processes that ask for the same images at the
-    same time make them once. Raises `UserError` when an image cannot be read, the frames of a clip differ in
-    size (H.264 only), the cache cannot be written, or the images are not likely to fit on its disk.
+    """The images of a split at a level, uint8 [H, W, 3], in the split's order; from the cache, or made now by one process. Frames
+    are streamed: memory does not grow with the split. Raises `UserError` if an image cannot be read, the frames of a clip differ
+    in size (H.264 only), the cache cannot be written, or its disk probably has too little space.
     """
 
     def frames() -> Iterator[Pixels]:
         for _, clip in itertools.groupby(range(len(split)), key=split.clips.__getitem__):
             yield from level.stream(map(split.image, clip))
 
-    return _cached(split, level.name, codec_versions(level), frames(), cache)
+    return _entry(split, level.name, codec_versions(level), frames(), cache)
 
 
-def split_labels(split: Split, num_classes: int, cache: Path) -> PackedImages:
-    """The labels of a split, uint8 [H, W], from the cache or checked and stored now.
+def level_statistics(split: Split, level: Level, cache: Path) -> ImageStatistics:
+    """Statistics of at most 200 evenly spaced images of a level. Equal images give equal numbers. Raises as `level_images`. If
+    the cache does not have the undistorted images, only the measured ones are read, and none is stored.
+    """
+    if not level.is_clean:
+        return level_images(split, level, cache).statistics()
+    with suppress(CorruptStoreError):
+        return PackedImages(cache / _key(split, level.name, codec_versions(level))).statistics()
+    images = [split.image(index) for index in _measured_positions(len(split))]
+    return _statistics([image.shape for image in images], [_mean_luma(image) for image in images])
 
-    The first call reads every image and label: it is the validation of a data set. Raises `UserError` naming
-    the sample when one cannot be read, a label has not the size of its image, or it holds an id that is
-    neither below `num_classes` nor 255; and when the cache cannot be written.
+
+def split_targets(split: Split, num_classes: int, cache: Path, check: Callable[[Pixels, Pixels, int, str], None]) -> PackedImages:
+    """The targets of a split (label maps, uint8 [H, W]), from the cache, or read, checked and stored now with all images of the
+    split. `check(image, target, num_classes, where)`, the task's, raises `UserError` naming the sample (`where`). Raises
+    `UserError` also if a file cannot be read or the cache cannot be written.
     """
 
-    def labels() -> Iterator[Pixels]:
+    def targets() -> Iterator[Pixels]:
         for index, sample in enumerate(split.ids):
-            image, label = split.image(index), split.label(index)
-            where = f"{split.name} sample {sample!r}"
-            if label.shape != image.shape[:2]:
-                found = f"{where} has a label of {_sides(label)} for an image of {_sides(image)}"
-                raise UserError(f"{found}, expected equal sizes: give every image a label of its own size.")
-            unknown = label[(label >= num_classes) & (label != IGNORED)]
-            if unknown.size:
-                found = f"{where} has the class id {unknown[0]} in its label"
-                expected = f"expected ids below {num_classes}, or {IGNORED} for ignored pixels"
-                raise UserError(f"{found}, {expected}: correct the label or the number of classes.")
-            yield label
+            image, target = split.image(index), split.label(index)
+            check(image, target, num_classes, f"{split.name} sample {sample!r}")
+            yield target
 
-    return _cached(split, f"labels-{num_classes}", codec_versions(CLEAN), labels(), cache)
+    return _entry(split, f"labels-{num_classes}", codec_versions(CLEAN), targets(), cache)
 
 
-def _cached(split: Split, content: str, codecs: dict[str, str], images: Iterator[Pixels], cache: Path) -> PackedImages:
-    """The entry of this content, made of `images` where there is none or a damaged one."""
+def _measured_positions(images: int) -> list[int]:
+    count = min(images, _MEASURED_IMAGES)
+    return [index * images // count for index in range(count)]
+
+
+def _mean_luma(pixels: Pixels) -> float:
+    """Mean Rec. 601 luma of an RGB image, 0 to 255."""
+    return float(np.asarray(Image.fromarray(pixels).convert("L")).mean())
+
+
+def _statistics(shapes: Sequence[tuple[int, ...]], lumas: Sequence[float]) -> ImageStatistics:
+    height, width, *_ = Counter(shapes).most_common(1)[0][0]
+    # The logarithm of a black image is infinite: a luma below 1 counts as 1. Rounded, because logarithms differ in their last
+    # bit between machines, and equal jobs must write equal manifests.
+    spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
+    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))
+
+
+def _key(split: Split, content: str, codecs: dict[str, str]) -> str:
     identity = {
         "split": [split.digest, split.name],
         "content": content,
@@ -134,21 +169,26 @@ def _cached(split: Split, content: str, codecs: dict[str, str], images: Iterator
         "codecs": codecs,
         "format": _FORMAT,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _entry(split: Split, content: str, codecs: dict[str, str], images: Iterator[Pixels], cache: Path) -> PackedImages:
+    """The entry with this content; made from `images` if it does not exist or is damaged."""
+    key = _key(split, content, codecs)
     entry = cache / key
     with suppress(CorruptStoreError):
         return PackedImages(entry)
-    with _alone(cache, key):
-        with suppress(CorruptStoreError):  # somebody made it while we waited
+    with _locked(cache, key):
+        with suppress(CorruptStoreError):  # another process made it while this one waited for the lock
             return PackedImages(entry)
-        # The lock is good among the processes of one host at least, so what bears our name is a dead one's.
+        # The lock excludes the other processes of this host, so a folder with its name is left over from a dead one.
         building = cache / f"{key}.{socket.gethostname()}.building"
         shutil.rmtree(building, ignore_errors=True)
         try:
             with _writing(cache):
                 building.mkdir()
             _write(building, images, len(split), cache)
-            with suppress(CorruptStoreError):  # somebody on another host made it where locks do not reach
+            with suppress(CorruptStoreError):  # another host, which the lock does not reach, made it
                 return PackedImages(entry)
             with _writing(cache):
                 if entry.exists():
@@ -160,35 +200,39 @@ def _cached(split: Split, content: str, codecs: dict[str, str], images: Iterator
 
 
 def _write(entry: Path, images: Iterator[Pixels], count: int, cache: Path) -> None:
-    """Stream `count` images into the files of an entry, raw where they fit and otherwise as PNG."""
+    """Stream `count` images into the files of an entry, raw if there is enough space and otherwise as PNG."""
     first = next(images, None)
     if first is None:
-        raise UserError("a split without images was found, expected one at least: add images to it.")
+        raise UserError("the split has no images, expected at least one: add images to it.")
     encode = _encoding(first, count, _free_bytes(cache), cache)
-    offsets, shapes = [0], []
+    measured = set(_measured_positions(count))
+    offsets, shapes, lumas = [0], [], []
     with _writing(cache):
         data = (entry / _DATA).open("wb")
     try:
-        for pixels in itertools.chain([first], images):
+        for position, pixels in enumerate(itertools.chain([first], images)):
             stored = encode(pixels)
             with _writing(cache):
                 data.write(stored)
             offsets.append(offsets[-1] + len(stored))
             shapes.append(pixels.shape)
+            if pixels.ndim == 3 and position in measured:
+                lumas.append(_mean_luma(pixels))
         if len(shapes) != count:
-            raise RuntimeError(f"{len(shapes)} images were made of {count}")  # they would meet others' labels
-        index = {"encoding": "png" if encode is _png else "raw", "offsets": offsets, "shapes": shapes}
+            raise RuntimeError(f"{len(shapes)} images were made of {count}")  # they would be paired with wrong targets
+        encoding = "png" if encode is _png else "raw"
+        index = {"encoding": encoding, "offsets": offsets, "shapes": shapes, "lumas": lumas}
         with _writing(cache):
             data.flush()
-            os.fsync(data.fileno())  # or a power cut may leave a file of zeros behind the final name
+            os.fsync(data.fileno())  # else a power cut could leave a file of zeros under the final name
             (entry / _INDEX).write_text(json.dumps(index))
     finally:
-        with suppress(OSError):  # on a full disk closing fails once more, and would hide the sentence
+        with suppress(OSError):  # on a full disk closing fails too, and would hide the first error
             data.close()
 
 
 def _encoding(first: Pixels, count: int, free: int, cache: Path) -> Callable[[Pixels], bytes]:
-    """Raw where `count` images like the first take half of the free bytes at most, else PNG if that fits."""
+    """Raw if `count` images like the first take at most half of the free bytes, else PNG if these fit."""
     raw, png = first.nbytes * count, len(_png(first)) * count
     if raw <= free / 2:
         return _raw
@@ -215,8 +259,8 @@ def _free_bytes(cache: Path) -> int:
 
 
 @contextmanager
-def _alone(cache: Path, key: str) -> Iterator[None]:
-    """Be the only process that makes this entry; a killed one lets go of its lock."""
+def _locked(cache: Path, key: str) -> Iterator[None]:
+    """Exclude other processes from making this entry. The system releases the lock of a killed process."""
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = (cache / f"{key}.lock").open("wb")
@@ -227,16 +271,15 @@ def _alone(cache: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def _writing(cache: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError about the cache folder."""
     try:
         yield
     except OSError as error:
-        found = f"the cache folder {cache} cannot be written ({error.strerror})"
-        raise UserError(f"{found}, expected room and permission: make them, or name another.") from error
+        raise UserError(
+            f"the cache folder {cache} cannot be written ({error.strerror}), expected space and permission: provide them, "
+            "or name another folder."
+        ) from error
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def _sides(image: Pixels) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"

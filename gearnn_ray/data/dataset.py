@@ -1,12 +1,10 @@
-"""Images and labels for semantic segmentation: what a data set is, and how one is opened by kind and path.
+"""Data sets of labelled images: their protocol, and how one is opened by kind and path. Imports no torch."""
 
-Knows nothing about distortion levels, networks or caches: `gearnn_ray.data.cache` builds on this.
-"""
-
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +15,12 @@ from gearnn_ray.core.errors import UserError
 
 __all__ = ["IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
 
-IGNORED = 255
-"""The label of a pixel that is neither learned from nor judged."""
-
+IGNORED = 255  # the label of a pixel that neither training nor evaluation uses
 KINDS = ("scenes", "camvid", "cityscapes", "folder")
 
 
 class Split(Protocol):
-    """The training or the validation part of a data set: immutable, and picklable where paths are shared."""
+    """The training or the validation part of a data set. Immutable; a pickled split works wherever its paths are valid."""
 
     @property
     def name(self) -> str:
@@ -32,31 +28,28 @@ class Split(Protocol):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The unique name of every sample; samples of one clip stand together, in order of time."""
+        """The unique name of every sample. The samples of a clip are adjacent, in order of time."""
 
     @property
     def clips(self) -> tuple[str, ...]:
-        """The clip of every sample: consecutive frames of one recording share one."""
+        """The clip of every sample. Consecutive frames of a recording are one clip."""
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 over all that decides ids, clips, images and labels, and over nothing else."""
+        """Hex SHA-256 of exactly what decides ids, clips, images and labels."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """RGB image [H, W, 3]. Raises `UserError` naming the file that cannot be read."""
+        """RGB image [H, W, 3]. Raises `UserError` if its file cannot be read."""
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Class ids [H, W], `IGNORED` where there is none. Raises `UserError` naming the unreadable file.
-
-        Ids outside 0 … num_classes-1 are handed on: `gearnn_ray.data.cache.split_labels` refuses them.
-        """
+        """Class ids [H, W], `IGNORED` for pixels without a class; not checked. Raises `UserError` if its file cannot be read."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set of labelled images: its classes, what to train on, and what to judge on."""
+    """A data set: its classes, and its training and validation splits."""
 
     name: str
     class_names: tuple[str, ...]
@@ -68,54 +61,32 @@ class Dataset:
         return len(self.class_names)
 
 
-def open_dataset(kind: str, path: str | None = None, **own: Any) -> Dataset:
-    """Open the data set of this kind at this path without reading a pixel.
-
-    `own` are the options of the kind, `None` meaning not given: `num_classes` of a folder, and those that
-    `gearnn_ray.data.scenes.open_scenes` takes. Raises `UserError` when the kind, an option or what lies at
-    the path is not what it should be.
+def open_dataset(kind: str, path: str | None = None, **options: Any) -> Dataset:
+    """Open the data set of this kind at this path without reading any image or label. `options` belong to the kind; None means
+    not given. A folder takes `num_classes`, scenes take the arguments of `open_scenes`. Raises `UserError` for an unknown kind or
+    option, and for a folder without the files that this kind needs.
     """
-    own = {option: value for option, value in own.items() if value is not None}
+    options = {option: value for option, value in options.items() if value is not None}
     if kind not in KINDS:
         raise UserError(f"there is no data kind {kind!r}: expected one of {', '.join(KINDS)}.")
+    # imported here, because these modules use the classes above
+    opener: Callable[..., Dataset] = getattr(import_module(f"gearnn_ray.data.{kind}"), f"open_{kind}")
+    unknown = sorted(options.keys() - (signature(opener).parameters.keys() - {"root"}))
+    if unknown:
+        raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")
     if kind == "scenes":
         if path:
             raise UserError(f"data of kind scenes is generated, but a path was given ({path}): leave it out.")
-        from gearnn_ray.data.scenes import open_scenes
-
-        _refuse_unknown(kind, own, set(inspect.signature(open_scenes).parameters))
-        return open_scenes(**own)
-    _refuse_unknown(kind, own, {"num_classes"} if kind == "folder" else set())
+        return opener(**options)
     if not path:
-        raise UserError(f"data of kind {kind} needs a path and none was given: name the folder it lies in.")
-    # absolute, because a worker runs in another directory than the one the path was written for
+        raise UserError(f"data of kind {kind} needs a path and none was given: give the folder of the data.")
+    # absolute, because workers run in another working directory
     root = Path(os.path.expanduser(path)).absolute()
     try:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
             raise UserError(f"{root} {found}: expected a folder of {kind} data, so correct the path.")
-        return _opener(kind)(root, **own)
+        return opener(root, **options)
     except OSError as error:
         found = f"{error.filename or root} cannot be read ({error.strerror})"
         raise UserError(f"{found}: expected {kind} data there, so make it readable.") from error
-
-
-def _refuse_unknown(kind: str, given: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")
-
-
-def _opener(kind: str) -> Callable[..., Dataset]:
-    # imported here, because these modules build on the classes above
-    if kind == "camvid":
-        from gearnn_ray.data.camvid import open_camvid
-
-        return open_camvid
-    if kind == "cityscapes":
-        from gearnn_ray.data.cityscapes import open_cityscapes
-
-        return open_cityscapes
-    from gearnn_ray.data.folder import open_folder
-
-    return open_folder

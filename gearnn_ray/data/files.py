@@ -1,7 +1,4 @@
-"""A split that lies on disk as one image file and one label PNG per sample: found, paired, read, digested.
-
-Knows nothing about any one layout: `camvid`, `cityscapes` and `folder` say which files belong together.
-"""
+"""A split on disk with one image file and one label PNG per sample, in any layout: finds, pairs, reads and digests the files."""
 
 import hashlib
 import json
@@ -19,18 +16,13 @@ from PIL import Image, UnidentifiedImageError
 
 from gearnn_ray.core.errors import UserError
 
-AS_IS = bytes(range(256))
-"""The class map of labels that hold class ids already."""
-
-_VERSION = 1  # to be raised when the same files come to mean other arrays: it is part of every digest
+AS_IS = bytes(range(256))  # the class map of label files that already hold class ids
+_VERSION = 1  # part of every digest: raise it if the same files would give other arrays
 
 
 @dataclass(frozen=True)
 class FileSplit:
-    """A `gearnn_ray.data.dataset.Split` kept in files: sample i is `images[i]` and `labels[i]`.
-
-    `class_map` has 256 entries: the class id, 255 for ignored, of each value a label file can hold.
-    """
+    """A `gearnn_ray.data.dataset.Split` in files. `class_map`: the class id, or 255, of each of the 256 label values."""
 
     kind: str
     name: str
@@ -45,18 +37,18 @@ class FileSplit:
         return len(self.ids)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """RGB image [H, W, 3]. Raises `UserError` for a file that is no whole 8-bit PNG or JPEG."""
+        """RGB image [H, W, 3]. Raises `UserError` unless the file is a complete 8-bit PNG or JPEG."""
         path = self.images[index]
         picture, depth = _decode(path, "PNG", "JPEG")
-        if depth > 8:  # Pillow would drop the low bytes in silence, or clip
+        if depth > 8:  # Pillow would silently drop the low bytes, or clip
             raise UserError(f"the image {path} has {depth} bits per channel: expected 8, so convert it.")
         return np.array(picture.convert("RGB"))
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Class ids [H, W], 255 = ignored. Raises `UserError` for what is no whole grey or palette PNG."""
+        """Class ids [H, W], 255 = ignored. Raises `UserError` unless the file is a complete grey or palette PNG."""
         path = self.labels[index]
         picture, depth = _decode(path, "PNG")
-        # grey of fewer bits is stretched to 0…255 by Pillow, palette indices are not
+        # Pillow stretches grey of fewer bits to 0…255, but not palette indices
         if not (picture.mode == "P" or (picture.mode == "L" and depth == 8)):
             raise UserError(
                 f"the label {path} has mode {picture.mode} with {depth} bits per channel: "
@@ -67,17 +59,14 @@ class FileSplit:
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 over kind, names, clips, classes and the bytes of every file, wherever they lie.
-
-        Reads every file once, on first use. Raises `UserError` naming a file that cannot be read.
-        """
-        told = (_VERSION, self.kind, self.name, self.num_classes, self.class_map.hex(), self.ids, self.clips)
-        whole = hashlib.sha256(json.dumps(told).encode())
+        """Hex SHA-256 of kind, names, clips, classes and files' bytes, not paths. Raises `UserError` for an unreadable file."""
+        header = (_VERSION, self.kind, self.name, self.num_classes, self.class_map.hex(), self.ids, self.clips)
+        whole = hashlib.sha256(json.dumps(header).encode())
         for pair in zip(self.images, self.labels, strict=True):
             for path in pair:
                 try:
                     with path.open("rb") as file:
-                        # of fixed length, so that no byte can move from one file to the next unseen
+                        # digests have a fixed length: bytes that move from one file to the next change the result
                         whole.update(hashlib.file_digest(file, "sha256").digest())
                 except OSError as error:
                     raise UserError(f"{path} cannot be read ({error.strerror}): restore the file.") from error
@@ -95,15 +84,14 @@ def file_split(
     clip: Callable[[str], str],
     expected: str,
 ) -> FileSplit:
-    """Pair images and labels by their key, the later id; `clip` tells the clip of a key.
-
-    Raises `UserError` where there is no image (`expected` says what one is called) or a file has no partner.
+    """Pair images and labels by their key, which becomes the id; `clip` maps a key to its clip. Raises `UserError` if there is no
+    image (`expected` describes an image's name) or a file has no partner.
     """
     if not images:
         raise UserError(f"the {name} split of the {kind} data is empty: expected {expected}, so add some.")
     _refuse_lonely(f"{name} images", images, "label", labels)
     _refuse_lonely(f"{name} labels", labels, "image", images)
-    ids = tuple(sorted(images, key=lambda key: (clip(key), key)))  # a clip's frames stand together
+    ids = tuple(sorted(images, key=lambda key: (clip(key), key)))  # the frames of a clip are adjacent
     return FileSplit(
         kind=kind,
         name=name,
@@ -117,14 +105,11 @@ def file_split(
 
 
 def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
-    """The files below a folder whose names end in one of these, by path from there without that ending.
-
-    Hidden files are passed over. Raises `UserError` where there is no such folder, or two files share a key.
+    """The files below a folder with one of these suffixes, by relative path without the suffix. Hidden files are skipped. Raises
+    `UserError` if the folder does not exist, or two files have the same key.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder: expected files *{suffixes[0]} in it, so check the layout of the data."
-        )
+        raise UserError(f"{folder} is not a folder: expected files *{suffixes[0]} in it, so check the layout of the data.")
     found: dict[str, Path] = {}
     for directory, _, names in os.walk(folder, onerror=_raise, followlinks=True):
         for file_name in sorted(names):
@@ -140,7 +125,7 @@ def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a UTF-8 file, less blank ones at its end. Raises `UserError` for other bytes."""
+    """The stripped lines of a UTF-8 file, without blank ones at its end. Raises `UserError` unless it is UTF-8."""
     try:
         return [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
@@ -161,19 +146,19 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _decode(path: Path, *formats: str) -> tuple[Image.Image, int]:
-    """The decoded image and the bits per channel (of an index, with a palette) of its file."""
+    """The decoded image, and the bits per channel (with a palette: per index) of its file."""
     expected = " or ".join(formats)
     try:
         content = path.read_bytes()
-        # decoding ignores the checksums of a PNG's pixels; `verify` looks at them, and uses the image up
+        # decoding ignores the checksums of a PNG's pixels; `verify` checks them, and consumes the image
         Image.open(BytesIO(content), formats=formats).verify()
         picture = Image.open(BytesIO(content), formats=formats)
         picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnidentifiedImageError):  # its text names a buffer of ours
+        if isinstance(error, UnidentifiedImageError):  # its text names an internal buffer
             reason = "unknown format"
         else:
             reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} is no image ({reason}): expected a whole {expected} file, so replace it.") from error
-    # the depth stands at a fixed place of a PNG's first chunk; Pillow's modes do not tell it
+    # a PNG states its bit depth at a fixed offset in its first chunk; Pillow's modes do not
     return picture, content[24] if picture.format == "PNG" else 8

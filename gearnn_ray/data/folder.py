@@ -1,6 +1,5 @@
-"""A plain folder of one's own: {train,val}/images and {train,val}/labels, and classes.txt with their names.
-
-A label PNG holds class ids as they are, 255 = ignored, and is called like its image.
+"""A folder of the user's own data: {train,val}/images, {train,val}/labels, and classes.txt with the names of the classes. A label
+PNG has the name of its image and holds class ids, 255 = ignored.
 """
 
 from pathlib import Path
@@ -11,10 +10,9 @@ from gearnn_ray.data.files import FileSplit, file_split, find_files, read_lines
 
 
 def open_folder(root: Path, num_classes: int | None = None) -> Dataset:
-    """The images in this folder, of as many classes as said here or named in its classes.txt, one a line.
-
-    Images of one sub-folder (or, without any, all of them), in order of their names, are one clip.
-    Raises `UserError` for files that do not pair up, and where the number of classes is missing or disputed.
+    """The data in this folder, with `num_classes` classes or those in its classes.txt, one name per line. The images of a
+    sub-folder, or of none, are a clip in the order of their names. Raises `UserError` for an image or a label without its
+    partner, and for a number of classes that is missing or contradictory.
     """
     names = _class_names(root / "classes.txt", num_classes)
     return Dataset("folder", names, _split(root, "train", len(names)), _split(root, "val", len(names)))

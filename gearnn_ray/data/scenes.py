@@ -1,13 +1,10 @@
-"""Generated street scenes: the data set that needs no download.
+"""Generated street scenes, a data set without a download: sky, ground, houses, greenery, cars, people, painted back to front.
 
-A perspective street of sky, ground, houses, greenery, cars and people, painted back to front. Three pairs of
-classes share their colour and differ in texture alone, with periods of two to four pixels: road (grain) and
-pavement (setts), brick (courses) and timber (boards), tree (leaves) and hedge (hatching). Which of the
-two stands where is mostly left to chance, so that compression, scaling and darkness take away what tells them apart.
-
-An image is a pure function of seed, split, index and size, the same on every machine: PCG64's uniform doubles,
-comparisons and exactly rounded arithmetic (+ - * / % and square roots), but no sums over arrays and no
-transcendental functions, whose last bits differ. Knows nothing about levels, networks or files.
+Three pairs of classes have the same colour and differ only in texture, with periods of two to four pixels: road (grain) and
+pavement (setts), brick (courses) and timber (boards), tree (leaves) and hedge (hatching). Which class of a pair is painted is
+mostly random, so a network must see the texture, which compression, scaling and darkness remove. An image is a pure function of
+seed, split, index and size, with the same bits on every machine: it uses PCG64's uniform doubles, comparisons and exactly rounded
+arithmetic (+ - * / % and square roots), but no sums over arrays or transcendental functions, whose last bits differ.
 """
 
 import hashlib
@@ -23,12 +20,8 @@ from gearnn_ray.data.dataset import IGNORED, Dataset
 
 CLASS_NAMES = ("sky", "road", "pavement", "brick", "timber", "tree", "hedge", "car", "person")
 SKY, ROAD, PAVEMENT, BRICK, TIMBER, TREE, HEDGE, CAR, PERSON = range(len(CLASS_NAMES))
-TWINS = ((ROAD, PAVEMENT), (BRICK, TIMBER), (TREE, HEDGE))
-"""The pairs of classes that only texture tells apart."""
-
-VERSION = 1
-"""To be raised with any change to a pixel or a label: it is part of every digest."""
-
+TWINS = ((ROAD, PAVEMENT), (BRICK, TIMBER), (TREE, HEDGE))  # these differ only in texture
+VERSION = 1  # part of every digest: raise it with any change to a pixel or a label
 SPLITS = ("train", "val")
 MAX_COUNT, MIN_SIDE, MAX_SIDE, MAX_SEED = 100_000, 48, 2048, 2**63 - 1
 
@@ -39,7 +32,7 @@ Colour = NDArray[np.float64]  # [3] RGB in 8-bit levels, or one for every pixel 
 
 @dataclass(frozen=True)
 class ScenesSplit:
-    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted when asked for; each is a clip of its own."""
+    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted at each access. Every scene is a clip of its own."""
 
     name: str
     count: int
@@ -60,7 +53,7 @@ class ScenesSplit:
 
     @property
     def digest(self) -> str:
-        """Over the generator's version and parameters, which decide every pixel."""
+        """Hex SHA-256 of the generator's version and parameters, which decide every pixel."""
         what = {"generator": "scenes", "version": VERSION, "split": self.name, "count": self.count}
         what |= {"height": self.height, "width": self.width, "seed": self.seed}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -80,9 +73,8 @@ class ScenesSplit:
 
 
 def open_scenes(train: int = 192, val: int = 32, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
-    """The generated set: `train` and `val` images of `height` × `width` pixels.
-
-    A larger set begins with the images of a smaller one. Raises `UserError` for a count, side or seed out of range.
+    """The generated set: `train` and `val` images of `height` × `width` pixels. With the same size and seed, a larger set begins
+    with the images of a smaller one. Raises `UserError` for a count, side or seed out of range.
     """
     for what, value, low, high in (
         ("train", train, 1, MAX_COUNT),
@@ -122,7 +114,7 @@ def _stripes(across: Plane, period: float) -> Plane:
 
 
 class _Painter:
-    """One scene in the making. Lengths are in pixels; `unit` is a pixel at a height of 96."""
+    """Paints one scene. Lengths are in pixels; `unit` is one pixel at an image height of 96."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self.rng, self.height, self.width = rng, height, width
@@ -132,16 +124,14 @@ class _Painter:
         self.y, self.x = np.mgrid[0:height, 0:width].astype(np.float64)
         self.horizon = height * self.between(0.40, 0.52)
         self.vanish = width * self.between(0.32, 0.68)
-        # how near a house front is at each column: 1 at the image's edge, 0 at the vanishing point
+        # nearness of the house front at each column: 1 at the image's edge, 0 at the vanishing point
         past = self.x - self.vanish
         self.reach = np.maximum(-past / self.vanish, past / (width - self.vanish))
-        # where the house fronts meet the ground at the left and right edge, below the horizon
+        # distance below the horizon at which house fronts meet the ground, at the left and right edge
         self.kerb = {side: height * self.between(0.14, 0.34) for side in (-1, 1)}
         grey = self.between(105, 140)
         self.grey = np.array([grey + self.between(-8, 8), grey, grey + self.between(-8, 8)])
-        self.walls = [
-            np.array([self.between(115, 160), self.between(100, 140), self.between(85, 135)]) for _ in range(2)
-        ]
+        self.walls = [np.array([self.between(115, 160), self.between(100, 140), self.between(85, 135)]) for _ in range(2)]
         self.green = np.array([self.between(70, 105), self.between(105, 140), self.between(55, 85)])
         self.contrast = self.between(18, 22)  # rms of every texture, in 8-bit levels
         self.textures = self._textures()
@@ -156,23 +146,20 @@ class _Painter:
         return options[int(self.rng.random() * len(options))]
 
     def noise(self) -> Plane:
-        """White, mean 0, rms 1."""
+        """White noise, mean 0, rms 1."""
         white: Plane = (self.rng.random((self.height, self.width)) - 0.5) * math.sqrt(12)
         return white
 
     def grain(self) -> Plane:
-        """Noise with some coarser noise in it, mean 0, rms 1: a trace of it outlives JPEG, for fine-tuning to find."""
+        """White and coarser noise, mean 0, rms 1. JPEG leaves traces of the coarser one, which fine-tuning can use."""
         clumps = self.noise()[np.ix_(np.arange(self.height) // 2, np.arange(self.width) // 2)]
         mixed: Plane = 0.8 * self.noise() + 0.6 * clumps
         return mixed
 
     def _textures(self) -> dict[int, Plane]:
-        """A plane per class, mean 0 and rms 1: what alone tells the twins apart.
-
-        Periods this short lie where JPEG's quantisers are coarsest, and at half the size they alias away.
-        """
+        """A plane per class, mean 0 and rms 1. JPEG quantises such short periods most coarsely; at half size they alias."""
         near = self.y > self.horizon + 0.45 * (self.height - self.horizon)
-        # courses run to the vanishing point, but no finer than a camera would resolve them
+        # courses run to the vanishing point, but not finer than a camera would resolve
         course = (self.y - self.horizon) / np.maximum(self.reach, 0.7) + self.height
         return {
             ROAD: self.grain(),
@@ -184,7 +171,7 @@ class _Painter:
         }
 
     def ellipse(self, x: float, y: float, rx: float, ry: float) -> Plane:
-        """Below 1 inside."""
+        """A plane that is below 1 inside the ellipse."""
         across, up = (self.x - x) / rx, (self.y - y) / ry
         distance: Plane = across * across + up * up
         return distance
@@ -195,7 +182,7 @@ class _Painter:
         return colour
 
     def fill(self, mask: Mask, what: int, colour: Colour) -> None:
-        """Paint a class over whatever was there, with its texture."""
+        """Paint the pixels of `mask` with a colour and the texture of a class, and label them."""
         painted = np.broadcast_to(colour, (*mask.shape, 3))[mask]
         if what in self.textures:
             painted = painted + (self.contrast * self.textures[what][mask])[:, None]
@@ -213,7 +200,7 @@ class _Painter:
             self.fill(cloud < 1, SKY, low + 18)
 
     def ground(self) -> None:
-        """Lanes of road and pavement in turns, running to the vanishing point; a strip may cross them."""
+        """Alternating lanes of road and pavement that run to the vanishing point; a strip may cross them."""
         drop = self.y - self.horizon
         lane = np.zeros_like(self.y)
         kerbs = np.zeros(self.y.shape, np.bool_)
@@ -232,7 +219,7 @@ class _Painter:
         self.rgb[below & kerbs] = self.grey + self.between(15, 45)
 
     def far_end(self) -> None:
-        """What closes the street, facing us."""
+        """The front at the far end of the street, facing the camera."""
         what = self.one_of((SKY, BRICK, TIMBER, TREE, HEDGE))
         if what == SKY:
             return
@@ -242,7 +229,7 @@ class _Painter:
         self.fill((self.reach < 0.34) & (self.y >= top) & (self.y < foot), what, colour)
 
     def houses(self, side: int) -> None:
-        """A row of fronts on one side of the street, then greenery along it."""
+        """A row of house fronts on one side of the street, then greenery along it."""
         here = (self.x - self.vanish) * side > 0
         foot = self.horizon + self.kerb[side] * self.reach
         light = self.between(0.85, 1.1)
@@ -281,7 +268,7 @@ class _Painter:
             thing(drop)
 
     def beside(self, drop: float) -> tuple[float, float]:
-        """Where something at the side of the street stands, (x, y), its foot `drop` below the horizon."""
+        """A position (x, y) at the side of the street whose foot is `drop` below the horizon."""
         side = self.one_of((-1, 1))
         fronts = (self.vanish if side < 0 else self.width - self.vanish) / self.kerb[side]
         return self.vanish + side * drop * fronts * self.between(0.7, 1.0), self.horizon + drop
@@ -329,7 +316,7 @@ class _Painter:
         self.fill(head, PERSON, np.array([185.0, 140.0, 115.0]))
 
     def exposed(self) -> NDArray[np.uint8]:
-        """The picture under this scene's light, as a camera with a little noise sees it."""
+        """The image in this scene's light, with a little camera noise."""
         slope = self.between(-0.12, 0.12)
         light = self.between(0.8, 1.1) * (1 + slope * (self.x / self.width - 0.5))
         tint = np.array([self.between(0.95, 1.05), 1.0, self.between(0.95, 1.05)])

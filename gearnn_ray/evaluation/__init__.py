@@ -1,1 +1,1 @@
-"""Does it work? Every method at every level, on the same images."""
+"""Accuracy and memory of every method at every level of a release, on the same images."""

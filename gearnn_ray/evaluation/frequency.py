@@ -1,12 +1,13 @@
 """Which spatial frequencies of an image a network's loss depends on (§3.1.2, Figs. 3, 4, 6, 7).
 
-An inverse DCT over 8×8 blocks, as JPEG has it, stands in front of the network; the gradient of the loss by every DCT
-coefficient says how much the network looks at that frequency. Knows nothing of levels or methods.
+An inverse DCT over 8×8 blocks, as in JPEG, is put in front of the network. The gradient of the loss with respect to a DCT
+coefficient is then how strongly the network responds to that frequency. Knows nothing of levels or methods.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.tasks.segmentation import Image, logits_of, loss_of, resize_label
+from gearnn_ray.tasks.base import Image, Task, loss_of
+from gearnn_ray.training.predict import Normalisation, Predictor
 
 BLOCK = 8
 
@@ -39,43 +41,36 @@ def block_dct(x_BCHW: Tensor) -> Tensor:
 
 
 def inverse_block_dct(coefficients: Tensor) -> Tensor:
-    """x_BCHW from its coefficients [B, C, H/8, W/8, 8, 8], as `block_dct` gives them. Differentiable."""
+    """x_BCHW from its coefficients [B, C, H/8, W/8, 8, 8], the inverse of `block_dct`. Differentiable."""
     B, C, h, w = coefficients.shape[:4]
     dct = dct_matrix().to(coefficients)
     return (dct.T @ coefficients @ dct).transpose(3, 4).reshape(B, C, h * BLOCK, w * BLOCK)
 
 
 def frequency_response(
-    model: nn.Module,
-    images: Sequence[Image],
-    labels: Sequence[Image],
-    normalisation: Callable[[Tensor], Tensor],
-    batch_size: int = 1,
+    task: Task, model: nn.Module, images: Sequence[Image], targets: Sequence[Any], normalisation: Normalisation
 ) -> NDArray[np.float64]:
     """Mean |d loss / d coefficient| [8, 8] = [vertical, horizontal frequency], over blocks, channels, then images.
 
-    images: uint8 [H, W, 3], labels: uint8 [H', W'], cropped at right and bottom to whole blocks. Coefficients are of pixels
-    in 0 to 255, the loss is each image's own mean cross-entropy in evaluation mode and float32 (0 for an image without a
-    label). Consecutive images of equal size share a batch, which changes nothing but speed; the network is left as it was.
-    Raises UserError where there is no image, or one is smaller than a block.
+    images: uint8 [H, W, 3], cropped with their targets at the right and the bottom to whole blocks. Coefficients are those of
+    pixel values from 0 to 255. The loss is the task's, of each image alone, in evaluation mode and float32. The network is left
+    as it was. Raises UserError if there is no image, or if one is smaller than a block.
     """
     if not images:
         raise UserError("there is no image to measure a frequency response on: give at least one.")
     device = next(model.parameters()).device
+    forward = Predictor(model, normalisation, memory_format=None)
     modes = {module: module.training for module in model.modules()}
     total = torch.zeros(BLOCK, BLOCK, dtype=torch.float64)
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
-            for x, y in _batches(images, labels, batch_size):
-                coefficients = block_dct(x.to(device).float()).requires_grad_()
-                logits = logits_of(model, normalisation(inverse_block_dct(coefficients)))
-                # each image's own mean: dividing by the batch's labelled pixels would tie the images together
-                pairs = zip(logits, y.to(device), strict=True)
-                loss = torch.stack([loss_of(own[None], label[None]) for own, label in pairs]).sum()
-                # by the coefficients alone: parameters neither get a gradient nor need to be frozen
-                (gradient,) = torch.autograd.grad(loss, coefficients)
-                total += gradient.abs().mean((1, 2, 3), dtype=torch.float64).sum(0).cpu()
+        for image, target in zip(images, targets, strict=True):
+            batch = task.collate([_whole_blocks(task, image, target)]).to(device)
+            coefficients = block_dct(batch.images.float()).requires_grad_()
+            loss = loss_of(task.losses(forward, replace(batch, images=inverse_block_dct(coefficients))))
+            # with respect to the coefficients alone: parameters neither get a gradient nor need to be frozen
+            (gradient,) = torch.autograd.grad(loss, coefficients)
+            total += gradient.abs().mean((0, 1, 2, 3), dtype=torch.float64).cpu()
     finally:
         for module, training in modes.items():
             module.training = training
@@ -83,33 +78,25 @@ def frequency_response(
     return response
 
 
-def _batches(images: Sequence[Image], labels: Sequence[Image], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """x_BCHW uint8 and y_BHW int64 of whole blocks, in order."""
-    pairs = (_whole_blocks(image, label) for image, label in zip(images, labels, strict=True))
-    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].shape):
-        while batch := list(itertools.islice(group, size)):
-            x, y = (torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True))
-            yield x.permute(0, 3, 1, 2), y.long()
-
-
-def _whole_blocks(image: Image, label: Image) -> tuple[Image, Image]:
+def _whole_blocks(task: Task, image: Image, target: Any) -> tuple[Image, Any]:
+    """The largest upper left part with sides of whole blocks."""
     height, width = image.shape[:2]
     if min(height, width) < BLOCK:
         raise UserError(
             f"an image is {width} × {height} pixels: a frequency response needs at least {BLOCK} × {BLOCK}, so leave it out."
         )
-    window = (slice(height // BLOCK * BLOCK), slice(width // BLOCK * BLOCK))
-    return image[window], resize_label(label, height, width)[window]
+    sides = (height // BLOCK * BLOCK, width // BLOCK * BLOCK)
+    return task.augment(image, target, sides, np.array([0.0, 0.0, 0.5]))
 
 
 def high_frequency_share(response: NDArray[np.float64]) -> float:
-    """Share of the total magnitude at vertical + horizontal frequency >= 8, 0 to 1; 0 where there is no magnitude."""
+    """Share of the total magnitude at vertical + horizontal frequency >= 8, 0 to 1; 0 if all magnitudes are 0."""
     total = float(response.sum())
     high = np.add.outer(np.arange(BLOCK), np.arange(BLOCK)) >= BLOCK
     return float(response[high].sum()) / total if total else 0.0
 
 
 def similarity(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Cosine similarity of two maps [8, 8], or of two differences of maps, -1 to 1; 0 where one of them is all zero."""
+    """Cosine similarity of two maps [8, 8], or of two differences of maps, -1 to 1; 0 if one of them is all zero."""
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float((a * b).sum()) / norms if norms else 0.0

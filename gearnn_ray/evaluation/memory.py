@@ -1,16 +1,17 @@
 """How many numbers a method holds in memory for |Q| distortion levels: Table 1 of the paper, and what a release holds.
 
-Of the |Q| levels one is undistorted, which the network itself serves: there are |Q| - 1 adaptors.
+One of the |Q| levels is undistorted and served by the network itself: there are |Q| - 1 adaptors.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from gearnn_ray.evaluation.records import MemoryRow
 
 
 def table_1(floats: int, budget: int, levels: Sequence[int] = range(1, 11)) -> list[dict[str, int]]:
     """A row per |Q|: levels, and the floats of the original, of DNN switching (|Q| networks) and of GearNN.
 
-    floats: N, the network's; budget: M, of one adaptor. GearNN holds N + (|Q| - 1)·M (Table 1).
+    floats: N, of the network. budget: M, of one adaptor. GearNN holds N + (|Q| - 1)·M (Table 1).
     """
     return [
         {"levels": count, "original": floats, "switching": count * floats, "gearnn": floats + (count - 1) * budget}
@@ -20,22 +21,18 @@ def table_1(floats: int, budget: int, levels: Sequence[int] = range(1, 11)) -> l
 
 def memory_rows(
     network: str, model_floats: int, budget: int, actual: Mapping[str, Sequence[int]], constant: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Rows of tables.MEMORY: Table 1 for one to ten levels, then what is really held.
+) -> list[MemoryRow]:
+    """Table 1 for one to ten levels, then what the methods actually hold.
 
-    actual: method to the floats of each adapted level, beside the network's own; |Q| counts the undistorted level too.
-    constant: methods that hold one network, for as many levels as the most any other has.
+    actual: method to the floats of each adapted level, without the base network; |Q| also counts the undistorted level.
+    constant: methods that hold one network; they are listed with the largest |Q| of the other methods.
     """
 
-    def row(method: str, levels: int, floats: int, kind: str) -> dict[str, Any]:
+    def row(method: str, levels: int, floats: int, kind: str) -> MemoryRow:
+        share = floats / model_floats
         return {
-            "network": network,
-            "method": method,
-            "levels": levels,
-            "floats": floats,
-            "of_network": floats / model_floats,
-            "kind": kind,
-        }
+            "network": network, "method": method, "levels": levels, "floats": floats, "of_network": share, "kind": kind,
+        }  # fmt: skip
 
     by_formula = [
         row(method, line["levels"], line[method], "budget")

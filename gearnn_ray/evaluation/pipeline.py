@@ -1,196 +1,108 @@
 """An evaluation on a Ray cluster.
 
-    release ─► originals judged ─► learning rates ─► weights of every method ─► each level judged in one pass ─► tables, report
+    release ─► originals' scores ─► learning rates ─► weights of every method ─► each level evaluated in one pass ─► report
 
-Every set of weights is one task, every level's judging another that waits for the weights it needs and for no others. What
-survives a killed task or driver is what the stages put into the store.
+Every set of weights is one task. Evaluating a level is another task, which waits for the weights it needs and for no others.
+What survives a killed task or driver is what the stages put into the store.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
-
-import ray
+from typing import Any
 
 from gearnn_ray.config.recipe import Recipe
-from gearnn_ray.config.schema import EvaluateConfig, ResourcesConfig, budget_floats
+from gearnn_ray.config.release_jobs import EvaluateConfig
+from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.evaluation import baselines, runs, statistics
-from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
-from gearnn_ray.evaluation.findings import Cell, Found, Outcome, Plan, publish
-from gearnn_ray.evaluation.runs import Judged, Main, Making, Picture, Weights
+from gearnn_ray.core.events import Emit
+from gearnn_ray.evaluation import measurements, runs, statistics
+from gearnn_ray.evaluation.baselines import CONSTANT
+from gearnn_ray.evaluation.findings import Cell, Found, Outcome, publish
+from gearnn_ray.evaluation.plan import Plan, check_levels, plan_of, worst_of_each_axis
+from gearnn_ray.evaluation.records import AverageRow, DifferenceRow, Evaluated, FrequencyResult, MainWeights, Picture, Weights
+from gearnn_ray.evaluation.runs import WeightsSpec
+from gearnn_ray.levels.axes import Neighbours, axes_of
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.offline.job_spec import JobSpec
-from gearnn_ray.offline.release_context import make_images, open_release_context
-from gearnn_ray.ray_jobs.cluster import (
-    POLL_SECONDS,
-    EventBoard,
-    EventRelay,
-    beside_driver,
-    cluster,
-    cluster_resources,
-    event_sender,
-    reason_of,
-    result_of,
-)
-from gearnn_ray.ray_jobs.resources import check_resources
+from gearnn_ray.offline.level_run import fine_tune_fully
+from gearnn_ray.offline.pipeline import prepare_images
+from gearnn_ray.offline.release_context import open_release_context
+from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.progress import Reporter
+from gearnn_ray.store.manifest import LevelEntry
 from gearnn_ray.store.releases import Store
-from gearnn_ray.training.trainer import prepare_process
 
 _MAIN = ("switching", "gearnn")
-_PICTURED = 3  # levels, the worst ones
+_PICTURED = 3  # levels, those where the original is worst
 _ALL = "all"
-"""where a constant network belongs"""
+"""The level of one network for all levels."""
 
-# what things cost, in full fine-tunes; it only steers the remaining time
-_COST = {"main": 1.65, "stability": 2.0, "bn-statistics": 0.2, "judged": 0.11}
+_COST = {"stability": 2.0, "bn-statistics": 0.2, "evaluation": 0.11, "adaptor": 0.65}
+"""In full fine-tunes; only the estimate of the remaining time uses it. "adaptor" is any partial fine-tune."""
 
 
 def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Outcome:
-    """Run the job. Raises UserError before anything is trained or written when what it was told is wrong."""
+    """Run the job. Raises UserError before anything is trained or written when the configuration is invalid."""
     store = Store(config.store)
-    store.manifest(config.release)  # there is one, or nothing is started
+    check_levels(config, store.manifest(config.release)[1])
     store.check_writable()
-    with cluster():
-        check_resources(ResourcesConfig(**config.resources.model_dump()), *cluster_resources())
-        board = cast(Any, EventBoard).options(scheduling_strategy=beside_driver()).remote()
-        relay = EventRelay(board, emit)
-        plan = _checked(config, store, relay)
-        found = _Run(config, plan, board, relay, emit).all()
-        relay.flush()
-    return publish(store, config, plan, found, command)
+    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit) as tasks:
+        plan = plan_of(config, open_release_context(store, config, tasks))
+        spec, levels = plan.spec, tuple(dict.fromkeys((*plan.levels, "clean")))
+        prepare_images(spec.data, spec.network.task, levels, spec.cache, tasks, emit)
+        plan, found = _Run(plan, tasks, emit).all()
+    return publish(store, plan, found, command)
 
 
-# ── what is checked before anything is trained ───────────────────────────────────────────────────────────────────
-
-
-def _checked(config: EvaluateConfig, store: Store, relay: EventRelay) -> Plan:
-    """Release, data, network, levels: looked at, and every level's images made. Raises UserError."""
-    release = open_release_context(store, config.release, config.data, relay)
-    manifest, facts, spec = release.manifest, release.facts, release.spec
-    levels = config.levels or release.levels
-    foreign = [name for name in (*config.baseline_levels, *config.untrained, *config.budget_levels, *config.frequency_levels)
-               if name not in levels]  # fmt: skip
-    if config.tuning_level is not None and config.tuning_level not in levels:
-        foreign.append(config.tuning_level)
-    adapted = {
-        "tuning_level": (config.tuning_level,),
-        "budget_levels": config.budget_levels,
-        "frequency_levels": config.frequency_levels,
-    }
-    undistorted = next((option for option, names in adapted.items() if "clean" in names), None)
-    if undistorted is not None:
-        raise UserError(f"{undistorted} has clean, where nothing is adapted: name a distorted level")
-    if foreign:
-        raise UserError(
-            f"the level {foreign[0]} is not among the levels evaluated ({', '.join(levels)}): add it to levels"
-        )
-    trained = [name for name in levels if name not in config.untrained]
-    between = {name: baselines.neighbours(name, trained) for name in config.untrained}
-    for name, sides in between.items():
-        if sides is None:
-            raise UserError(
-                f"the untrained level {name} does not lie between two other levels of its kind: add them to levels"
-            )
-    if not any(not parse_level(name).is_clean for name in levels):
-        raise UserError(f"{config.release} has no distorted level to evaluate: name some with --levels")
-    # another budget of one level's own is no part of a problem of all levels together
-    asked = () if spec.coupling.is_joint else config.budgets
-    budgets = tuple(dict.fromkeys(budget_floats(text, facts.floats) for text in asked))
-    small = next((m for m in budgets if m < facts.least(spec.criterion)), None)
-    if small is not None:
-        raise UserError(
-            f"a budget of {small} floats fits no layer: the smallest of {spec.network.name} has {facts.smallest_layer}, so give "
-            "larger budgets"
-        )
-    if len(config.learning_rates) > 1 and len(spec.data.train) < 2:
-        raise UserError("learning rates are chosen on held-back training images, and there is only one: give no grid")
-    make_images(spec, levels, relay)
-    spec = replace(spec, budget=_budget_of_each(spec, release.levels))
-    return Plan(
-        name=release.name,
-        release=release.digest,
-        manifest=manifest,
-        spec=spec,
-        model_floats=facts.floats,
-        levels=levels,
-        baseline_levels=config.baseline_levels,
-        untrained={name: sides for name, sides in between.items() if sides is not None},
-        budgets=tuple(m for m in budgets if m != spec.budget),
-    )
-
-
-def _budget_of_each(spec: JobSpec, released: Sequence[str]) -> int:
-    """M in floats of one level's adaptor, which rivals get; where all levels have one memory, an equal part of it."""
-    sharing = sum(not parse_level(name).is_clean for name in released)
-    return spec.budget // max(1, sharing) if spec.coupling.problem == "one-memory" else spec.budget
-
-
-def _worst_of_each_axis(levels: Sequence[str], worst: Sequence[str]) -> tuple[str, ...]:
-    """The level of each axis that comes first in `worst`, in the order of `levels`."""
-    taken = {next((name for name in worst if name in members), None) for members in baselines.axes_of(levels).values()}
-    return tuple(name for name in levels if name in taken)
-
-
-# ── what workers do ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@ray.remote
-def _do(function: Callable[..., Any], arguments: Sequence[Any], spec: JobSpec, threads: int, board: Any) -> Any:
-    """`function(work, *arguments, say)` in a worker."""
-    prepare_process(threads)
-    with event_sender(board) as emit:
-        return function(spec, *arguments, emit)
+def _with_recipe(spec: JobSpec, recipe: Recipe, seed: int) -> JobSpec:
+    """The job spec of a full fine-tune whose weights are kept."""
+    return replace(spec, recipe=recipe, seed=seed, keep_full=True)
 
 
 def _main(
-    spec: JobSpec, full: Recipe, adaptor: Recipe, level: str, seed: int, budgets: Sequence[int], label: str, emit: Any
-) -> Main:
-    own = replace(spec, seed=seed, keep_full=True)
-    return runs.make_main(
-        replace(own, recipe=full), replace(own, recipe=adaptor), level, (spec.budget, *budgets), emit, label
-    )
+    spec: JobSpec, full: Recipe, adaptor: Recipe, level: str, seed: int, budgets: Sequence[int], label: str, emit: Emit
+) -> MainWeights:
+    step_1, step_4 = (_with_recipe(spec, recipe, seed) for recipe in (full, adaptor))
+    return runs.make_main(step_1, step_4, level, (spec.budget, *budgets), emit, label)
 
 
 def _released(
-    spec: JobSpec, full: Recipe, level: str, seed: int, entry: Mapping[str, Any] | None, label: str, emit: Any
-) -> Main:
-    return runs.released_main(replace(spec, seed=seed, keep_full=True, recipe=full), level, entry, emit, label)
+    spec: JobSpec, full: Recipe, level: str, seed: int, entry: LevelEntry | None, label: str, emit: Emit
+) -> MainWeights:
+    return runs.released_main(_with_recipe(spec, full, seed), level, entry, emit, label)
 
 
-def _control(spec: JobSpec, full: Recipe, seed: int, emit: Any) -> None:
-    runs.make_control(replace(spec, seed=seed, keep_full=True, recipe=full), emit)
+def _control(spec: JobSpec, full: Recipe, seed: int, emit: Emit) -> None:
+    fine_tune_fully(_with_recipe(spec, full, seed), "clean", emit)
 
 
-def _judge_original(spec: JobSpec, level: str, emit: Any) -> dict[str | None, Judged]:
-    return runs.judge(spec, level, [None], lambda event: emit(replace(event, stage="original")))
+def _evaluate_original(spec: JobSpec, level: str, emit: Emit) -> float:
+    return measurements.evaluate_weights(spec, level, [None], runs.renamed(emit, lambda _: "original"))[None].score
 
 
-def _mix(spec: JobSpec, lower: Weights, upper: Weights, share: float, emit: Any) -> Weights:
+def _mix(spec: JobSpec, lower: Weights, upper: Weights, share: float, emit: Emit) -> Weights:
     del emit
     return runs.mix_adaptors(spec, lower, upper, share)
 
 
-def _see(spec: JobSpec, level: str, weights: Weights, original: Judged, adaptor: Judged, emit: Any) -> Picture:
+def _picture(spec: JobSpec, level: str, weights: Weights, original: Evaluated, adaptor: Evaluated, emit: Emit) -> Picture:
     del emit
-    return runs.see(spec, level, weights, original, adaptor)
+    return measurements.picture_of(spec, level, weights, original, adaptor)
 
 
 def _compare(
-    spec: JobSpec, judged: Mapping[tuple[str, str], Sequence[Judged]], axes: Mapping[str, Sequence[str]], emit: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of DIFFERENCES and AVERAGES."""
+    spec: JobSpec, evaluated: Mapping[tuple[str, str], Sequence[Evaluated]], axes: Mapping[str, Sequence[str]], emit: Emit
+) -> tuple[list[DifferenceRow], list[AverageRow]]:
     del emit
-    counts = {place: [runs.counts_of(spec, each) for each in cells] for place, cells in judged.items()}
-    return statistics.differences(counts), statistics.averages(counts, axes)
+    cells = {place: [measurements.evidence_of(spec, each) for each in seeds] for place, seeds in evaluated.items()}
+    return statistics.differences(spec.task, cells), statistics.averages(spec.task, cells, axes)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Weights to be made by one task, and the cells they fill once they are there."""
+    """Weights that one task makes, and the cells of the result."""
 
     label: str
     levels: tuple[str, ...]
@@ -200,263 +112,231 @@ class _Unit:
 
 
 class _Run:
-    """The tasks of one evaluation, in the order in which each can start."""
+    """The tasks of one evaluation, each started as soon as what it needs is there."""
 
-    def __init__(self, config: EvaluateConfig, plan: Plan, board: Any, relay: EventRelay, emit: Reporter) -> None:
-        self.config, self.plan, self.relay, self.emit = config, plan, relay, emit
-        self.found = Found()
-        self._board = board
-        self._shared = ray.put(plan.spec)
-        self._threads = max(1, int(config.resources.cpus))
-        self._running: dict[Any, tuple[str, Callable[[Any], None]]] = {}
-        resources = config.resources
-        self._task = _do.options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries)
-        # of each level: what its judging waits for, and what is to be judged
+    def __init__(self, plan: Plan, tasks: TaskRunner, emit: Reporter) -> None:
+        self.plan, self.config, self.tasks, self.emit = plan, plan.config, tasks, emit
+        self.found = Found(failed=tasks.failed)
+        self._shared = tasks.share(plan.spec)
+        # of each level: the labels of what its evaluation waits for, and what is to be evaluated
         self._waiting: dict[str, set[str]] = {level: set() for level in plan.levels}
         self._cells: dict[str, list[Cell]] = {level: [] for level in plan.levels}
 
-    def all(self) -> Found:
-        """Everything, in waves that only wait for what they need."""
-        scores = self._judge_originals()
+    def all(self) -> tuple[Plan, Found]:
+        """Run everything. Returns the plan with the baselines' levels chosen, and what was found."""
+        scores = self._evaluate_originals()
         if not scores:
-            raise UserError(f"the original cannot be judged at any level: {next(iter(self.found.failed.values()))}")
+            raise UserError(f"the original cannot be evaluated at any level: {next(iter(self.tasks.failed.values()))}")
         worst = sorted(scores, key=scores.__getitem__)
         if not self.plan.baseline_levels:
-            self.plan = replace(self.plan, baseline_levels=_worst_of_each_axis(self.plan.levels, worst))
+            self.plan = replace(self.plan, baseline_levels=worst_of_each_axis(self.plan.levels, worst))
         self.found.tuning_level = self.config.tuning_level or worst[0]
         self._tune()
-        if self.plan.spec.criterion.against == "clean" and not self.plan.spec.coupling.is_joint:
+        if self.plan.spec.criterion.against == "clean" and not self.plan.is_joint:
             self._make_controls()
-        self._make_and_judge()
+        self._make_and_evaluate()
         self._look_closer()
-        return self.found
+        return self.plan, self.found
 
-    def start(self, label: str, function: Callable[..., Any], *arguments: Any, then: Callable[[Any], None]) -> None:
-        """One task; `then` gets its result here in the driver, None where it failed, which is noted under `label`."""
-        ref = self._task.remote(function, arguments, self._shared, self._threads, self._board)
-        self._running[ref] = (label, then)
+    def _start(self, label: str, function: Callable[..., Any], *arguments: Any, then: Callable[[Any], None]) -> None:
+        self.tasks.start(label, function, self._shared, *arguments, then=then)
 
-    def settle(self) -> None:
-        """Until nothing is running."""
-        while self._running:
-            done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
-            self.relay.flush()
-            for ref in done:
-                label, then = self._running.pop(ref)
-                try:
-                    result = result_of(ref)
-                except Exception as error:
-                    self.found.failed[label] = reason_of(error)
-                    result = None
-                then(result)
-
-    # ── the originals, and learning rates
-
-    def _judge_originals(self) -> dict[str, float]:
-        """What the original scores at every distorted level."""
+    def _evaluate_originals(self) -> dict[str, float]:
+        """Distorted level to the original's score."""
         scores: dict[str, float] = {}
         distorted = [level for level in self.plan.levels if not parse_level(level).is_clean]
-        self.emit.expect({(level, "original"): _COST["judged"] for level in distorted})
+        self.emit.expect({(level, "original"): _COST["evaluation"] for level in distorted})
 
-        def note(level: str, judged: Any) -> None:
-            if judged is not None:
-                scores[level] = judged[None].score
+        def note(level: str, score: float | None) -> None:
+            if score is not None:
+                scores[level] = score
 
         for level in distorted:
-            self.start(f"{level} original", _judge_original, level, then=partial(note, level))
-        self.settle()
-        return scores
+            self._start(f"{level} original", _evaluate_original, level, then=partial(note, level))
+        self.tasks.settle()
+        # in the order of levels, not in that in which tasks ended
+        return {level: scores[level] for level in distorted if level in scores}
 
     def _tune(self) -> None:
         """Each method's learning rate: the one of the grid with the best score on held-back training images."""
         plan, grid, found, level = self.plan, self.config.learning_rates, self.found, self.found.tuning_level
         trained = [m for m in (*_MAIN, *self.config.methods) if m != "bn-statistics"]
-        if plan.spec.coupling.is_joint:
-            # as released, its adaptors have the learning rate that they have
+        if plan.is_joint:
+            # its adaptors are the released ones
             trained.remove("gearnn")
             found.rates["gearnn"] = plan.spec.recipe.learning_rate
         if len(grid) <= 1:
             found.rates |= dict.fromkeys(trained, *(grid or (plan.spec.recipe.learning_rate,)))
             return
-        scores: dict[str, dict[float, float]] = {method: {} for method in trained}
+        scores: dict[str, dict[float, float | None]] = {method: {} for method in trained}
 
-        def note(method: str, rate: float, score: Any) -> None:
+        def note(method: str, rate: float, score: float | None) -> None:
             scores[method][rate] = score
 
-        def try_rates(method: str, layers: Any = ()) -> None:
+        def try_rates(method: str, layers: Sequence[str] | None = ()) -> None:
             for rate in grid if layers is not None else ():
-                making = replace(self._making(method, level), learning_rate=rate, layers=tuple(layers))
+                wanted = replace(self._wanted(method, level), learning_rate=rate, layers=tuple(layers or ()))
                 label = f"learning rate {rate:g} of {method}"
-                self.start(label, runs.tune, making, level, then=partial(note, method, rate))
+                self._start(label, runs.tune, wanted, level, then=partial(note, method, rate))
 
         self.emit.expect(
             {
-                (making.level, f"tuning: {making.label} at {rate:g}"): 0.8 * _COST.get(method, 1.0)
-                for method, making in ((method, self._making(method, level)) for method in trained)
+                (wanted.level, f"tuning: {wanted.label} at {rate:g}"): 0.8 * _COST.get(wanted.method, 1.0)
+                for wanted in (self._wanted(method, level) for method in trained)
                 for rate in grid
             }
         )
         for method in trained:
             if method != "gearnn":
                 try_rates(method)
-            elif level in plan.manifest["levels"]:
-                try_rates(method, plan.manifest["levels"][level]["layers"])
+            elif level in plan.entries:
+                try_rates(method, plan.entries[level].layers)
             else:
-                self.start(f"{level} layers", runs.choose_layers, level, then=partial(try_rates, method))
-        self.settle()
+                self._start(f"{level} layers", runs.choose_layers, level, then=partial(try_rates, method))
+        self.tasks.settle()
         for method, tried in scores.items():
-            if len(tried) < len(grid) or None in tried.values():
-                # a task failed, and is tried again by the next run: this one leaves a rival out, and what is evaluated untuned
+            known = {rate: score for rate, score in sorted(tried.items()) if score is not None}
+            if len(known) < len(grid):
+                # a task failed, and the next run repeats it: this run leaves the baseline out, and does not tune a main method
                 if method in _MAIN:
                     found.rates[method] = plan.spec.recipe.learning_rate
                 continue
-            # in the grid's order, not that in which tasks ended
-            best = max(sorted(tried), key=tried.__getitem__)
-            found.rates[method] = best
+            found.rates[method] = best = max(known, key=known.__getitem__)
             found.tuning += [
                 {
                     "method": method, "level": level, "learning_rate": rate, "alpha": None, "sigma": None,
-                    # what diverged has no score
+                    # no score where training diverged
                     "value": score if score > float("-inf") else None, "chosen": rate == best,
                 }
-                for rate, score in sorted(tried.items())
+                for rate, score in known.items()
             ]  # fmt: skip
 
-    def _making(self, method: str, level: str, draw: int = 0) -> Making:
+    def _wanted(self, method: str, level: str, draw: int = 0) -> WeightsSpec:
         plan, grid = self.plan, self.config.stability
-        making = Making(
-            method,
-            _ALL if method in CONSTANT else level,
-            seed=plan.spec.seed,
-            draw=draw,
-            learning_rate=self.found.rates.get(method, 0.0),
-        )
+        rate = self.found.rates.get(method, 0.0)
+        wanted = WeightsSpec(method, _ALL if method in CONSTANT else level, plan.spec.seed, learning_rate=rate, draw=draw)
         if method == "mixed":
-            return replace(making, levels=plan.levels)
+            return replace(wanted, levels=plan.levels)
         if method == "stability":
-            # where its learning rate is chosen: the middle of the grid
-            return replace(making, alpha=grid.alphas[len(grid.alphas) // 2], sigma=grid.sigmas[len(grid.sigmas) // 2])
-        return replace(making, budget=plan.spec.budget) if method in ("first-block", "auto-rgn", "random") else making
+            # its learning rate is chosen in the middle of the grid
+            return replace(wanted, alpha=grid.alphas[len(grid.alphas) // 2], sigma=grid.sigmas[len(grid.sigmas) // 2])
+        return replace(wanted, budget=plan.spec.budget) if method in ("first-block", "auto-rgn", "random") else wanted
 
-    # ── weights and judging
+    def _recipe(self, method: str) -> Recipe:
+        return self.plan.spec.recipe.model_copy(update={"learning_rate": self.found.rates[method]})
 
     def _make_controls(self) -> None:
-        """What the levels' changes are measured against, before tasks of several levels would each make it."""
-        full = self.plan.spec.recipe.model_copy(update={"learning_rate": self.found.rates["switching"]})
-        seeds = dict.fromkeys(seed for level in self.plan.levels for seed in self.plan.seeds(self.config.seeds, level))
+        """The fine-tunes on undistorted images, before tasks of several levels would each make them."""
+        seeds = dict.fromkeys(seed for level in self.plan.levels for seed in self.plan.seeds(level))
         self.emit.expect({("clean", "full"): 1.0 * len(seeds)})
-        for seed in seeds:
-            self.start(f"clean seed {seed}", _control, full, seed, then=lambda _: None)
-        self.settle()
+        recipe = self._recipe("switching")
+        self.tasks.all(_control, {f"clean seed {seed}": (self._shared, recipe, seed) for seed in seeds})
 
-    def _make_and_judge(self) -> None:
-        units = [*self._constant_units(), *self._units_per_level()]
+    def _make_and_evaluate(self) -> None:
+        plan, units = self.plan, [*self._constant_units(), *self._units_per_level()]
         for unit in units:
             for level in unit.levels:
                 self._waiting[level].add(unit.label)
-        for level in self.plan.untrained:
+        for level in plan.untrained:
             self._waiting[level].add("its neighbours")
-        for level in self.plan.levels:
-            self._cells[level].append(Cell("original", level, self.plan.spec.seed, Weights()))
-            if parse_level(level).is_clean:
-                # undistorted, every method with weights per level is the base itself
-                adaptive = (*_MAIN, *(method for method in self.config.methods if method not in CONSTANT))
-                self._cells[level] += [Cell(method, level, self.plan.spec.seed, Weights()) for method in adaptive]
-        self.emit.expect(
-            {(level, "judging"): _COST["judged"] * (1 + len(units)) for level, units in self._waiting.items()}
-        )
+        # at the undistorted level every method with weights per level is the base itself
+        adaptive = (*_MAIN, *(method for method in self.config.methods if method not in CONSTANT))
+        for level, cells in self._cells.items():
+            methods = ("original", *(adaptive if parse_level(level).is_clean else ()))
+            cells += [Cell(method, level, plan.spec.seed, Weights()) for method in methods]
+        cost = _COST["evaluation"]
+        self.emit.expect({(level, Evaluated.stage): cost * (1 + len(labels)) for level, labels in self._waiting.items()})
         for unit in units:
-            self.start(unit.label, unit.function, *unit.arguments, then=partial(self._made, unit))
-        for level in [level for level, units in self._waiting.items() if not units]:
-            self._judge(level)
-        self.settle()
+            self._start(unit.label, unit.function, *unit.arguments, then=partial(self._made, unit))
+        for level in [level for level, labels in self._waiting.items() if not labels]:
+            self._evaluate(level)
+        self.tasks.settle()
 
     def _constant_units(self) -> Iterator[_Unit]:
-        """One network for all levels, each; judged at the rivals' levels and undistorted."""
+        """One network for all levels each, evaluated at the baselines' levels and undistorted."""
         grid, plan = self.config.stability, self.plan
         levels = tuple(level for level in plan.levels if level in plan.baseline_levels or parse_level(level).is_clean)
         for method in self.config.methods:
             if method not in CONSTANT or method not in self.found.rates:
                 continue
-            making = self._making(method, _ALL)
+            wanted = self._wanted(method, _ALL)
             if method == "stability":
                 for alpha, sigma in itertools.product(grid.alphas, grid.sigmas):
-                    yield self._baseline_unit(replace(making, alpha=alpha, sigma=sigma), levels)
+                    yield self._baseline_unit(replace(wanted, alpha=alpha, sigma=sigma), levels)
             else:
-                yield self._baseline_unit(making, levels)
+                yield self._baseline_unit(wanted, levels)
 
     def _units_per_level(self) -> Iterator[_Unit]:
-        """Rivals' levels first, in the order given: that is where comparisons become complete."""
+        """The baselines' levels first, in the order given: there comparisons become complete."""
         plan, rates = self.plan, self.found.rates
         baselines = [method for method in self.config.methods if method in rates or method == "bn-statistics"]
         for level in dict.fromkeys((*plan.baseline_levels, *plan.levels)):
             if parse_level(level).is_clean:
                 continue
-            for seed in plan.seeds(self.config.seeds, level):
+            for seed in plan.seeds(level):
                 yield self._main_unit(level, seed)
             for method in baselines if level in plan.baseline_levels else ():
                 draws = range(self.config.draws if method == "random" else 1)
                 for draw in draws if method not in CONSTANT else ():
-                    yield self._baseline_unit(self._making(method, level, draw), (level,))
+                    yield self._baseline_unit(self._wanted(method, level, draw), (level,))
 
-    def _baseline_unit(self, making: Making, levels: tuple[str, ...]) -> _Unit:
+    def _baseline_unit(self, wanted: WeightsSpec, levels: tuple[str, ...]) -> _Unit:
         def cells(weights: Weights) -> Sequence[Cell]:
-            # of random layers each draw is one of several, as a seed is of others
-            seed = making.draw if making.method == "random" else making.seed
-            about = (seed, weights, making.alpha, making.sigma)
-            return [Cell(making.method, level, *about) for level in levels]
+            # a draw of random layers takes the place of a seed
+            seed = wanted.draw if wanted.method == "random" else wanted.seed
+            return [Cell(wanted.method, level, seed, weights, wanted.alpha, wanted.sigma) for level in levels]
 
-        self.emit.expect({(making.level, making.label): _COST.get(making.method, 0.65)})
-        label = making.label if making.level == _ALL else f"{making.level} {making.label}"
-        return _Unit(label, levels, runs.make_weights, (making,), cells)
+        self.emit.expect({(wanted.level, wanted.label): _COST.get(wanted.method, _COST["adaptor"])})
+        label = wanted.label if wanted.level == _ALL else f"{wanted.level} {wanted.label}"
+        return _Unit(label, levels, runs.make_weights, (wanted,), cells)
 
     def _main_unit(self, level: str, seed: int) -> _Unit:
         plan, found, first = self.plan, self.found, seed == self.plan.spec.seed
-        full, adaptor = (plan.spec.recipe.model_copy(update={"learning_rate": found.rates[m]}) for m in _MAIN)
+        full, adaptor = map(self._recipe, _MAIN)
         further = plan.budgets if first and level in (self.config.budget_levels or (found.tuning_level,)) else ()
-        suffix, entry = "" if first else f" seed {seed}", plan.manifest["levels"].get(level)
+        suffix, entry = "" if first else f" seed {seed}", plan.entries.get(level)
 
-        def cells(main: Main) -> Sequence[Cell]:
+        def cells(main: MainWeights) -> Sequence[Cell]:
             found.mains[level, seed] = main
             made = [Cell("switching", level, seed, main.switching)]
             for budget, weights in main.gearnn.items():
                 own = budget == plan.spec.budget
                 made.append(Cell("gearnn", level, seed, weights, budget=None if own else budget))
-            if first and entry is not None and entry["digest"] != main.gearnn[plan.spec.budget].digest:
-                made.append(Cell("gearnn-released", level, seed, Weights(entry["digest"], entry["floats"])))
+            if first and entry is not None and entry.digest != main.gearnn[plan.spec.budget].digest:
+                made.append(Cell("gearnn-released", level, seed, Weights(entry.digest, entry.floats)))
             return made
 
         name = f"{level} switching and gearnn{suffix}"
         self.emit.expect({(level, f"switching{suffix}"): 1.0})
-        if plan.spec.coupling.is_joint and entry is not None:
+        if plan.is_joint and entry is not None:
             released = (full, level, seed, entry if first else None, suffix)
             return _Unit(name, (level,), _released, released, cells)
-        self.emit.expect({(level, f"gearnn{suffix}"): 0.65 * (1 + len(further))})
+        self.emit.expect({(level, f"gearnn{suffix}"): _COST["adaptor"] * (1 + len(further))})
         return _Unit(name, (level,), _main, (full, adaptor, level, seed, further, suffix), cells)
 
     def _made(self, unit: _Unit, result: Any) -> None:
-        """A unit has ended: its cells wait for their level's judging."""
+        """A unit has ended: its cells wait for the evaluation of their level."""
         for cell in unit.cells(result) if result is not None else ():
             self._cells[cell.level].append(cell)
         self._ended(unit.label, unit.levels)
         for level, sides in self.plan.untrained.items():
             both = {f"{side} switching and gearnn" for side in (sides.lower, sides.upper)}
             if unit.label in both and not any(both & self._waiting[side] for side in (sides.lower, sides.upper)):
-                self._between(level, sides)
+                self._mix_neighbours(level, sides)
 
     def _ended(self, label: str, levels: Sequence[str]) -> None:
-        """What a judging waited for is there, or will never be: where it was the last, the level is judged."""
+        """What these levels' evaluation waited for has ended, with or without a result; after the last, a level is evaluated."""
         for level in levels:
             self._waiting[level].discard(label)
             if not self._waiting[level]:
-                self._judge(level)
+                self._evaluate(level)
 
-    def _between(self, level: str, sides: baselines.Neighbours) -> None:
-        """An untrained level by its neighbours' adaptors, once both have ended."""
+    def _mix_neighbours(self, level: str, sides: Neighbours) -> None:
+        """Answer an untrained level with its neighbours' adaptors, once both have ended."""
         spec = self.plan.spec
         lower, upper = (self.found.mains.get((name, spec.seed)) for name in (sides.lower, sides.upper))
         if lower is None or upper is None:
-            self.found.failed[f"{level} by its neighbours"] = f"{sides.lower} and {sides.upper} are not both there"
+            self.tasks.failed[f"{level} by its neighbours"] = f"{sides.lower} and {sides.upper} are not both there"
             self._ended("its neighbours", [level])
             return
         adaptors = [main.gearnn[spec.budget] for main in (lower, upper)]
@@ -467,48 +347,42 @@ class _Run:
                 self._cells[level].append(Cell("gearnn-interpolated", level, spec.seed, weights))
             self._ended("its neighbours", [level])
 
-        self.start(f"{level} interpolated adaptors", _mix, *adaptors, sides.share, then=mixed)
+        self._start(f"{level} interpolated adaptors", _mix, *adaptors, sides.share, then=mixed)
 
-    def _judge(self, level: str) -> None:
+    def _evaluate(self, level: str) -> None:
         cells = self._cells[level]
 
-        def judged(results: Any) -> None:
+        def evaluated(results: Mapping[str | None, Evaluated] | None) -> None:
             if results is not None:
                 self.found.cells += [(cell, results[cell.weights.digest]) for cell in cells]
 
         digests = list(dict.fromkeys(cell.weights.digest for cell in cells))
-        self.start(f"{level} judging", runs.judge, level, digests, then=judged)
-
-    # ── what is made of it
+        self._start(f"{level} evaluation", measurements.evaluate_weights, level, digests, then=evaluated)
 
     def _look_closer(self) -> None:
         found, spec = self.found, self.plan.spec
         found.put_in_order(self.plan.levels)
         found.choose_stability()
 
-        def compared(rows: Any) -> None:
+        def compared(rows: tuple[list[DifferenceRow], list[AverageRow]] | None) -> None:
             if rows is not None:
                 found.differences, found.averages = rows
 
-        self.start("the comparison", _compare, found.judged(), baselines.axes_of(self.plan.levels), then=compared)
-
-        def responded(network: str, level: str, response: Any) -> None:
-            found.frequency += [
-                {"network": network, "level": level, "vertical": v, "horizontal": h, "magnitude": magnitude}
-                for v, row in enumerate(response or ())
-                for h, magnitude in enumerate(row)
-            ]
-
+        self._start("the comparison", _compare, found.evaluated(), axes_of(self.plan.levels), then=compared)
         for level in self.config.frequency_levels or (found.tuning_level,):
             main = found.mains.get((level, spec.seed))
             if main is None:
                 continue
             networks = {"original": Weights(), "switching": main.switching, "gearnn": main.gearnn[spec.budget]}
             for network, weights in networks.items():
+
+                def responded(result: FrequencyResult | None, level: str = level, network: str = network) -> None:
+                    if result is not None:
+                        found.frequency[level, network] = result
+
                 label = f"frequency response: {network}"
                 self.emit.expect({(level, label): 0.3})
-                then = partial(responded, network, level)
-                self.start(f"{level} {label}", runs.frequency, level, weights, network, then=then)
+                self._start(f"{level} {label}", measurements.frequency, level, weights, network, then=responded)
 
         def seen(picture: Picture | None) -> None:
             if picture is not None:
@@ -517,7 +391,6 @@ class _Run:
         worst = found.worst_levels(spec.seed)[:_PICTURED]
         for level in worst:
             weights = found.mains[level, spec.seed].gearnn[spec.budget]
-            self.start(f"{level} picture", _see, level, weights, *found.pair(level, spec.seed), then=seen)
-        self.settle()
+            self._start(f"{level} picture", _picture, level, weights, *found.pair(level, spec.seed), then=seen)
+        self.tasks.settle()
         found.pictures.sort(key=lambda picture: worst.index(picture.level))
-        found.frequency.sort(key=lambda row: (row["level"], list(TITLES).index(row["network"])))

@@ -1,64 +1,46 @@
-"""Distortion levels: their names, and what each does to the frames of a clip.
-
-A level is a small frozen object; its name is its whole identity and can stand in a path. Levels know nothing
-about data sets, caches, labels or networks. PyAV is imported only where H.264 is really used.
-"""
+"""Distortion levels: names that identify a level completely and are safe in paths, and how levels distort frames."""
 
 import functools
 import io
-import itertools
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, features
 from PIL import __version__ as pillow_version
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.levels.h264_codec import Frame, equal_sizes, through_h264, video_versions
 
-if TYPE_CHECKING:
-    from av import Packet, VideoFrame
+__all__ = ["CLEAN", "LEVELS_VERSION", "SIZE_CRF", "Level", "codec_versions", "parse_level"]
 
-__all__ = ["CLEAN", "LEVELS_VERSION", "Level", "UnequalFramesError", "codec_versions", "parse_level"]
+LEVELS_VERSION: int = 1  # part of every cache key: increase it whenever the pixels of any level change
+SIZE_CRF = 18  # constant rate factor of `h264-WxH` levels, as in the paper
 
-LEVELS_VERSION: int = 1
-"""Part of every cache key: raise it whenever a level makes other pixels than before."""
-Frame = NDArray[np.uint8]
-"""An RGB image, uint8 [H, W, 3]."""
-
-_SIZE_CRF = 18  # the paper's constant rate factor for the smaller frame sizes
-_MAX_NAME = 120  # a level names files, and a file name has 255 bytes in all
+_MAX_NAME = 120  # characters; a level's name becomes part of file names, which have at most 255 bytes
 _GRAMMAR = (
     "clean, jpeg-Q (quality 1 to 100), brightness-B (factor 0.0001 to 10.0), "
     "h264-WxH (even sizes 16 to 8192), h264-crfC (0 to 51), or several of them joined with '+'"
 )
 
 
-class UnequalFramesError(UserError, ValueError):
-    """A video codec was given frames of different sizes as one clip."""
-
-
 @dataclass(frozen=True)
 class Level(ABC):
-    """One level of distortion: pure, hashable, and equal to every other of the same name."""
+    """One level of distortion: immutable, hashable, and equal to every level of the same name."""
 
-    family: ClassVar[str]
-    """What a plot draws as one curve: clean, jpeg, brightness, h264-size, h264-crf or combination."""
+    family: ClassVar[str]  # clean, jpeg, brightness, h264-size, h264-crf or combination; a plot draws one curve per family
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The canonical name: `parse_level(level.name) == level`."""
+        """The canonical name; `parse_level(level.name) == level`."""
 
     @property
     def value(self) -> float | None:
-        """Where the level stands in its family: quality, factor, width in pixels or CRF; otherwise None."""
+        """The number that plots use: quality, factor, width in pixels, or CRF; None for clean and combinations."""
         parameter = next(iter(vars(self).values()), None)
         return parameter if isinstance(parameter, int | float) else None
 
@@ -71,19 +53,16 @@ class Level(ABC):
         return self.family.startswith("h264")
 
     def apply(self, frames: Sequence[Frame]) -> list[Frame]:
-        """Distort one clip: consecutive uint8 [H, W, 3] frames of one recording. Raises as `stream` does."""
+        """Distort one clip of consecutive uint8 [H, W, 3] frames. Raises the errors of `stream`."""
         return list(self.stream(frames))
 
     def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Distort one clip lazily: uint8 [H, W, 3] frames in, as many out, in order.
-
-        Holds a few dozen frames at most, however long the clip. Raises `UnequalFramesError` (a ValueError)
-        where a video codec meets frames of different sizes; levels without one take each frame alone.
+        """Distort one clip lazily: one uint8 [H, W, 3] frame per input frame, in order, with at most a few dozen in memory. An
+        H.264 level raises `UnequalFramesError` at frames of different sizes; other levels treat each frame independently.
         """
         return map(self._distort, frames)
 
     def _distort(self, frame: Frame) -> Frame:
-        """One frame alone, for levels that need no clip."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -106,7 +85,7 @@ CLEAN = Clean()
 
 @dataclass(frozen=True)
 class Jpeg(Level):
-    """Saved as JPEG (Pillow, its default 4:2:0 chroma subsampling) at a quality of 1 to 100, and decoded."""
+    """JPEG compression by Pillow at a quality of 1 to 100, with its default 4:2:0 chroma subsampling."""
 
     family = "jpeg"
     quality: int
@@ -126,13 +105,13 @@ class Jpeg(Level):
 
 @dataclass(frozen=True)
 class Brightness(Level):
-    """Pillow's `ImageEnhance.Brightness`: a factor below 1 darkens, up to 10 brightens."""
+    """Pillow's `ImageEnhance.Brightness`: a factor below 1 darkens, a factor above 1 brightens."""
 
     family = "brightness"
     factor: float
 
     def __post_init__(self) -> None:
-        # below 0.0001 str(float) is no plain decimal, and every pixel is black anyway
+        # str(float) uses scientific notation below 0.0001, where every pixel is black anyway
         _expect(1e-4 <= self.factor <= 10, self, f"factor {self.factor}", "0.0001 to 10.0", "brightness-0.4")
 
     @property
@@ -145,7 +124,7 @@ class Brightness(Level):
 
 @dataclass(frozen=True)
 class H264Size(Level):
-    """Scaled to width × height (Pillow's antialiased bicubic), H.264 at CRF 18, and kept at that size."""
+    """Scaling to width × height pixels (Pillow's antialiased bicubic), then H.264 at CRF 18. The frame keeps the new size."""
 
     family = "h264-size"
     width: int
@@ -161,7 +140,7 @@ class H264Size(Level):
         return f"h264-{self.width}x{self.height}"
 
     def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        return _through_h264(map(self._distort, _equal_sizes(frames)), _SIZE_CRF)
+        return through_h264(map(self._distort, equal_sizes(frames)), SIZE_CRF)
 
     def _distort(self, frame: Frame) -> Frame:
         size = (self.width, self.height)
@@ -170,7 +149,7 @@ class H264Size(Level):
 
 @dataclass(frozen=True)
 class H264Crf(Level):
-    """H.264 at its own size and a constant rate factor from 0 (best) to 51 (worst)."""
+    """H.264 at the frame's own size, with a constant rate factor (CRF) from 0 (best) to 51 (worst)."""
 
     family = "h264-crf"
     crf: int
@@ -183,12 +162,12 @@ class H264Crf(Level):
         return f"h264-crf{self.crf}"
 
     def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        return _through_h264(_equal_sizes(frames), self.crf)
+        return through_h264(equal_sizes(frames), self.crf)
 
 
 @dataclass(frozen=True)
 class Combination(Level):
-    """Two or more levels, applied left to right."""
+    """Two or more levels, applied from left to right."""
 
     family = "combination"
     parts: tuple[Level, ...]
@@ -196,7 +175,7 @@ class Combination(Level):
     def __post_init__(self) -> None:
         if len(self.parts) < 2 or any(isinstance(part, Clean | Combination) for part in self.parts):
             useful = "+".join(part.name for part in self.parts if not part.is_clean) or "clean"
-            raise UserError(f"level {self.name!r} does not join two or more distortions: write {useful!r}.")
+            raise UserError(f"level {self.name!r} does not combine two or more distortions: write {useful!r}.")
 
     @property
     def name(self) -> str:
@@ -211,26 +190,23 @@ class Combination(Level):
 
 
 def parse_level(name: str) -> Level:
-    """The level of this canonical name. Raises `UserError` that says how to write what was probably meant."""
+    """Return the level of this canonical name. Raises `UserError`, which suggests the correct spelling where it can."""
     if len(name) > _MAX_NAME:
-        raise UserError(f"a level name has {len(name)} characters, expected up to {_MAX_NAME}: combine fewer.")
+        raise UserError(f"a level name has {len(name)} characters, expected up to {_MAX_NAME}: combine fewer distortions.")
     parts = tuple(_parse_part(part) for part in name.split("+"))
     level = parts[0] if len(parts) == 1 else Combination(parts)
     if level.name != name:
-        raise UserError(f"level {name!r} is not spelled as expected: write {level.name!r}.")
+        raise UserError(f"level {name!r} is not in its canonical spelling: write {level.name!r}.")
     return level
 
 
 def codec_versions(level: Level | None = None) -> dict[str, str]:
-    """Versions of the libraries that decide the pixels of this level, or of any level: part of cache keys.
-
-    A level that needs no video codec does not name PyAV: another FFmpeg leaves its images valid.
-    """
+    """Versions of the libraries that decide the pixels of `level`, or of all levels where it is None. Part of cache keys."""
     versions = {
         "pillow": pillow_version,
         "libjpeg": str(features.version_feature("libjpeg_turbo") or features.version_codec("jpg")),
     }
-    return versions if level is not None and not level.uses_h264 else versions | _video_versions()
+    return versions if level is not None and not level.uses_h264 else versions | video_versions()
 
 
 def _expect(holds: bool, level: Level, found: str, expected: str, example: str) -> None:
@@ -239,7 +215,7 @@ def _expect(holds: bool, level: Level, found: str, expected: str, example: str) 
 
 
 def _parse_part(text: str) -> Level:
-    """Read one part leniently, so that `parse_level` can show the canonical spelling of what was meant."""
+    """Parse one part leniently, so that `parse_level` can suggest the canonical spelling."""
     kind, _, value = text.strip().lower().partition("-")
     width, x, height = value.partition("x")
     with suppress(ValueError):  # of int and float
@@ -253,95 +229,4 @@ def _parse_part(text: str) -> Level:
             return H264Crf(int(value.removeprefix("crf")))
         if kind == "h264" and x:
             return H264Size(int(width), int(height))
-    raise UserError(f"{text!r} was found where a level is expected: write {_GRAMMAR}.")
-
-
-def _equal_sizes(frames: Iterable[Frame]) -> Iterator[Frame]:
-    """Hand the frames on, refusing one that differs in size from the first."""
-    shape: tuple[int, ...] = ()
-    for number, frame in enumerate(frames):
-        shape = shape or frame.shape
-        if frame.shape != shape:
-            found = f"frame {number} of a clip has shape {frame.shape}, the first has {shape}"
-            raise UnequalFramesError(f"{found}, expected equal ones: give each size a clip of its own.")
-        yield frame
-
-
-def _through_h264(frames: Iterator[Frame], crf: int) -> Iterator[Frame]:
-    """Encode one clip of equal frames and decode it again, packet by packet: no container, no file.
-
-    4:2:0 chroma wants even sides: others are padded by repeating their edge, and cropped after.
-    """
-    first = next(frames, None)
-    if first is None:
-        return
-    height, width, _ = first.shape
-    padding = ((0, height % 2), (0, width % 2), (0, 0))
-    clip = (np.pad(frame, padding, "edge") for frame in itertools.chain([first], frames))
-    for frame in _decode(_encode(clip, crf)):
-        yield np.ascontiguousarray(frame[:height, :width])
-
-
-def _encode(frames: Iterable[Frame], crf: int) -> Iterator["Packet[Any]"]:
-    """libx264, preset medium, 4:2:0 in BT.709 and limited range; the same bytes on any run and processor."""
-    import av
-
-    if "libx264" not in av.codecs_available:
-        raise UserError("this PyAV has no libx264, which h264 levels need: install PyAV from its own wheel.")
-    encoder = av.CodecContext.create("libx264", "w")
-    assert isinstance(encoder, av.VideoCodecContext)
-    # Without cpu-independent, the AVX-512 code of libx264 gives other bytes on some runs (one in twenty).
-    encoder.options = {"preset": "medium", "crf": str(crf), "x264-params": "cpu-independent=1"}
-    encoder.thread_count = 1  # several levels are made at once, each by a process of its own
-    encoder.pix_fmt, encoder.framerate, encoder.time_base = "yuv420p", Fraction(25), Fraction(1, 25)
-    convert = _converter("yuv420p", "JPEG", "MPEG")
-    for time, frame in enumerate(frames):
-        if time == 0:
-            encoder.height, encoder.width, _ = frame.shape
-        video = convert(av.VideoFrame.from_ndarray(frame, format="rgb24"))
-        video.pts = time
-        yield from encoder.encode(video)
-    yield from encoder.encode(None)
-
-
-def _decode(packets: Iterable["Packet[Any]"]) -> Iterator[Frame]:
-    import av
-
-    decoder = av.CodecContext.create("h264", "r")
-    assert isinstance(decoder, av.VideoCodecContext)
-    decoder.thread_count = 1
-    convert = _converter("rgb24", "MPEG", "JPEG")
-    for packet in itertools.chain(packets, [None]):
-        for video in decoder.decode(packet):
-            yield np.asarray(convert(video).to_ndarray(), np.uint8)
-
-
-def _converter(pixels: str, source: str, target: str) -> Callable[["VideoFrame"], "VideoFrame"]:
-    """BT.709 with exact rounding, so that there and back changes no more than 4:2:0 chroma must."""
-    from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
-
-    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-    return functools.partial(
-        VideoReformatter().reformat,
-        format=pixels,
-        src_colorspace=Colorspace.ITU709,
-        dst_colorspace=Colorspace.ITU709,
-        src_color_range=source,
-        dst_color_range=target,
-        interpolation=Interpolation.BICUBIC | exact,
-        threads=1,
-    )
-
-
-@functools.cache
-def _video_versions() -> dict[str, str]:
-    import av
-
-    # libx264 says which build it is only inside what it encodes
-    packets = b"".join(bytes(packet) for packet in _encode([np.zeros((16, 16, 3), np.uint8)], crf=23))
-    build = re.search(rb"x264 - core (\w+)", packets)
-    return {
-        "pyav": av.__version__,
-        "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
-        "x264": build[1].decode() if build else "unknown",
-    }
+    raise UserError(f"{text!r} is not a level: write {_GRAMMAR}.")

@@ -1,7 +1,5 @@
-"""Dilated residual networks DRN-D-22 and DRN-D-38 with the segmentation head (Yu, Koltun, Funkhouser, CVPR 2017).
-
-State-dict names equal those of the published segmentation checkpoints (`base.3.0.conv1.weight`, `seg.weight`,
-`up.weight`), so that these load unchanged. Knows nothing of data, levels or training.
+"""Dilated residual networks DRN-D-22 and DRN-D-38 with the segmentation head (Yu, Koltun, Funkhouser, CVPR 2017). State-dict
+names equal those of the published segmentation checkpoints (`base.3.0.conv1.weight`), so these load unchanged.
 """
 
 import math
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 STRIDE = 8
 _CHANNELS = (16, 32, 64, 128, 256, 512, 512, 512)
-# convolutions (stages 1, 2, 7, 8) or residual blocks (stages 3 to 6) per stage; stage 0 is the 7x7 convolution
+# number of convolutions (stages 1, 2, 7, 8) or residual blocks (stages 3 to 6) per stage; stage 0 is one 7x7 convolution
 _DEPTHS = {"drn_d_22": (1, 1, 2, 2, 2, 2, 1, 1), "drn_d_38": (1, 1, 3, 4, 6, 3, 1, 1)}
 
 
@@ -23,11 +21,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int, dilation: int) -> nn.Conv2d
 def _convolutions(inputs: int, outputs: int, count: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     parts: list[nn.Module] = []
     for i in range(count):
-        parts += [
-            _conv3x3(inputs, outputs, stride if i == 0 else 1, dilation),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-        ]
+        parts += [_conv3x3(inputs, outputs, stride if i == 0 else 1, dilation), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         inputs = outputs
     return nn.Sequential(*parts)
 
@@ -66,10 +60,7 @@ def bilinear_kernel(size: int) -> Tensor:
 
 
 class DRNSeg(nn.Module):
-    """x_BCHW (normalised float) to logits_BKHW, K = `num_classes`, at the input's own size.
-
-    The upsampler is a fixed bilinear interpolation: its weights are never trained.
-    """
+    """Maps x_BCHW (normalised float) to logits_BKHW, K = `num_classes`. The bilinear upsampler is never trained."""
 
     def __init__(self, depths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -80,7 +71,7 @@ class DRNSeg(nn.Module):
             _convolutions(c[0], c[1], depths[1], stride=2),
             _blocks(c[1], c[2], depths[2], stride=2),
             _blocks(c[2], c[3], depths[3], stride=2),
-            # dilation takes the place of striding from here on: the output stays at 1/8
+            # from here on dilation replaces striding: the output stays at 1/8 of the input size
             _blocks(c[3], c[4], depths[4], dilation=2),
             _blocks(c[4], c[5], depths[5], dilation=4),
             _convolutions(c[5], c[6], depths[6], dilation=2),
@@ -94,7 +85,7 @@ class DRNSeg(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
-        # narrower than DRN's own initialisation: the base that is trained from scratch starts from small logits
+        # smaller than in DRN's own initialisation: a base that is trained from scratch starts from small logits
         nn.init.normal_(self.seg.weight, 0.0, 0.01)
         assert self.seg.bias is not None
         nn.init.zeros_(self.seg.bias)
@@ -104,7 +95,7 @@ class DRNSeg(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.up(self.seg(self.base(x)))
-        # a side that is no multiple of 8 is rounded up on the way; logit (0, 0) belongs to pixel (0, 0)
+        # strided stages round a side up to a multiple of 8; logit (0, 0) belongs to pixel (0, 0)
         cropped: Tensor = logits[..., : x.shape[-2], : x.shape[-1]]
         return cropped
 

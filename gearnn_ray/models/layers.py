@@ -1,8 +1,5 @@
-"""The layers of a network as Eq. (1) and (2) see them: named groups of numbers, and how many there are.
-
-A layer is one floating-point tensor of the state dict (a weight and its bias are two layers, as in the paper's
-Fig. 5), except that a batch normalisation's running mean and variance are one: a forward pass in training mode
-updates both. Knows nothing of levels, data or training.
+"""The layers of a network, as Eq. (1) and (2) use them. A layer is one floating-point tensor of the state dict (a weight and its
+bias are two, as in Fig. 5), but running mean and variance are one, because a forward pass in training mode updates both.
 """
 
 from collections.abc import Collection
@@ -15,20 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 _COUNTER = "num_batches_tracked"
 
-Granularity = Literal["tensor", "module"]
-"""What is chosen or left as a whole: a layer, or a module with all its layers."""
-
+Granularity = Literal["tensor", "module"]  # the unit of selection: a single layer, or a module with all its layers
+# Groups of alternatives. An alternative is a tuple of layer names; at most one alternative of a group is selected.
 Alternatives = tuple[tuple[tuple[str, ...], ...], ...]
-"""Groups of alternatives, each alternative the names of its layers: at most one of a group is chosen."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One selectable unit of a network.
-
-    name: the state-dict name; `<module>.running_stats` for the two running statistics of a batch normalisation.
-    kind: `conv_weight`, `linear_weight`, `norm_weight`, `norm_bias`, `norm_statistics`, `bias`, `parameter` or `buffer`.
-    index: position in state-dict order. tensors: the state-dict names it is made of. numel: how many floats.
+    """One selectable unit: its state-dict name (`<module>.running_stats` for running statistics), its position in state-dict
+    order, the state-dict names of its tensors and its number of floats. `kind` is `conv_weight`, `linear_weight`, `norm_weight`,
+    `norm_bias`, `norm_statistics`, `bias`, `parameter` or `buffer`.
     """
 
     name: str
@@ -39,7 +32,7 @@ class Layer:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A normalisation layer: torch's own, or a frozen batch normalisation (torchvision's holds its four as buffers)."""
+    """A normalisation of torch, or a frozen batch normalisation (torchvision's holds its four tensors as buffers)."""
     return isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm)) or "BatchNorm" in type(module).__name__
 
 
@@ -61,18 +54,15 @@ def _kind(module: nn.Module, leaf: str, is_parameter: bool) -> str:
 
 
 def statistics_of(path: str) -> str:
-    """The layer that a batch normalisation's running statistics are."""
+    """The name of the layer of running statistics that the batch normalisation at this module path has."""
     return f"{path}.running_stats" if path else "running_stats"
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """All layers of `model` in state-dict order; tied tensors are one layer under the first of their names.
-
-    Integer tensors (`num_batches_tracked`, index tables) are no layers: fine-tuning does not move them.
-    """
+    """All layers in state-dict order. Tied tensors are one layer with the first of their names. Integer tensors are no layers."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    groups: dict[tuple[str, int], tuple[str, str, list[str]]] = {}  # by what is one: a module's statistics, or a tensor
+    groups: dict[tuple[str, int], tuple[str, str, list[str]]] = {}  # key: identity of a tensor, or of a module for its statistics
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -92,11 +82,9 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
 
 
 def alternatives_of(model: nn.Module, granularity: Granularity) -> Alternatives:
-    """Which layers of `model` are chosen together, in state-dict order; every layer is in some alternative.
-
-    `tensor`: every layer by itself. `module`: a module's layers together; a convolution and the batch normalisation behind it
-    are one group: the normalisation alone, or both. Behind means next in order of registration, with as many features as the
-    convolution has output channels: what `forward` does cannot be seen. Raises ValueError for another granularity.
+    """Which layers are selected together, in state-dict order. `tensor`: every layer alone. `module`: all layers of a module,
+    except that a convolution and the batch normalisation registered next with as many features (the order in `forward` is
+    unknown) form one group with two alternatives: the normalisation alone, or both. Raises ValueError for another granularity.
     """
     layers = layers_of(model)
     if granularity == "tensor":
@@ -104,11 +92,9 @@ def alternatives_of(model: nn.Module, granularity: Granularity) -> Alternatives:
     if granularity != "module":
         raise ValueError(f"the granularity is {granularity!r}, expected 'tensor' or 'module': give one of these")
     modules = dict(model.named_modules(remove_duplicate=False))
-    # a module whose tensors are all another's has no layers, but stands between its neighbours
+    # a module whose tensors are all tied to another's has no layers, but still separates its neighbours
     state = model.state_dict()
-    owned: dict[str, tuple[str, ...]] = {
-        name.rpartition(".")[0]: () for name in state if state[name].is_floating_point()
-    }
+    owned: dict[str, tuple[str, ...]] = {name.rpartition(".")[0]: () for name in state if state[name].is_floating_point()}
     for layer in layers:
         owned[layer.name.rpartition(".")[0]] += (layer.name,)
     groups: list[tuple[tuple[str, ...], ...]] = []
@@ -125,7 +111,7 @@ def alternatives_of(model: nn.Module, granularity: Granularity) -> Alternatives:
 
 
 def _normalised_by(module: nn.Module, other: nn.Module) -> bool:
-    """Whether `other` may be the batch normalisation of the convolution `module`."""
+    """Whether `module` is a convolution and `other` may be its batch normalisation."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
     is_batch_norm = isinstance(other, _BatchNorm) or "BatchNorm" in type(other).__name__
@@ -133,18 +119,12 @@ def _normalised_by(module: nn.Module, other: nn.Module) -> bool:
 
 
 def model_size(model: nn.Module) -> int:
-    """Floats of the state dict, running statistics included, `num_batches_tracked` not (the paper's Table 1).
-
-    DRN-D-22 with 19 classes: 15,907,139; DRN-D-38: 26,022,723.
-    """
+    """Number of floats in the state dict, with running statistics, without `num_batches_tracked` (the paper's Table 1)."""
     return sum(layer.numel for layer in layers_of(model))
 
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make the network, on the CPU and contiguous: the state dict without `num_batches_tracked`.
-
-    `load_state_dict` takes it back strictly: a missing counter is filled in by torch.
-    """
+    """Contiguous CPU copies of the state dict without `num_batches_tracked`, which even a strict `load_state_dict` fills in."""
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
@@ -153,17 +133,13 @@ def network_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_of(layers: Collection[Layer], chosen: Collection[str]) -> tuple[str, ...]:
-    """State-dict names of the chosen layers' tensors, in state-dict order."""
+    """State-dict names of the tensors of the chosen layers, in state-dict order."""
     return tuple(t for layer in layers if layer.name in chosen for t in layer.tensors)
 
 
 def set_trainable(model: nn.Module, chosen: Collection[str] | None) -> list[tuple[str, nn.Parameter]]:
-    """Freeze every layer outside `chosen` (None: freeze nothing) and put each module into the mode that this means.
-
-    Frozen means frozen: a batch normalisation whose statistics are not chosen runs in evaluation mode, so that a forward
-    pass neither updates nor replaces them. A parameter the network itself has frozen (DRN's bilinear upsampler) stays so.
-
-    Returns the trainable parameters with their names, in state-dict order.
+    """Freeze every layer outside `chosen` (None: freeze nothing) and set the modes as `set_training_mode` does. A parameter that
+    the network itself has frozen (DRN's upsampler) stays frozen. Returns the trainable parameters by name, in state-dict order.
     """
     layers = layers_of(model)
     allowed = None if chosen is None else set(tensors_of(layers, chosen))
@@ -178,7 +154,7 @@ def set_trainable(model: nn.Module, chosen: Collection[str] | None) -> list[tupl
 
 
 def set_training_mode(model: nn.Module, chosen: Collection[str] | None) -> None:
-    """`model.train()`, with every batch normalisation whose statistics are not among `chosen` in evaluation mode."""
+    """`model.train()`, except that batch normalisations whose statistics are not in `chosen` are in evaluation mode."""
     model.train()
     if chosen is None:
         return
@@ -188,7 +164,7 @@ def set_training_mode(model: nn.Module, chosen: Collection[str] | None) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in type, shape and every bit (NaN equals itself, -0.0 does not equal 0.0)."""
+    """Whether two tensors have the same type, shape and bits (a NaN equals itself, -0.0 does not equal 0.0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

@@ -1,26 +1,30 @@
-"""The base network: the user's weights, or trained here; into the store before any level. Knows nothing of Ray."""
+"""The base network: the user's weights, or trained here; in the store before any level starts. Knows nothing of Ray."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from gearnn_ray.config.recipe import PAPERS, Criterion, Recipe
+from gearnn_ray.config.split import ModelConfig
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.core.events import Emit, Event
+from gearnn_ray.core.events import Emit
+from gearnn_ray.data.dataset import Dataset
 from gearnn_ray.models.layers import layers_of, network_state
-from gearnn_ray.models.registry import build_model, load_weights, read_weights
-from gearnn_ray.offline.job_spec import (
-    JobSpec,
-    Network,
-    StoredCheckpoint,
-    device,
-    progress_to,
-    stage_key,
-    training_data,
-)
-from gearnn_ray.store.releases import Blob, Store
+from gearnn_ray.models.registry import build_model
+from gearnn_ray.models.weights import load_weights, read_weights
+from gearnn_ray.offline.job_spec import Network, level_data, stage_key
+from gearnn_ray.offline.records import BaseResult, Execution
+from gearnn_ray.offline.stage_cache import StageCache
+from gearnn_ray.store.blobs import Blob
+from gearnn_ray.store.releases import Store
+from gearnn_ray.tasks import task_by_name
+from gearnn_ray.training.predict import Normalisation
 from gearnn_ray.training.trainer import fine_tune
+
+_IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # used to train torchvision's and DRN's networks
 
 
 @dataclass(frozen=True)
@@ -30,61 +34,76 @@ class NetworkFacts:
     floats: int
     smallest_layer: int
 
-    def least(self, criterion: Criterion) -> int:
-        """A budget of fewer floats fits no layer; under codes that shows only when layers are chosen."""
+    def least_budget(self, criterion: Criterion) -> int:
+        """A smaller budget, in floats, fits no layer; with storage formats that shows only when layers are selected."""
         return self.smallest_layer if criterion.storage_formats == PAPERS.storage_formats else 1
+
+
+def network_of(model: ModelConfig, num_classes: int, task: str) -> Network:
+    """The network of a configuration, normalised as the options, else its weights file, else ImageNet's statistics say."""
+    if model.mean is not None and model.std is not None:
+        return Network(model.name, num_classes, Normalisation(model.mean, model.std), task)
+    about = dict(read_weights(model.weights).about) if model.weights else {}
+    return Network(model.name, num_classes, _stated_normalisation(about) or _IMAGENET, task)
+
+
+def _stated_normalisation(about: Mapping[str, Any]) -> Normalisation | None:
+    mean, std = _triple(about.get("mean")), _triple(about.get("std"))
+    return Normalisation(mean, std) if mean and std and min(std) > 0 else None
+
+
+def _triple(value: object) -> tuple[float, float, float] | None:
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value):
+        return float(value[0]), float(value[1]), float(value[2])
+    return None
 
 
 def check_network(network: Network, weights: str | None) -> NetworkFacts:
     """Build the network and load its weights to see that both work. Raises UserError."""
-    layers = layers_of(network_from_weights(network, weights))
+    layers = layers_of(_network_from_weights(network, weights))
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
     return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
 
 
-def network_from_weights(network: Network, weights: str | None) -> nn.Module:
-    """The network with its weights file in it, or (None) freshly initialised. Raises UserError."""
+def _network_from_weights(network: Network, weights: str | None) -> nn.Module:
     model = build_model(network.name, network.num_classes)
     if weights is not None:
         load_weights(model, read_weights(weights), weights)
     return model
 
 
-def publish_given_base(spec: JobSpec, weights: str) -> Blob:
+def publish_given_base(store: str, network: Network, weights: str) -> Blob:
     """Put the base from the user's weights file into the store."""
-    return Store(spec.store).put_state(network_state(network_from_weights(spec.network, weights)))
+    return Store(store).put_state(network_state(_network_from_weights(network, weights)))
 
 
-def base_key(spec: JobSpec, recipe: Recipe) -> str:
-    """Key of the stage that trains the base."""
-    return stage_key(
-        "base",
-        network=asdict(spec.network),
-        train=spec.data.train.digest,
-        recipe=recipe.inputs(),
-        seed=spec.seed,
-    )
-
-
-def train_base(spec: JobSpec, recipe: Recipe, emit: Emit) -> Blob:
+def train_base(
+    store: str, cache: str, network: Network, data: Dataset, recipe: Recipe, seed: int, execution: Execution, emit: Emit
+) -> Blob:
     """Train the base on the undistorted images from a seeded initialisation and put it into the store."""
-    store, key = Store(spec.store), base_key(spec, recipe)
-    record = store.get_record(key)
-    if record is not None and store.has_blob(record["digest"]):
-        emit(Event("reused", "base", "clean"))
-        return Blob(record["digest"], record["bytes"])
-    emit(Event("started", "base", "clean"))
-    torch.manual_seed(spec.seed)
-    model = build_model(spec.network.name, spec.network.num_classes).to(device())
-    images, labels = training_data(spec, "clean")
-    checkpoint = StoredCheckpoint(store, key)
-    outcome = fine_tune(
-        model, images, labels, recipe, spec.network.normalisation,
-        chosen=None, seed=spec.seed, checkpoint=checkpoint, progress=progress_to(emit, "base", "clean"),
-    )  # fmt: skip
-    blob = store.put_state(network_state(model))
-    store.put_record(key, {**asdict(blob), "seconds": outcome.seconds, "precision": outcome.precision})
-    checkpoint.drop()
-    emit(Event("finished", "base", "clean", seconds=outcome.seconds))
-    return blob
+    key = stage_key(
+        "base",
+        network=asdict(network),
+        train=data.train.digest,
+        recipe=recipe.inputs(),
+        seed=seed,
+        execution=asdict(execution),
+        task_version=task_by_name(network.task).version,
+    )
+    stages = StageCache(Store(store), "clean", emit)
+
+    def train() -> BaseResult:
+        torch.manual_seed(seed)
+        model = build_model(network.name, network.num_classes).to(execution.device)
+        task = task_by_name(network.task)
+        images, targets = level_data(data, task, "train", "clean", cache)
+        outcome = fine_tune(
+            task, model, images, targets, recipe, network.normalisation, execution.precision,
+            chosen=None, seed=seed, checkpoint=stages.checkpoint(key), progress=stages.progress("base"),
+        )  # fmt: skip
+        blob = stages.store.put_state(network_state(model))
+        return BaseResult(blob.digest, blob.bytes, outcome.seconds)
+
+    result = stages.result(BaseResult, key, train, lambda base: stages.store.is_intact(base.digest))
+    return Blob(digest=result.digest, bytes=result.bytes)

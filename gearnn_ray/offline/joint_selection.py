@@ -1,167 +1,126 @@
-"""The problems of all levels together: from what was measured of each level to the layers of each.
-
-    one-memory, shared-layers   at most one option of each group: `selection.choose`, over `values.problem`'s options
-    few-layers, few-adaptors    tensors as float32: `selection.coupled`
-
-A level counts as often as it occurs. Names and numbers; knows nothing of networks, files or Ray.
+"""Step 3 of Algorithm 1, from what was measured to the layers of adaptors: `select_layers` for one level, `joint_selection` for
+all levels in one problem. Works on names and numbers; knows nothing of networks, files or Ray.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gearnn_ray.config.recipe import PAPERS, Coupling, Criterion
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.models.layers import Alternatives
-from gearnn_ray.offline.importance import (
-    FLOAT_BYTES,
-    VALUES,
-    Groups,
-    Option,
-    as_float32,
-    layers_and_formats,
-    options_of,
-    problem,
-)
-from gearnn_ray.offline.selection import Choice, Joint, choose, few_adaptors, few_layers
+from gearnn_ray.offline.importance import FLOAT_BYTES, Groups, Option, options_of, selection_options, variants_by_layer
+from gearnn_ray.offline.selection import LayerSelection, Selection, select
 from gearnn_ray.offline.sensitivity import Sensitivity, StoredVariant
-
-_PARTS = 60  # of the most frequent level, in which others are counted: halves, thirds, quarters and fifths are whole
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a level's full fine-tune says of the layers. The same layers in the same order for all levels."""
+class LevelMeasurement:
+    """What a level's full fine-tune did to the layers. All levels have the same layers, in the same order."""
 
-    rows: Sequence[Sensitivity]
-    stored_variants: Sequence[StoredVariant] = ()
+    rows: tuple[Sensitivity, ...]
+    stored_variants: tuple[StoredVariant, ...] = ()
+
+
+def select_layers(
+    rows: Sequence[Sensitivity],
+    stored_variants: Sequence[StoredVariant],
+    alternatives: Alternatives,
+    criterion: Criterion,
+    budget: int,
+    level: str,
+) -> LayerSelection:
+    """The layers of one level's adaptor under a budget of M floats. level: its name, for error messages. With the paper's
+    criterion this is Eq. (2), and may select nothing. Any other raises UserError if no option has a positive value or the
+    smallest does not fit.
+    """
+    if criterion == PAPERS:
+        solution = select([row.mean_abs_change for row in rows], [row.numel for row in rows], budget)
+        papers = [rows[i] for i in solution.chosen]
+        chosen = [Option(r.mean_abs_change, FLOAT_BYTES * r.numel, {r.layer: "float32"}) for r in papers]
+    else:
+        groups = selection_options(rows, stored_variants, alternatives, criterion.importance, criterion.storage_formats)
+        solution, choice = _choose(groups, level, criterion, budget)
+        chosen = list(choice.values())
+    return _layer_selection(solution, chosen, rows)
 
 
 def joint_selection(
-    levels: Mapping[str, Measured], alternatives: Alternatives, criterion: Criterion, coupling: Coupling, budget: int
-) -> dict[str, dict[str, Any]]:
-    """Every level's "layers", their "codes" where not float32, and "used" in floats.
-
-    budget: M in floats, of each adaptor; in one-memory of all together. "objective", "bound" and "status" are of the whole
-    problem, the same for all. Levels that share an adaptor have "shared_by": these levels, each with its share of the images
-    that the adaptor is trained on, in whole numbers. Raises UserError where nothing can be stored in the budget.
+    levels: Mapping[str, LevelMeasurement], alternatives: Alternatives, criterion: Criterion, coupling: Coupling, budget: int
+) -> dict[str, LayerSelection]:
+    """The layers of every level's adaptor, from one problem that maximises Σ_q f_q Σ_{i ∈ S_q} v_i^q. budget: M in floats, of all
+    adaptors together in one-memory, of each adaptor in shared-layers. f_q is 1 for a level that `coupling.frequencies` does not
+    name; a level of frequency 0 may get an empty adaptor. Objective, bound and status are those of the whole problem. Raises
+    UserError as `select_layers` does.
     """
-    often = [coupling.frequencies.get(level, 1.0) for level in levels]
-    if coupling.problem in ("few-layers", "few-adaptors"):
-        return _few(levels, often, criterion, coupling, budget)
+    frequencies = [coupling.frequencies.get(level, 1.0) for level in levels]
     if coupling.problem == "one-memory":
-        groups = {
-            level: problem(
+        groups = tuple(
+            tuple(replace(option, value=f * option.value) for option in group)
+            for f, each in zip(frequencies, levels.values(), strict=True)
+            for group in selection_options(
                 each.rows, each.stored_variants, alternatives, criterion.importance, criterion.storage_formats
             )
-            for level, each in levels.items()
-        }
-        weighted = [
-            tuple(replace(option, value=f * option.value) for option in group)
-            for f, own in zip(often, groups.values(), strict=True)
-            for group in own
-        ]
-        found = choose_options(tuple(weighted), "the levels'", criterion, budget)
-        picked = iter(found.picked)
-        chosen = {level: layers_and_formats(own, [next(picked) for _ in own]) for level, own in groups.items()}
+        )
     else:
-        shared = _shared_options(levels, often, alternatives, criterion)
-        found = choose_options(shared, "the levels'", criterion, budget)
-        chosen = dict.fromkeys(levels, layers_and_formats(shared, found.picked))
-    return {level: _selection(levels[level], chosen[level], found) for level in levels}
-
-
-def in_turn(shares: Mapping[str, int]) -> list[str]:
-    """Each level as often as its share, spread evenly."""
-    turns = [((turn + 0.5) / share, level) for level, share in shares.items() for turn in range(share)]
-    return [level for _, level in sorted(turns)]
-
-
-def _few(
-    levels: Mapping[str, Measured], often: Sequence[float], criterion: Criterion, coupling: Coupling, budget: int
-) -> dict[str, dict[str, Any]]:
-    """At most so many different layers, or adaptors."""
-    worth, rows = VALUES[criterion.importance], next(iter(levels.values())).rows
-    values = [[worth(row.change) for row in each.rows] for each in levels.values()]
-    sizes = [row.numel for row in rows]
-    if coupling.distinct is not None:
-        found = few_layers(values, sizes, budget, coupling.distinct, often)
-    else:
-        assert coupling.adaptors is not None
-        found = few_adaptors(values, sizes, budget, coupling.adaptors, often)
+        groups = _shared_options(levels, frequencies, alternatives, criterion)
+    solution, choice = _choose(groups, "the levels", criterion, budget)
+    count = len(alternatives)
     selections = {}
-    for (level, each), chosen, adaptor in zip(levels.items(), found.chosen, found.adaptor_of, strict=True):
-        selections[level] = _selection(each, {rows[i].layer: "float32" for i in chosen}, found)
-        group = {name: f for name, f, a in zip(levels, often, found.adaptor_of, strict=True) if a == adaptor}
-        # an empty adaptor is every level's own
-        if chosen and len(group) > 1:
-            selections[level]["shared_by"] = dict(zip(group, _shares(list(group.values())), strict=True))
+    for number, (level, each) in enumerate(levels.items()):
+        chosen = [option for group, option in choice.items() if coupling.problem != "one-memory" or group // count == number]
+        selections[level] = _layer_selection(solution, chosen, each.rows)
     return selections
 
 
-def _shares(frequencies: Sequence[float]) -> list[int]:
-    """Small whole numbers in the same proportions, nearly; what occurs at all is not left out."""
-    parts = [max(1, round(_PARTS * f / max(frequencies))) if f else 0 for f in frequencies]
-    return [part // math.gcd(*parts) for part in parts]
-
-
 def _shared_options(
-    levels: Mapping[str, Measured], often: Sequence[float], alternatives: Alternatives, criterion: Criterion
+    levels: Mapping[str, LevelMeasurement], frequencies: Sequence[float], alternatives: Alternatives, criterion: Criterion
 ) -> Groups:
-    """Options that all levels take alike, worth what they are to all; the best may be one that no level would take alone."""
+    """Options that all levels share, valued by the weighted sum: one that is dominated at each level may have the best sum."""
     rows = [{row.layer: row for row in each.rows} for each in levels.values()]
-    held = [
-        {(c.layer, c.storage_format): c for c in (*map(as_float32, each.rows), *each.stored_variants)}
-        for each in levels.values()
-    ]
+    variants = [variants_by_layer(each.rows, each.stored_variants) for each in levels.values()]
 
     def options(names: Sequence[str]) -> Iterator[Option]:
-        own = (
-            options_of([r[n] for n in names], h, criterion.importance, criterion.storage_formats)
-            for r, h in zip(rows, held, strict=True)
+        of_levels = (
+            options_of([r[n] for n in names], v, criterion.importance, criterion.storage_formats)
+            for r, v in zip(rows, variants, strict=True)
         )
-        for alike in zip(*own, strict=True):
-            value = math.fsum(f * option.value for f, option in zip(often, alike, strict=True))
+        for alike in zip(*of_levels, strict=True):
+            value = math.fsum(f * option.value for f, option in zip(frequencies, alike, strict=True))
             if value:
-                yield Option(value, alike[0].bytes, alike[0].storage_formats)
+                yield replace(alike[0], value=value)
 
     return tuple(tuple(option for names in group for option in options(names)) for group in alternatives)
 
 
-def choose_options(groups: Groups, whose: str, criterion: Criterion, budget: int) -> Choice:
-    """`choose` among a criterion's options, budget in floats. Raises UserError where not even the smallest fits."""
-    smallest = min((option.bytes for group in groups for option in group), default=None)
-    # by Eq. (1) and (2) an adaptor is empty where nothing moved
-    if criterion != PAPERS if smallest is None else smallest > FLOAT_BYTES * budget:
-        if smallest is None:
-            raise UserError(
-                f"no layer is worth anything to {whose} adaptor by {criterion.importance} against {criterion.against} as "
-                f"{', '.join(criterion.storage_formats)}: choose another value or other codes"
-            )
+def _choose(groups: Groups, whose: str, criterion: Criterion, budget: int) -> tuple[Selection, dict[int, Option]]:
+    """The solution, and the chosen option by its group's index. budget: in floats. Raises UserError as `select_layers` does."""
+    options = [(number, option) for number, group in enumerate(groups) for option in group]
+    limit = FLOAT_BYTES * budget
+    smallest = min((option.bytes for _, option in options), default=None)
+    formats = ", ".join(criterion.storage_formats)
+    if smallest is None and criterion != PAPERS:
         raise UserError(
-            f"{FLOAT_BYTES * budget} bytes hold none of {whose} choices by {criterion.granularity} as "
-            f"{', '.join(criterion.storage_formats)}: the smallest choice takes {smallest}, so give more bytes or other codes"
+            f"no layer of {whose} has a positive value by {criterion.importance} against {criterion.against} as {formats}: "
+            f"choose another selection.importance or other selection.storage_formats"
         )
-    values, sizes = ([[getattr(o, what) for o in group] for group in groups] for what in ("value", "bytes"))
-    return choose(values, sizes, FLOAT_BYTES * budget)
+    if smallest is not None and smallest > limit:
+        raise UserError(
+            f"a budget of {limit} bytes is too small for {whose}: the smallest option by {criterion.granularity} as {formats} "
+            f"takes {smallest} bytes; give a larger budget or other selection.storage_formats"
+        )
+    values, sizes = [option.value for _, option in options], [option.bytes for _, option in options]
+    solution = select(values, sizes, limit, [number for number, _ in options])
+    return solution, dict(options[i] for i in solution.chosen)
 
 
-def _selection(level: Measured, chosen: Mapping[str, str], found: Choice | Joint) -> dict[str, Any]:
-    """What a level's record says. chosen: layer to code."""
-    stored_variants = {(each.layer, each.storage_format): each.bytes for each in level.stored_variants}
-    stored = sum(
-        stored_variants.get((row.layer, chosen[row.layer]), FLOAT_BYTES * row.numel)
-        for row in level.rows
-        if row.layer in chosen
+def _layer_selection(solution: Selection, chosen: Sequence[Option], rows: Sequence[Sensitivity]) -> LayerSelection:
+    formats = {layer: each for option in chosen for layer, each in option.storage_formats.items()}
+    return LayerSelection(
+        layers=tuple(row.layer for row in rows if row.layer in formats),
+        storage_formats={layer: each for layer, each in formats.items() if each != "float32"},
+        objective=solution.objective,
+        bound=solution.bound,
+        status=solution.status,
+        used=math.ceil(sum(option.bytes for option in chosen) / FLOAT_BYTES),
     )
-    return {
-        "layers": [row.layer for row in level.rows if row.layer in chosen],
-        "storage_formats": {
-            layer: storage_format for layer, storage_format in chosen.items() if storage_format != "float32"
-        },
-        "objective": found.objective,
-        "bound": found.bound,
-        "status": found.status,
-        "used": math.ceil(stored / FLOAT_BYTES),
-    }

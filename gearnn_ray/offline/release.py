@@ -1,43 +1,53 @@
-"""What a release is made of: the manifest, the tables, one summary row per level. Plain values from level results.
-
-Knows nothing of Ray or of how the results came about.
-"""
+"""Manifest, tables and summary rows of a release, as plain values from level results. Knows nothing of Ray."""
 
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-from gearnn_ray.config.recipe import Coupling
-from gearnn_ray.config.schema import SplitConfig
+import pyarrow as pa
+
+from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.data.cache import ImageStatistics
 from gearnn_ray.levels.level import codec_versions, parse_level
 from gearnn_ray.offline.base import NetworkFacts
-from gearnn_ray.offline.importance import VALUES
-from gearnn_ray.offline.job_spec import ImageStatistics, JobSpec
+from gearnn_ray.offline.importance import IMPORTANCE
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelResult
-from gearnn_ray.offline.sensitivity import Sensitivity, table_row
+from gearnn_ray.offline.sensitivity import table_row
+from gearnn_ray.reporting.summary import SummaryRow
 from gearnn_ray.store import tables
-from gearnn_ray.store.releases import SCHEMA, Blob
-from gearnn_ray.tasks.segmentation import METRIC
+from gearnn_ray.store.blobs import Blob
+from gearnn_ray.store.manifest import (
+    BudgetEntry,
+    DataEntry,
+    ExecutionEntry,
+    LevelEntry,
+    Manifest,
+    ModelEntry,
+    NormalisationEntry,
+    ReferenceEntry,
+    Scores,
+    ShareChanged,
+)
 
 _PACKAGES = ("gearnn-ray", "torch", "torchvision", "ray", "ortools", "numpy", "pyarrow")
 
 
-def summary_row(result: LevelResult, budget: int, model_floats: int) -> dict[str, Any]:
-    return {
-        "level": result.level,
-        "metric": METRIC,
-        "original": result.original,
-        "full": result.full,
-        # an undistorted level is the base itself
-        "adaptor": result.original if result.adaptor is None else result.adaptor,
-        "adaptor_floats": result.floats,
-        "budget_floats": budget,
-        "model_floats": model_floats,
-        "seconds_full": result.seconds_full,
-        "seconds_partial": result.seconds_partial,
-    }
+def summary_row(result: LevelResult, spec: JobSpec, model_floats: int) -> SummaryRow:
+    """One level's row. An undistorted level is the base itself."""
+    return SummaryRow(
+        level=result.level,
+        metric=spec.task.metrics[0],
+        original=result.original,
+        full=result.full,
+        adaptor=result.original if result.adaptor is None else result.adaptor,
+        adaptor_floats=result.floats,
+        budget_floats=spec.budget,
+        model_floats=model_floats,
+        seconds_full=result.seconds_full,
+        seconds_partial=result.seconds_partial,
+    )
 
 
 def manifest_of(
@@ -47,61 +57,52 @@ def manifest_of(
     facts: NetworkFacts,
     images: Mapping[str, ImageStatistics],
     results: tuple[LevelResult, ...],
-) -> dict[str, Any]:
-    """Everything a reader must know of the release; no time and no place, so that the same work makes the same bytes.
-
-    `images`: of the training images of every level, and of the undistorted ones ("clean").
+) -> Manifest:
+    """The manifest. It holds no time and no place, so that the same job makes the same bytes. images: statistics of the training
+    images of every level, and of the undistorted ones ("clean").
     """
-    levels: dict[str, Any] = {}
-    for result in results:
-        scores = {
-            "metric": METRIC,
-            "original": result.original,
-            "full": result.full,
-            "adaptor": result.adaptor,
-        }
-        levels[result.level] = {
-            "digest": result.digest,
-            "bytes": result.bytes,
-            "floats": result.floats,
-            "layers": list(result.layers),
-            "luma": images[result.level].luma,
-            "scores": {name: score for name, score in scores.items() if score is not None},
-        }
-        if result.storage_formats:
-            levels[result.level]["storage_formats"] = result.storage_formats
-        if result.full is not None:
-            by_layer, by_weight = result.share_changed
-            # the paper's Fig. 5 fact, of the full fine-tune: floats in layers whose mean moved by more, floats that did
-            levels[result.level]["share_above_2e_4"] = {"by_layer": by_layer, "by_weight": by_weight}
-        if result.full_digest is not None:
-            levels[result.level]["full"] = {"digest": result.full_digest, "bytes": result.full_bytes}
+    network, reference = spec.network, ReferenceEntry(**asdict(images["clean"]))
     packages = {name: version(name) for name in _PACKAGES if _installed(name)}
-    return {
-        "schema": SCHEMA,
-        "name": config.name,
-        "model": {
-            "name": spec.network.name,
-            "num_classes": spec.network.num_classes,
-            "class_names": list(spec.data.class_names),
-            "floats": facts.floats,
-            "task": "segmentation",
-            "normalisation": {k: list(v) for k, v in asdict(spec.network.normalisation).items()},
-        },
-        "data": {
-            "name": spec.data.name,
-            "train": spec.data.train.digest,
-            "val": spec.data.val.digest,
-            "reference": asdict(images["clean"]),
-        },
-        "base": asdict(base),
-        "levels": levels,
-        "budget": {"asked": config.budget, "floats": spec.budget},
-        "recipe": spec.recipe.model_dump(),
-        "seed": spec.seed,
-        "config": _config_to_keep(config),
-        "versions": {"python": platform.python_version(), **packages, **codec_versions()},
-    }
+    return Manifest(
+        name=config.name,
+        model=ModelEntry(
+            name=network.name,
+            num_classes=network.num_classes,
+            class_names=spec.data.class_names,
+            floats=facts.floats,
+            task=network.task,
+            normalisation=NormalisationEntry(**asdict(network.normalisation)),
+        ),
+        data=DataEntry(name=spec.data.name, train=spec.data.train.digest, val=spec.data.val.digest, reference=reference),
+        base=base,
+        levels={result.level: _level_entry(result, images[result.level].luma, spec) for result in results},
+        budget=BudgetEntry(asked=config.budget, floats=spec.budget),
+        recipe=spec.recipe.model_dump(),
+        seed=spec.seed,
+        execution=ExecutionEntry(**asdict(spec.execution)),
+        config=_config_to_keep(config),
+        versions={"python": platform.python_version(), **packages, **codec_versions()},
+    )
+
+
+def _level_entry(result: LevelResult, luma: float, spec: JobSpec) -> LevelEntry:
+    share = None
+    if result.full is not None:
+        by_layer, by_weight = result.share_changed
+        share = ShareChanged(by_layer=by_layer, by_weight=by_weight)
+    full = None if result.full_digest is None else Blob(digest=result.full_digest, bytes=result.full_bytes)
+    metric = spec.task.metrics[0]
+    return LevelEntry(
+        digest=result.digest,
+        bytes=result.bytes,
+        floats=result.floats,
+        layers=result.layers,
+        scores=Scores(metric=metric, original=result.original, full=result.full, adaptor=result.adaptor),
+        luma=luma,
+        storage_formats=result.storage_formats,
+        share_above_2e_4=share,
+        full=full,
+    )
 
 
 def _installed(package: str) -> bool:
@@ -112,39 +113,35 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _config_to_keep(config: SplitConfig) -> dict[str, Any]:
+def _config_to_keep(config: SplitConfig) -> Mapping[str, object]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
-    # where levels are chosen apart, releases are the bytes that they were before there was anything else
-    later = set(config.selection.criterion.model_dump()) - set(config.selection.criterion.inputs())
-    apart = {"selection": later | (set() if config.selection.is_joint else set(Coupling.model_fields))}
-    where: dict[str, Any] = {"store": True, "data": {"cache"}, "resources": True, "tags": True}
-    return config.model_dump(mode="json", exclude=where | apart)
+    return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
 
 
-def tables_of(
-    name: str, spec: JobSpec, results: tuple[LevelResult, ...], summary: tuple[dict[str, Any], ...]
-) -> dict[str, Any]:
-    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, summary)}
+def tables_of(name: str, spec: JobSpec, results: tuple[LevelResult, ...], summary: tuple[SummaryRow, ...]) -> dict[str, pa.Table]:
+    """The release's tables, by path in the store."""
+    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, [asdict(row) for row in summary])}
+    importance = IMPORTANCE[spec.criterion.importance]
     for result in results:
         if parse_level(result.level).is_clean:
             continue
-        chosen = set(result.layers)
-        rows, judged = ([Sensitivity(**row) for row in each] for each in (result.sensitivity, result.judged))
-        moved = [table_row(result.level, row) for row in rows]
+        selection = result.selection
+        assert selection is not None
+        moved = [table_row(result.level, row) for row in result.sensitivity]
         picked = [
             {
                 "level": result.level,
                 "layer": row.layer,
                 "numel": row.numel,
-                "value": VALUES[spec.criterion.importance](own.change),
-                "selected": row.layer in chosen,
-                "storage_format": result.selection.get("storage_formats", {}).get(row.layer, "float32")
-                if row.layer in chosen
-                else None,
+                "value": importance(compared.change),
+                "selected": row.layer in selection.layers,
+                "storage_format": selection.storage_formats.get(row.layer, "float32") if row.layer in selection.layers else None,
                 "budget": spec.budget,
-                **{k: result.selection[k] for k in ("objective", "bound", "status")},
+                "objective": selection.objective,
+                "bound": selection.bound,
+                "status": selection.status,
             }
-            for row, own in zip(rows, judged, strict=True)
+            for row, compared in zip(result.sensitivity, result.compared, strict=True)
         ]
         made[f"tables/{name}/sensitivity/{result.level}.parquet"] = tables.table(tables.SENSITIVITY, moved)
         made[f"tables/{name}/selection/{result.level}.parquet"] = tables.table(tables.SELECTION, picked)

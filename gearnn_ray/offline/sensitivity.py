@@ -1,12 +1,8 @@
-"""Eq. (1): how far each layer moved in the full fine-tune of a level, and what of it a code would lose.
-
-Pure arithmetic over two states, in float64; knows nothing of budgets, levels or where gradients come from.
-"""
+"""Eq. (1): how much a level's full fine-tune changed each layer, and the rounding error of storage formats. In float64."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +12,14 @@ from gearnn_ray.models.layers import Layer
 from gearnn_ray.training.gradients import Gradients
 
 CHANGED = 2e-4
-"""A weight counts as changed beyond this (the paper's Fig. 5)."""
+"""A weight counts as changed if its absolute change exceeds this (the paper's Fig. 5)."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Sums over a set of floats p that became p + Δ. They add up: `a + b` is of both sets together.
-
-    numel: how many floats. sum_abs: Σ|Δ|. sum_sq: ΣΔ². weight_sq: Σp². first_order: Σ g·Δ, by how much the loss of mean
-    gradient g is predicted to change. fisher: Σ F·Δ², F the diagonal of the empirical Fisher information. The last two are
-    None where no gradients were taken, of some of the floats or of all.
+    """Sums over a set of floats p that changed to p + Δ. `a + b` is the change of both sets together. sum_abs: Σ|Δ|. sum_sq: ΣΔ².
+    weight_sq: Σp². first_order: Σ g·Δ, the predicted change of the loss whose mean gradient is g. fisher: Σ F·Δ², where F is the
+    diagonal of the empirical Fisher information. The last two are None if any of the floats was measured without gradients.
     """
 
     numel: int
@@ -52,11 +46,9 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the full fine-tune of a level did to one layer p -> f_q(p).
-
-    mean_abs_change: v_i^q = mean |p - f_q(p)| (Eq. 1); max_abs_change; l2_change: ||p - f_q(p)||_2;
-    l2_weight: ||p||_2; share_above_2e_4: share of the layer's weights with |p - f_q(p)| > 2e-4.
-    first_order_change, fisher_change: as in `Change`, None where no gradients were taken.
+    """The change of one layer, p -> f_q(p), by the full fine-tune of level q. mean_abs_change: v_i^q = mean |p - f_q(p)| (Eq. 1).
+    l2_change: ||p - f_q(p)||_2. l2_weight: ||p||_2. share_above_2e_4: share of the weights with |p - f_q(p)| > 2e-4.
+    first_order_change, fisher_change: as in `Change`.
     """
 
     layer: str
@@ -73,7 +65,7 @@ class Sensitivity:
 
     @property
     def change(self) -> Change:
-        """The sums this row was made of, to rounding; |Δ|'s is such that over `numel` it is `mean_abs_change` to the bit."""
+        """The sums that this row was computed from, up to rounding. `sum_abs / numel` equals `mean_abs_change` exactly."""
         return Change(
             numel=self.numel,
             sum_abs=self.mean_abs_change * self.numel,
@@ -86,7 +78,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class StoredVariant:
-    """One layer under one code: its bytes in a store, headers not counted, and the rounding error Δ - Δ̂ of what comes back."""
+    """One layer in one storage format: its bytes in a store, without headers, and the rounding error Δ - Δ̂."""
 
     layer: str
     storage_format: str
@@ -94,15 +86,8 @@ class StoredVariant:
     error: Change
 
 
-def stored_variant_of(record: Mapping[str, Any]) -> StoredVariant:
-    """`asdict`'s way back."""
-    return StoredVariant(**{**record, "error": Change(**record["error"])})
-
-
-def sensitivity(
-    layers: Sequence[Layer], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> list[Sensitivity]:
-    """One row per layer, in order. Raises KeyError for a missing tensor and ValueError for shapes that differ."""
+def sensitivity(layers: Sequence[Layer], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[Sensitivity]:
+    """Eq. (1): the rows of `measure` against the base, without gradients."""
     return measure(layers, before, after, None, ())[0]
 
 
@@ -114,11 +99,10 @@ def measure(
     storage_formats: Sequence[str],
     control: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Sensitivity], list[StoredVariant]]:
-    """One row per layer, in order; and one per layer and code that applies to all of the layer's tensors.
-
-    float32 has no error and is not listed. Gradients are of the loss at `before`, on the CPU as the two states are. With a
-    control Δ is what `after` differs from it by, not from `before`; what is stored, and rounded, is the difference to `before`
-    all the same. Raises KeyError for a missing tensor, ValueError for shapes that differ.
+    """One row per layer, in order, and one stored variant per layer and storage format that applies to all its tensors; none for
+    float32, which has no rounding error. before, after: states on the CPU. gradients: of the loss at `before`. With a control
+    state, Δ is `after` minus the control instead of `before`; a storage format always rounds the difference to `before`. Raises
+    KeyError for a missing tensor and ValueError for shapes that differ.
     """
     rows, stored_variants = [], list[StoredVariant]()
     for layer in layers:
@@ -134,14 +118,11 @@ def measure(
             if storage_format == "float32" or not all(applies(storage_format, shape) for shape in shapes):
                 continue
             if storage_format == "int8" and layer.kind == "norm_statistics":
-                continue  # one step of a whole variance's scale may take a small one to 0, which no mean of errors shows
+                continue  # rounding can set a small variance to 0, which a mean error does not show
             changed = {name: after[name] for name in layer.tensors}
-            held = _flat(layer, restored(before, changed, dict.fromkeys(layer.tensors, storage_format)))
-            stored_variants.append(
-                StoredVariant(
-                    layer.name, storage_format, stored_bytes(storage_format, shapes), _change(p, q - held, g, f)
-                )
-            )
+            rounded = _flat(layer, restored(before, changed, dict.fromkeys(layer.tensors, storage_format)))
+            size, error = stored_bytes(storage_format, shapes), _change(p, q - rounded, g, f)
+            stored_variants.append(StoredVariant(layer.name, storage_format, size, error))
     return rows, stored_variants
 
 
@@ -161,7 +142,7 @@ def _change(p: Tensor, delta: Tensor, g: Tensor | None, f: Tensor | None) -> Cha
 
 
 def _row(layer: Layer, change: Change, moved: Tensor) -> Sensitivity:
-    count = max(1, change.numel)  # a layer of no floats did not move
+    count = max(1, change.numel)  # the mean over no floats is 0
     return Sensitivity(
         layer=layer.name,
         kind=layer.kind,
@@ -177,8 +158,8 @@ def _row(layer: Layer, change: Change, moved: Tensor) -> Sensitivity:
     )
 
 
-def table_row(level: str, row: Sensitivity) -> dict[str, Any]:
-    """A row of `tables.SENSITIVITY`."""
+def table_row(level: str, row: Sensitivity) -> dict[str, object]:
+    """A row of the table `tables.SENSITIVITY`."""
     return {
         "level": level,
         **asdict(row),
@@ -188,9 +169,8 @@ def table_row(level: str, row: Sensitivity) -> dict[str, Any]:
 
 
 def share_of_weights_changed(rows: Sequence[Sensitivity]) -> tuple[float, float]:
-    """The paper's Fig. 5 fact in two readings, as shares of all the network's floats.
-
-    First: floats that lie in layers whose mean change exceeds 2e-4. Second: floats that themselves moved by more.
+    """Two readings of the paper's Fig. 5, as shares of the network's floats: those in layers whose mean change exceeds 2e-4, and
+    those whose own change does.
     """
     total = sum(row.numel for row in rows)
     if not total:

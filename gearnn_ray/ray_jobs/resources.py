@@ -1,11 +1,10 @@
-"""Whether a cluster can ever do what is asked of it: decisions over plain numbers, which the pipeline gets from Ray.
-
-nodes: resources of each node there is. ceiling: the most an autoscaler may bring in all, None where there is none.
+"""Whether a cluster can ever have the requested resources: decisions over plain numbers. nodes: resources of each existing node.
+ceiling: the most an autoscaler may bring in all, None where there is none.
 """
 
 from collections.abc import Mapping, Sequence
 
-from gearnn_ray.config.schema import ResourcesConfig
+from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.core.errors import UserError
 
 
@@ -16,17 +15,13 @@ def autoscaler_ceiling(launcher: object) -> Mapping[str, float] | None:
         return None
     most: dict[str, float] = {}
     for name, node in types.items():
-        at_most = (
-            1 if name == launcher.get("head_node_type") else node.get("max_workers", launcher.get("max_workers", 0))
-        )
+        at_most = 1 if name == launcher.get("head_node_type") else node.get("max_workers", launcher.get("max_workers", 0))
         for resource, amount in node.get("resources", {}).items():
             most[resource] = most.get(resource, 0) + amount * at_most
     return most
 
 
-def check_resources(
-    wanted: ResourcesConfig, nodes: Sequence[Mapping[str, float]], ceiling: Mapping[str, float] | None
-) -> None:
+def check_resources(wanted: ResourcesConfig, nodes: Sequence[Mapping[str, float]], ceiling: Mapping[str, float] | None) -> None:
     """Raise UserError when a fine-tune asks for more than the cluster has or will ever have."""
     for resource, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
         total = each * wanted.workers_per_level
@@ -40,9 +35,7 @@ def check_resources(
             )
 
 
-def groups_that_fit(
-    wanted: ResourcesConfig, nodes: Sequence[Mapping[str, float]], ceiling: Mapping[str, float] | None
-) -> int:
+def groups_that_fit(wanted: ResourcesConfig, nodes: Sequence[Mapping[str, float]], ceiling: Mapping[str, float] | None) -> int:
     """Worker groups that run at once: a group that waits for another's workers would time out inside Ray Train."""
     fits = [
         int(_most(resource, nodes, ceiling) // (each * wanted.workers_per_level))

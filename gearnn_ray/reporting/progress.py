@@ -1,7 +1,4 @@
-"""What a job says while it works: live bars on a terminal, one plain line per event in a log, JSON lines for machines.
-
-Knows events, not Ray. `Estimate` is plain arithmetic; the reporters only draw.
-"""
+"""A job's progress: live bars on a terminal, one plain line per event in a log, JSON lines for machines."""
 
 import json
 import sys
@@ -19,23 +16,23 @@ from gearnn_ray.core.events import Event
 from gearnn_ray.levels.level import parse_level
 
 Plan = Mapping[tuple[str, str], float]
-"""What a job will do: (level, stage) to its part of the time, in any one unit; each level has something above 0."""
+"""The stages that a job will run: (level, stage) to its part of the time, in any unit. The parts of a level sum to above 0."""
 
 TITLES: dict[str, str] = {
     "images": "images",
     "base": "base training",
-    "original": "judging the original",
+    "original": "evaluating the original",
     "full": "full fine-tune",
     "measure": "measuring the change",
     "selection": "selection",
     "partial": "partial fine-tune",
 }
-# parts of one level's time, from runs on CamVid; they only steer the remaining time
+# shares of one level's time, measured on CamVid; they only decide the estimate of the remaining time
 _SHARES: dict[str, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
 
 
 def split_plan(levels: Sequence[str], control: bool = False) -> Plan:
-    """What the split job does; the undistorted level is only judged, and fine-tuned where it is the others' control."""
+    """The stages of the split job. At `clean` only the original is evaluated, and with `control` a full fine-tune is run."""
     plan = {
         (level, stage): part
         for level in levels
@@ -47,7 +44,7 @@ def split_plan(levels: Sequence[str], control: bool = False) -> Plan:
 
 @dataclass
 class Estimate:
-    """How far a job is and how long it still takes, from its events. Times in seconds on any steady clock."""
+    """How much of a job is done and how long the rest will take, from its events. Times in seconds of any steady clock."""
 
     plan: Plan
     _done: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -56,15 +53,13 @@ class Estimate:
     _stage_began: dict[str, float] = field(default_factory=dict)
 
     def expect(self, plan: Plan) -> None:
-        """More to do than was known before."""
         self.plan = {**self.plan, **plan}
 
     def plans(self, event: Event) -> bool:
-        """Whether an event is of the planned work, not of what comes before it."""
+        """Whether the event's stage is in the plan; stages that prepare the planned ones are not."""
         return (event.level, event.stage) in self.plan
 
     def see(self, event: Event, now: float) -> None:
-        """Take note of an event."""
         place = (event.level, event.stage)
         self._stage_began.setdefault(event.stage, now)
         if self.plans(event) and event.kind != "reused" and self._begun is None:
@@ -83,7 +78,7 @@ class Estimate:
         return sum(part * self._done.get(place, 0.0) for place, part in parts.items()) / sum(parts.values())
 
     def remaining(self, event: Event, now: float) -> float | None:
-        """Seconds to the end: of the stage before the planned work begins, of all of it after; None while unknown."""
+        """Remaining seconds: of the whole plan if the event's stage is in it, else of that stage. None while unknown."""
         if not self.plans(event):
             done = self._done.get((event.level, event.stage), 0.0)
             return (now - self._stage_began[event.stage]) * (1 - done) / done if done > 0 else None
@@ -95,16 +90,14 @@ class Estimate:
 
 
 class Reporter(Protocol):
-    """Where a job's events go."""
+    """Receives a job's events."""
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
     def __call__(self, event: Event) -> None: ...
 
     def expect(self, plan: Plan) -> None:
-        """More to do than was known before."""
+        """Add stages to the plan."""
 
 
 class _Plain:
@@ -146,7 +139,7 @@ class _JsonLines(_Plain):
 
 
 class _LiveBars:
-    """One bar per level of the plan with the stage it is in, and one for what comes before."""
+    """A bar for each level with the stage that it is in, one for the stages before them, and one for all levels."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._estimate = Estimate({})
@@ -175,7 +168,7 @@ class _LiveBars:
         for level in dict.fromkeys(level for level, _ in plan if level not in self._tasks):
             name = "all levels" if level == "all" else level
             self._tasks[level] = self._bars.add_task("waiting", name=name, total=1.0, start=False)
-        self._all = self._bars.add_task("", name="all", total=1.0)  # the last line again
+        self._all = self._bars.add_task("", name="all", total=1.0)  # removed and added, so that it stays the last line
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
@@ -184,7 +177,7 @@ class _LiveBars:
         left = f"about {duration(remaining)} left" if remaining is not None and remaining >= 1 else ""
         if self._estimate.plans(event):
             share = self._estimate.share(event.level)
-            text = f"done, mIoU {event.score:.1f}" if share == 1 and event.score is not None else (
+            text = f"done{_score(event, 1)}" if share == 1 and event.score is not None else (
                 f"{_title(event)}, {describe(event)}"
             )  # fmt: skip
             self._bars.update(self._tasks[event.level], completed=share, description=text)
@@ -196,7 +189,7 @@ class _LiveBars:
 
 
 def reporter(plan: Plan, json_lines: bool) -> Reporter:
-    """The reporter that fits where standard output goes."""
+    """The reporter for standard output: JSON lines if asked for, bars on a terminal, plain lines otherwise."""
     out = sys.stdout
     if json_lines:
         return _JsonLines(plan, out)
@@ -206,18 +199,18 @@ def reporter(plan: Plan, json_lines: bool) -> Reporter:
 
 
 def describe(event: Event) -> str:
-    """An event in words, without place and time."""
-    score = f", mIoU {event.score:.2f}" if event.score is not None else ""
+    """An event in words, without its stage and time."""
+    note = f" ({event.note})" if event.note else ""
     if event.kind == "started":
-        return "started"
+        return f"started{note}"
     if event.kind == "reused":
-        return f"already in the store{score}"
+        return f"already in the store{_score(event)}{note}"
     if event.kind == "finished":
-        return f"done{score}" + (f" after {duration(event.seconds)}" if event.seconds >= 1 else "")
+        return f"done{_score(event)}" + (f" after {duration(event.seconds)}" if event.seconds >= 1 else "") + note
     if not event.epochs:
-        return f"{event.step} of {event.steps}"
+        return f"{event.step} of {event.steps}{note}"
     loss = f", loss {event.loss:.3f}" if event.loss is not None else ""
-    return f"epoch {event.epoch} of {event.epochs}{loss}"
+    return f"epoch {event.epoch} of {event.epochs}{loss}{note}"
 
 
 def duration(seconds: float) -> str:
@@ -226,6 +219,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _score(event: Event, decimals: int = 2) -> str:
+    return "" if event.score is None else f", {event.metric or 'score'} {event.score:.{decimals}f}"
 
 
 def _title(event: Event) -> str:
@@ -237,6 +234,6 @@ def _place(event: Event) -> str:
 
 
 def _worth_a_line(event: Event) -> bool:
-    """Progress within an epoch is for bars; a log gets the end of each, and a few lines while images are made."""
+    """Whether a progress event ends an epoch, or a quarter of a stage without epochs; a log skips the others."""
     parts = event.epochs or min(4, event.steps)
     return event.step * parts // event.steps > (event.step - 1) * parts // event.steps

@@ -1,11 +1,11 @@
-"""One tensor at every level, and which of its rows each sample of a batch uses.
+"""Tables: one tensor at every level. And the selection: which row of each table each sample of a batch uses.
 
-A table holds a tensor of the base in row 0 and, below, one row for every level that changes it: base plus adaptors, to
-the byte. Rows that are stored under a code (`codes.py`) are held as they are stored and restored when they are used; those
-of one level, at most, stay restored. Switching a level writes indices and copies no weight. Knows nothing of modules, releases
-or level names: a level is a number, 0 the base.
+Row 0 of a table is the base's tensor. Each level that changes the tensor adds a row: base plus adaptor, bit for bit. A row in a
+storage format other than float32 (`adaptors/storage_formats.py`) is held as it is stored and restored when it is used; restored
+rows of at most one level are kept. Switching levels writes indices and copies no weight. Knows nothing about modules, releases
+or level names: a level is a number, and level 0 is the base.
 
-Legend: n samples of a batch, L levels, M maps (distinct ways in which the tables give rows to levels), R rows.
+Legend: n samples of a batch, L levels, M maps (distinct assignments of rows to levels), R rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gearnn_ray.adaptors.storage_formats import added, difference_of
 from gearnn_ray.models.layers import same_bits
 
-_CAPACITY = 64  # samples; a larger batch makes the index grow once
+_CAPACITY = 64  # samples; the index grows with the first batch that is larger
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class Mixture:
 
 
 class _Host:
-    """What the host knows of the batch; a plain object, because a Module's attributes take microseconds to set."""
+    """The host's view of the batch; a plain object, because setting a Module's attributes takes microseconds."""
 
     __slots__ = ("held", "holds", "indices", "mixed", "restored", "rows", "unwritten")
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
-        self.rows: NDArray[np.int64] | None = None  # [M, n] or, where all samples agree, [M, 1]; None: not known
-        self.mixed = False  # whether a sample of this batch stands between two levels
-        self.unwritten: Tensor | None = None  # [M, 1]: what `indices` is to hold, where it does not yet
-        self.held: int | None = None  # the level whose tensors are kept once they are restored, and these
+        self.rows: NDArray[np.int64] | None = None  # [M, n], or [M, 1] if all samples use one level; None: unknown
+        self.mixed = False  # whether a sample of this batch mixes two levels
+        self.unwritten: Tensor | None = None  # [M, 1]: the rows that are still to be written to `indices`
+        self.held: int | None = None  # the level whose restored tensors are kept in `restored`
         self.restored: dict[Table, Tensor] = {}
-        self.holds = False  # whether all samples of this batch use it
+        self.holds = False  # whether all samples of this batch use the level `held`
 
 
 class Selection(nn.Module):
-    """The levels of the batch that runs now, shared by all tables of one model.
+    """The levels of the current batch, shared by all tables of one model.
 
-    On the device: `rows` int64 [M, capacity], and where levels are mixed `neighbours` like it and `weights` [capacity].
-    On the host, for eager execution only: the rows of every map, so that a batch of one level needs no gather at all.
-    A compiled graph reads the device's tensors alone: it is the same whatever the levels are.
+    On the device: `rows` int64 [M, capacity] and, if levels can be mixed, `neighbours` [M, capacity] and `weights` [capacity].
+    On the host, for eager execution only: the rows of every map, so that a batch of one level needs no gather.
+    A compiled graph reads only the tensors on the device, so one graph serves all levels.
     """
 
     rows: Tensor
@@ -59,9 +59,9 @@ class Selection(nn.Module):
     weights: Tensor
     maps: Tensor
 
-    @torch.inference_mode(False)  # what is made inside it cannot be written outside
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written outside it
     def __init__(self, maps: Sequence[tuple[int, ...]], mixes: bool, device: torch.device) -> None:
-        """maps: per map, the row of every level. mixes: whether a sample may stand between two levels."""
+        """maps: for each map, the row of every level. mixes: whether a sample may mix two levels."""
         super().__init__()
         self.mixes = mixes
         self._maps_ML = np.array(maps, np.int64).reshape(len(maps), -1)
@@ -86,23 +86,20 @@ class Selection(nn.Module):
             self._grow(max(n, 2 * self.rows.shape[1]))
 
     def set_all(self, level: int) -> None:
-        """Every sample, of this batch and later ones, uses this level. Two pointers; `write` follows where it is needed."""
+        """Use this level for every sample, until the next call. Sets two pointers; a compiled graph also needs `write`."""
         host = self.host
         host.unwritten, host.rows = self._columns[level]
         host.mixed = False
         host.holds = level == host.held
 
     def hold(self, level: int | None) -> None:
-        """Keep what coded tables restore of this level, so that each `set_all` to it finds it, and let another's go.
-
-        None: keep nothing.
-        """
+        """Keep the restored tensors of this level, and drop those of the level before. None: keep none."""
         host = self.host
         if level != host.held:
             host.held, host.restored, host.holds = level, {}, False
 
     def write(self) -> None:
-        """Let the device know of the last `set_all`, as a compiled graph must: one write of indices."""
+        """Write the rows of the last `set_all` to the device, where a compiled graph reads them."""
         host = self.host
         if host.unwritten is not None:
             host.indices.copy_(host.unwritten)
@@ -111,10 +108,10 @@ class Selection(nn.Module):
                 self.weights.zero_()
 
     def set_each(self, mixtures: Sequence[Mixture]) -> None:
-        """Sample i uses mixtures[i]."""
+        """Use mixtures[i] for sample i. Raises ValueError for a mixture of two levels unless `mixes`."""
         n = len(mixtures)
         if not self.mixes and any(mixture.weight for mixture in mixtures):
-            raise ValueError("this model does not mix levels: it was made without interpolation")
+            raise ValueError("this model cannot mix levels: it was made without interpolation")
         self.reserve(n)
         rows_Mn = self._maps_ML[:, [mixture.level for mixture in mixtures]]
         self.rows[:, :n].copy_(torch.from_numpy(rows_Mn))
@@ -126,19 +123,19 @@ class Selection(nn.Module):
             self.weights[:n].copy_(torch.tensor([mixture.weight for mixture in mixtures]))
 
     def set_index(self, levels_n: Tensor) -> None:
-        """Sample i uses level levels_n[i]; nothing is read on the host, so that this can stand in a compiled graph."""
+        """Use level levels_n[i] for sample i. Reads nothing on the host, so a compiled graph can contain this call."""
         self.rows[:, : levels_n.shape[0]] = self.maps[:, levels_n]
         self.host.rows, self.host.mixed, self.host.unwritten = None, False, None
         if self.mixes:
             self.weights.zero_()
 
     def forget(self) -> None:
-        """Let the host know nothing of the levels: modules then run as they do in a compiled graph."""
+        """Hide the levels from the host: modules then compute as they do in a compiled graph."""
         self.write()
         self.host.rows = None
 
     def samples(self) -> int | None:
-        """How many samples the batch has, if the host knows and they may differ."""
+        """The number of samples, or None if the host does not know it or all samples use one level."""
         if torch.compiler.is_compiling() or self.host.rows is None or self.host.rows.shape[1] == 1:
             return None
         return int(self.host.rows.shape[1])
@@ -148,7 +145,7 @@ class Selection(nn.Module):
         return int(self._maps_ML[map_index, level])
 
     def on_host(self, map_index: int) -> list[int] | None:
-        """Rows of the samples ([row] where all agree), or None where the graph must not depend on them."""
+        """Rows of the samples ([row] if all use the same), or None if the graph must not depend on them."""
         if torch.compiler.is_compiling() or self.host.rows is None or self.host.mixed:
             return None
         rows = self.host.rows[map_index]
@@ -157,7 +154,7 @@ class Selection(nn.Module):
 
 
 class Table(nn.Module):
-    """One tensor at every level: `values` [R, *shape], row 0 the base's."""
+    """One tensor at every level: `values` [R, *shape], with the base's tensor in row 0."""
 
     values: Tensor
 
@@ -172,7 +169,7 @@ class Table(nn.Module):
         return len(self.values)
 
     def rows(self) -> list[int] | None:
-        """Which row each sample uses, if the host may know; [row] where all use the same."""
+        """The row of each sample ([row] if all use the same), or None if the host does not know them."""
         return self.selection.on_host(self.map_index)
 
     def row(self, row: int) -> Tensor:
@@ -184,7 +181,7 @@ class Table(nn.Module):
         return self.values[rows_n]
 
     def gather(self, n: int) -> Tensor:
-        """[n, *shape]: each sample's own."""
+        """[n, *shape]: the tensor of each sample."""
         selection = self.selection
         values = self.take(selection.rows[self.map_index, :n])
         if not selection.mixes:
@@ -194,8 +191,8 @@ class Table(nn.Module):
         return torch.lerp(values, others, weights)
 
 
-class _Coded(nn.Module):
-    """Rows of a table that are stored under one code: each of its parts [k, *shape of one], for k rows."""
+class _StoredRows(nn.Module):
+    """The k rows of a table that share a storage format; every part of the format is stacked to [k, *shape of the part]."""
 
     def __init__(self, name: str, storage_format: str, parts: Mapping[str, Tensor], base: Tensor) -> None:
         super().__init__()
@@ -204,42 +201,38 @@ class _Coded(nn.Module):
             self.register_buffer(f"stored_{part}", tensor)
         self._parts = tuple(parts)
         self.count = len(next(iter(parts.values())))
-        # Nearly always a sum alone gives the right bits: where the base has no -0.0 and no variance falls below 0.
+        # A plain sum gives the right bits unless the base has a -0.0 or a variance would fall below 0, which is rare.
         differences = (self._differences(place) for place in range(self.count))
         self.is_sum = all(same_bits(base + each, added(name, base, each)) for each in differences)
 
     def _differences(self, at: int | Tensor) -> Tensor:
-        return difference_of(
-            self.storage_format, {part: getattr(self, f"stored_{part}")[at] for part in self._parts}, self.shape
-        )
+        return difference_of(self.storage_format, {part: getattr(self, f"stored_{part}")[at] for part in self._parts}, self.shape)
 
     def restore(self, base: Tensor, at: int | Tensor) -> Tensor:
-        """[*shape], or [n, *shape] at places [n]: what `codes.decode` gives, bit for bit. base: broadcasts to that."""
+        """Row `at` [*shape], or rows at [n] as [n, *shape], with the bits of `storage_formats.decode`.
+
+        `base` must broadcast to that shape.
+        """
         difference = self._differences(at)
         return base + difference if self.is_sum else added(self.name, base, difference)
 
 
 class CompressedTable(Table):
-    """A table whose last rows are coded: after those of `values` come those of each code in turn."""
+    """A table with stored rows: the rows of `values` come first, then those of each storage format in turn."""
 
     def __init__(
-        self,
-        values: Tensor,
-        stored_variants: Mapping[str, Mapping[str, Tensor]],
-        name: str,
-        map_index: int,
-        selection: Selection,
+        self, values: Tensor, stored_variants: Mapping[str, Mapping[str, Tensor]], name: str, map_index: int, selection: Selection
     ) -> None:
-        """coded: per code, the parts of its rows (`codes.difference_of`), stacked. name: in the base's state dict."""
+        """stored_variants: by storage format, the stacked parts of its rows. name: of the tensor in the base's state dict."""
         super().__init__(values, map_index, selection)
         self.stored_variants = nn.ModuleList(
-            _Coded(name, storage_format, parts, values[0]) for storage_format, parts in stored_variants.items()
+            _StoredRows(name, storage_format, parts, values[0]) for storage_format, parts in stored_variants.items()
         )
 
     def __len__(self) -> int:
         return len(self.values) + sum(rows.count for rows in self._groups())
 
-    def _groups(self) -> Iterator[_Coded]:
+    def _groups(self) -> Iterator[_StoredRows]:
         return iter(self.stored_variants)  # type: ignore[arg-type]
 
     def row(self, row: int) -> Tensor:
@@ -258,13 +251,13 @@ class CompressedTable(Table):
             if row < rows.count:
                 return rows.restore(self.values[0], row)
             row -= rows.count
-        raise IndexError("no level has this row")
+        raise IndexError(f"the table has {len(self)} rows, row {len(self) + row} was asked for")
 
     def take(self, rows_n: Tensor) -> Tensor:
         base, start = self.values[:1], len(self.values)
         taken = self.values[rows_n.clamp(max=start - 1)]
         for rows in self._groups():
-            here = rows_n >= start  # or further on, which comes next
+            here = rows_n >= start  # rows of later formats are overwritten by these
             restored = rows.restore(base, (rows_n - start).clamp(0, rows.count - 1))
             taken = torch.where(here.view(-1, *(1 for _ in base.shape[1:])), restored, taken)
             start += rows.count

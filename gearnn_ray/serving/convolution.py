@@ -1,18 +1,19 @@
-"""Convolutions in which every sample has weights of its own: several exact methods, and which is fastest for a shape.
+"""Convolutions with one weight per sample: several exact methods, and a measurement that finds the fastest for a shape.
 
-Knows nothing of levels: it gets one weight per sample, or rows of a table.
+Knows nothing about levels: the weights are one tensor per sample, or rows of a table.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gearnn_ray.serving.batch import Table
+
 _REPEATS = 2
-_HOPELESS = 1.5  # times as slow as the fastest at first sight: not looked at again
+_HOPELESS = 1.5  # a method this many times slower than the fastest in its first run is not measured again
 
 Conv = nn.modules.conv._ConvNd
 _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -26,17 +27,17 @@ _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 
 def is_supported(module: nn.Module) -> bool:
-    """A convolution of torch's own whose forward pass is not overridden."""
+    """Whether this is one of torch's convolutions, and its forward pass is not overridden."""
     own = type(module)
     return any(
         own.forward is kind.forward
-        and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None)  # weight standardisation
+        and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None)  # as in weight standardisation
         for kind in _FUNCTIONS
     )
 
 
 def plain(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None, samples: int = 1) -> Tensor:
-    """What `conv` does, with these weights. samples: how many independent copies lie side by side in the channels."""
+    """Apply `conv` with other weights. samples: number of independent samples side by side in the channels."""
     function = next(f for kind, f in _FUNCTIONS.items() if type(conv).forward is kind.forward)
     padding = conv.padding
     if conv.padding_mode != "zeros":
@@ -48,18 +49,15 @@ def plain(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None, samples: i
     return function(x, weight, bias, conv.stride, padding, conv.dilation, groups)
 
 
-# ── methods: x [n, C, *size], weight [n, *shape of one] → [n, O, *size'], without bias ───────────────────────────
-
-
 def grouped(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
-    """One convolution over n × C channels whose groups are the samples."""
+    """One convolution over n × C channels, with one group (or `conv.groups` groups) per sample."""
     n = x.shape[0]
     y = plain(x.reshape(1, -1, *x.shape[2:]), conv, weight.flatten(0, 1), None, samples=n)
     return y.reshape(n, -1, *y.shape[2:])
 
 
 def one_by_one(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
-    """A batched matrix product over the pixels; for kernels of one pixel."""
+    """A batched matrix product over the pixels, for 1 × 1 kernels."""
     for d, step in enumerate(conv.stride):
         x = x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
     y = torch.bmm(weight.flatten(2), x.flatten(2))
@@ -72,23 +70,12 @@ def sample_by_sample(x: Tensor, conv: Conv, weight: Tensor) -> Tensor:
 
 
 METHODS = {f.__name__: f for f in (grouped, one_by_one, sample_by_sample)}
-"""Methods whose graph does not depend on the levels."""
+"""Methods whose graph does not depend on the levels, by name."""
 BY_ROW = "by_row"
-"""For eager execution: the samples that share a row go through one convolution together."""
+"""Name of the method `by_row`, which needs the rows on the host and therefore runs only in eager execution."""
 
 
-class Rows(Protocol):
-    """Weights [*shape] in numbered rows."""
-
-    def __len__(self) -> int: ...
-    def row(self, row: int) -> Tensor:
-        """[*shape]."""
-
-    def take(self, rows_n: Tensor) -> Tensor:
-        """[n, *shape]."""
-
-
-def by_row(x: Tensor, conv: Conv, weights: Rows, rows: Sequence[int]) -> Tensor:
+def by_row(x: Tensor, conv: Conv, weights: Table, rows: Sequence[int]) -> Tensor:
     """One convolution per distinct row, over the samples that use it. rows: one per sample."""
     samples: dict[int, list[int]] = {}
     for sample, row in enumerate(rows):
@@ -104,7 +91,7 @@ def by_row(x: Tensor, conv: Conv, weights: Rows, rows: Sequence[int]) -> Tensor:
 
 
 def methods_for(conv: Conv) -> tuple[str, ...]:
-    """The names of the methods in `METHODS` that give exactly what this convolution gives."""
+    """The names of the `METHODS` that are exact for this convolution."""
     names = ["grouped", "sample_by_sample"]
     one_pixel = all(k == 1 for k in conv.kernel_size) and not any(conv.padding) and not isinstance(conv.padding, str)
     if one_pixel and not conv.transposed and conv.groups == 1:
@@ -112,10 +99,10 @@ def methods_for(conv: Conv) -> tuple[str, ...]:
     return tuple(names)
 
 
-def fastest(conv: Conv, weights: Rows, shape: torch.Size) -> tuple[str, str]:
-    """The fastest method in eager execution, and the fastest whose graph does not depend on the levels.
+def fastest(conv: Conv, weights: Table, shape: torch.Size) -> tuple[str, str]:
+    """The fastest method in eager execution, and the fastest in `METHODS` for a compiled graph.
 
-    Measured on random input [n, C, *size] = `shape` with the rows dealt out in turn, on the weights' device.
+    Measured on random input [n, C, *size] = `shape`, with the rows assigned to the samples in turn, on the device of the weights.
     """
     device = conv.weight.device
     x = torch.randn(shape, device=device)
@@ -125,7 +112,7 @@ def fastest(conv: Conv, weights: Rows, shape: torch.Size) -> tuple[str, str]:
     def run(name: str, x: Tensor) -> Tensor:
         return by_row(x, conv, weights, rows) if name == BY_ROW else METHODS[name](x, conv, weights.take(index))
 
-    # a compiler lays images out with the channels last: there a method that wants them first pays for the turning
+    # A compiler uses channels-last tensors, so a method that needs another layout must include the conversion.
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     y = x.contiguous(memory_format=last)
     names = methods_for(conv)
@@ -139,7 +126,7 @@ def fastest(conv: Conv, weights: Rows, shape: torch.Size) -> tuple[str, str]:
 
 def _fastest(runs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> str:
     with torch.no_grad():
-        for run in runs.values():  # chooses kernels and fills caches
+        for run in runs.values():  # the first run chooses kernels and fills caches
             run()
         best = {name: _time(run, device) for name, run in runs.items()}
         near = [name for name in runs if best[name] < _HOPELESS * min(best.values())]

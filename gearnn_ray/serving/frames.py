@@ -1,7 +1,7 @@
-"""The bytes of a request or a file, as a frame: its pixels and what can be read off them, or why there is none.
+"""Decodes the bytes of a request or a file to a frame, and reads the evidence of its level.
 
-The bytes come from strangers: whatever is no frame is refused in one sentence, and its size is known before
-anything is allocated for it. Knows nothing about HTTP, levels or networks.
+The bytes are untrusted. Whatever is not a usable frame is refused with one sentence, and the size of an image is
+checked before memory is allocated for it.
 """
 
 import functools
@@ -25,55 +25,54 @@ from gearnn_ray.serving.jpeg import JpegQuality, quality_of_tables
 __all__ = ["BadFrameError", "Evidence", "Frame", "Limits", "evidence_of", "read_frame"]
 
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
-_END = b"\xff\xd9"  # of a JPEG
+_END = b"\xff\xd9"  # end of a JPEG
 _TYPES = ("image/jpeg", "image/png", "application/x-npy")
 _SEND = "send a JPEG, a PNG or an .npy array of uint8"
 _CUT_JPEG = "the JPEG ends before its last pixel"
-_SEGMENTS = {*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xF0), 0xFE}  # markers with a length after them
-_MOST_SEGMENTS = 10_000  # libpng makes 2,000 of 16 MiB
-_MOST_SCANS = 100  # libjpeg's own progressive files have 10; each one costs a pass over the whole image
-_MISSING = 128  # the grey of blocks that libjpeg found no data for
+_SEGMENTS = {*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xF0), 0xFE}  # markers that a length follows
+_MOST_SEGMENTS = 10_000  # libpng writes 2,000 chunks for 16 MiB
+_MOST_SCANS = 100  # libjpeg writes 10 for a progressive file; every scan costs a pass over the whole image
+_MISSING = 128  # the grey that libjpeg fills into blocks without data
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What can be read off one frame."""
+    """What one frame shows about its level.
+
+    luma: mean Rec. 601 luma, 0 to 255, over a regular subsample of the pixels. jpeg: None if it is not known to have been one.
+    qp: mean luma QP of the macroblocks of H.264 pictures. crf: constant rate factor that the encoder wrote into the stream.
+    """
 
     height: int
     width: int
     luma: float
-    """Mean Rec. 601 luma, 0 to 255, over a regular subsample of the pixels."""
     jpeg: JpegQuality | None = None
-    """None: not known to have been a JPEG."""
     qp: float | None = None
-    """Mean luma QP of an H.264 picture's slices."""
     crf: float | None = None
-    """The rate factor that the encoder wrote into the stream."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One decoded frame, as its sensor saw it: an EXIF orientation is not applied."""
+    """One decoded frame: RGB [H, W, 3], contiguous, possibly read-only. Its EXIF orientation is not applied."""
 
     pixels: NDArray[np.uint8]
-    """RGB [H, W, 3], contiguous, possibly read-only."""
     evidence: Evidence
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused for its size."""
+    """Sizes beyond which a frame is refused: most bytes of an encoded frame, most pixels, fewest pixels on either side."""
 
     body_bytes: int = 16 * 2**20
     pixels: int = 2**24
-    """Of one frame."""
     shortest_side: int = 16
 
 
 class BadFrameError(UserError):
-    """Bytes that are no frame we can use, with the HTTP status that says whose fault it is.
+    """The bytes are not a usable frame. `status` is the matching HTTP status.
 
-    400: damaged; 413: too large; 415: of another type; 422: a good image that is no frame (CMYK, 16 bit, 10,000 × 1).
+    400: damaged; 413: too large; 415: of another type; 422: a valid image of an unsupported kind, such as CMYK,
+    16 bits per channel, or 10,000 × 1 pixels.
     """
 
     def __init__(self, sentence: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
@@ -84,14 +83,14 @@ class BadFrameError(UserError):
 def read_frame(data: bytes, content_type: str | None, limits: Limits = Limits()) -> Frame:
     """Decode a JPEG, a PNG or an .npy array (uint8, RGB [H, W, 3] or grey [H, W]) to RGB. Raises `BadFrameError`.
 
-    What the bytes are is read off them; `content_type` only helps to say what is wrong. Alpha is dropped, and of an
-    animated PNG the still image is taken. A JPEG that was cut short is refused even if something closed it again,
-    which libjpeg does not mind; not seen are a half last block, and a progressive one cut between two of its scans.
+    The format is recognised from the bytes; `content_type` only improves the error. Alpha is dropped, and an animated
+    PNG gives its still image. A truncated JPEG is refused even if an end marker was appended, which libjpeg accepts.
+    Two cases are not noticed: an incomplete last block, and a progressive JPEG that ends between two scans.
     """
     if not data:
-        raise _damaged("the body is empty, expected one image")
+        raise _damaged("the body is empty: expected one image")
     if len(data) > limits.body_bytes:
-        raise _too_large(f"the body has {len(data)} bytes, expected at most {limits.body_bytes}")
+        raise _too_large(f"the body has {len(data)} bytes: expected at most {limits.body_bytes}")
     if data.startswith(_NPY):
         pixels = _read_npy(data, limits)
         return Frame(pixels, evidence_of(pixels))
@@ -107,7 +106,7 @@ def read_frame(data: bytes, content_type: str | None, limits: Limits = Limits())
     pixels = _decode(image)
     if isinstance(image, PngImageFile):
         return Frame(pixels, evidence_of(pixels))
-    # cut short and closed again: its end is grey, or coarse if progressive
+    # A truncated JPEG with an end marker has a grey end, or a coarse one if it is progressive
     if ("progressive" in image.info or (pixels[-1, -1] == _MISSING).all()) and not _is_whole(data, pixels):
         raise _damaged(_CUT_JPEG)
     return Frame(pixels, evidence_of(pixels, _jpeg_quality(image)))
@@ -116,10 +115,10 @@ def read_frame(data: bytes, content_type: str | None, limits: Limits = Limits())
 def evidence_of(
     pixels: NDArray[np.uint8], jpeg: JpegQuality | None = None, qp: float | None = None, crf: float | None = None
 ) -> Evidence:
-    """What can be read off a frame that comes as pixels, RGB [H, W, 3], and what is known about it from elsewhere."""
+    """The evidence of a frame from its pixels, uint8 RGB [H, W, 3], and from what the caller knows of its file or stream."""
     height, width, _ = pixels.shape
-    # about 1,000 pixels give the mean to 2%, a tenth of what scenes differ by; an odd step meets every column of JPEG's
-    # 8×8 blocks alike
+    # About 1,000 pixels give the mean to 2%, a tenth of the difference between scenes. An odd step samples all columns
+    # of JPEG's 8×8 blocks equally
     step = math.isqrt(height * width // 1024) | 1
     sample = pixels[::step, ::step].ravel().astype(np.float32)
     return Evidence(height, width, float(sample.dot(_luma_weights(len(sample)))), jpeg, qp, crf)
@@ -127,7 +126,7 @@ def evidence_of(
 
 @functools.lru_cache(maxsize=64)
 def _luma_weights(numbers: int) -> NDArray[np.float32]:
-    """For so many numbers of RGB pixels, one after the other: the product with them is the mean Rec. 601 luma."""
+    """Weights whose product with this many values of flattened RGB pixels is the mean Rec. 601 luma."""
     return np.tile(np.array([0.299, 0.587, 0.114], np.float32), numbers // 3) / np.float32(numbers / 3)
 
 
@@ -138,15 +137,15 @@ def _open_jpeg(data: bytes) -> JpegImageFile:
     if data.count(b"\xff\xda", scan) >= _MOST_SCANS:
         raise _unusable(f"the JPEG has more than {_MOST_SCANS} scans, expected about 10: save it again")
     try:
-        return JpegImageFile(io.BytesIO(data))  # not Image.open: no other decoder has a say
+        return JpegImageFile(io.BytesIO(data))  # not Image.open, which could choose another decoder
     except Exception as error:
         raise _damaged(f"the JPEG's header cannot be read ({error})") from error
 
 
 def _first_scan(data: bytes) -> int:
-    """Where the pixels begin: after it 0xFF is escaped, and what looks like a marker is one.
+    """Offset of the first scan's data, in which 0xFF is escaped, so that every marker found in it is real.
 
-    Refuses what Pillow would search byte by byte for the next marker: seconds for one body.
+    Refuses headers in which Pillow would search for the next marker byte by byte, for seconds per body.
     """
     place = 2
     for _ in range(_MOST_SEGMENTS):
@@ -154,7 +153,7 @@ def _first_scan(data: bytes) -> int:
             raise _damaged(_CUT_JPEG)
         fill, marker, length = struct.unpack_from(">BBH", data, place)
         if fill != 0xFF or (marker != 0xFF and marker not in _SEGMENTS):
-            raise _damaged(f"the JPEG has no marker at byte {place}, where one is expected")
+            raise _damaged(f"the JPEG has no marker at byte {place}, where its header needs one")
         place += 1 if marker == 0xFF else 2 + length
         if marker == 0xDA:
             return place
@@ -162,34 +161,34 @@ def _first_scan(data: bytes) -> int:
 
 
 def _is_whole(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG has data for all of its last scan: more of them at the end then change no pixel."""
+    """Whether a JPEG has data for all of its last scan. If it has, appended data change no pixel."""
     scans = data[: data.rfind(_END)].rstrip(b"\xff")
     *_, last = re.findall(rb"\xff[\xd0-\xd7]", b"\xff\xd7" + scans)  # restart markers count from 0xD0 to 0xD7
     following = bytes((0xFF, 0xD0 + (last[1] + 1) % 8))
-    more = 64 * b"\x55" + following + 64 * b"\x55"  # for this interval or, where it is complete, the next
+    more = 64 * b"\x55" + following + 64 * b"\x55"  # for this restart interval or, if it is complete, for the next
     return np.array_equal(_decode(_open_jpeg(scans + more + _END)), pixels)
 
 
 def _decode(image: JpegImageFile | PngImageFile) -> NDArray[np.uint8]:
     try:
         image.load()
-    except Exception as error:  # a decoder at work on a stranger's bytes raises a dozen types
+    except Exception as error:  # on damaged bytes decoders raise a dozen types
         raise _damaged(f"the {image.format} cannot be decoded ({error})") from error
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _jpeg_quality(image: JpegImageFile) -> JpegQuality | None:
-    """From the tables that Pillow has read already; None for a lossless JPEG, which has none."""
+    """The quality from the tables that Pillow has read; None for a lossless JPEG, which has no tables."""
     tables = [image.quantization.get(component[3]) for component in image.layer]
     if not tables or tables[0] is None:
         return None
-    # the second and the third component share a table; where all three do, there is no chroma table to compare
+    # The second and third component share a table. If all three do, there is no chroma table to compare
     chroma = tables[1] if len(tables) > 1 and tables[1] is not tables[0] else None
     return quality_of_tables(tables[0], chroma)
 
 
 def _open_png(data: bytes) -> PngImageFile:
-    """Check every chunk, and give Pillow those that make pixels: no texts, profiles or animation to unpack."""
+    """Check every chunk, and pass only those with pixels to Pillow, which then unpacks no texts, profiles or animations."""
     kept, place = [_PNG], len(_PNG)
     for _ in range(_MOST_SEGMENTS):
         length, kind = struct.unpack(">I4s", data[place : place + 8].ljust(8, b"\0"))
@@ -197,7 +196,7 @@ def _open_png(data: bytes) -> PngImageFile:
         if len(data) < place:
             raise _damaged("the PNG ends before its last pixel")
         if zlib.crc32(chunk[4:-4]).to_bytes(4) != chunk[-4:]:
-            raise _damaged("the PNG is damaged: a part of it does not have the checksum that it says")
+            raise _damaged("the PNG is damaged: a chunk does not match its checksum")
         if kind == b"IHDR" and length == 13 and chunk[16] == 16:
             raise _unusable("the PNG has 16 bits per channel, expected up to 8: convert it")
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
@@ -205,7 +204,7 @@ def _open_png(data: bytes) -> PngImageFile:
         if kind == b"IEND":
             break
     else:
-        raise _unusable(f"the PNG has more than {_MOST_SEGMENTS} parts: save it again")
+        raise _unusable(f"the PNG has more than {_MOST_SEGMENTS} chunks: save it again")
     try:
         return PngImageFile(io.BytesIO(b"".join(kept)))
     except Exception as error:
@@ -213,13 +212,13 @@ def _open_png(data: bytes) -> PngImageFile:
 
 
 def _read_npy(data: bytes, limits: Limits) -> NDArray[np.uint8]:
-    """The array as a view of the bytes, once its header fits them."""
+    """The array as a view of the bytes, after its header is checked against them."""
     file = io.BytesIO(data)
     try:
         version = npy.read_magic(file)
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, by_columns, dtype = read_header(file)
-    except Exception as error:  # of Python's own parser
+    except Exception as error:  # Python's parser of literals raises several types
         raise _damaged("the header of the .npy array cannot be read: write it with numpy.save") from error
     if dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
         found = f"the array is {dtype} of shape {shape}"
@@ -243,7 +242,7 @@ def _check_size(height: int, width: int, limits: Limits) -> None:
 def _unknown(data: bytes, content_type: str | None) -> BadFrameError:
     named = (content_type or "").partition(";")[0].strip().lower()
     if named in _TYPES:
-        return _damaged(f"the body begins with {data[:8].hex(' ')}, which no {named} does: {_SEND}")
+        return _damaged(f"the body begins with {data[:8].hex(' ')}, so it is not {named}: {_SEND}")
     found = f"the body is neither {_TYPES[0]} nor {_TYPES[1]} nor {_TYPES[2]}"
     return BadFrameError(f"{found}: {_SEND}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 

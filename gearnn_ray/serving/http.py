@@ -1,25 +1,25 @@
-"""HTTP in and out: one request makes one response, with a `Backend` behind it that knows the networks.
+"""HTTP: one request makes one response. The networks are behind a `Backend`.
 
-    GET /          the page: see what a distortion does to the original and to the adapted network
-    GET /health    JSON: ok or degraded, and why; which bundles with which levels
-    POST /predict  one frame (JPEG, PNG, or raw as application/x-npy) -> its class map as a palette PNG, or logits
+    GET /          the page: compares the original and the adapted network on an image that the user distorts
+    GET /health    JSON: ok or degraded, the reason, and the bundles with their levels
+    POST /predict  one frame (JPEG, PNG, or application/x-npy) -> the task's answer, for segmentation a palette PNG of class ids
 
-What a request of /predict may say, all of it optional:
+Headers of a request to /predict, all optional:
 
-    accept                       image/png (default) or application/x-npy: logits, float32 [K, H, W]
-    x-gearnn-level               the level to use instead of the one read off the frame, "clean" for the original network
-    x-gearnn-stream              the camera or stream, whose brightness is smoothed from frame to frame
-    serve_multiplexed_model_id   the bundle, "name:tag"; Ray Serve looks at this header too
+    accept                       image/png (default), or application/x-npy: the raw outputs, for segmentation logits [K, H, W]
+    x-gearnn-level               the level to use instead of the estimated one; "clean" is the original network
+    x-gearnn-stream              name of the camera or stream; its brightness is smoothed over frames
+    serve_multiplexed_model_id   the bundle, "name:tag"; Ray Serve reads this header too
 
-and what its answer says:
+Headers of the response:
 
-    x-gearnn-level      the level used; of a mixture its two levels with their shares: "jpeg-30*0.60, jpeg-40*0.40"
-    x-gearnn-found      what was read off the frame, e.g. "jpeg-34"
-    x-gearnn-distance   how far that is from the level used, 0 for exactly there
+    x-gearnn-level      the level used; for a mixture, two levels with their shares: "jpeg-30*0.60, jpeg-40*0.40"
+    x-gearnn-found      the estimated properties of the frame, such as "jpeg-34"
+    x-gearnn-distance   distance between these and the level used; 0: equal
     x-gearnn-release    "name@sha256:…"
     server-timing       decode, queue, network and encode in milliseconds
 
-What is wrong with a request is said in one sentence as application/problem+json. Knows no Ray and no networks.
+Errors are application/problem+json with one sentence. Knows nothing about Ray or networks.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ from gearnn_ray.levels.level import parse_level
 from gearnn_ray.serving.frames import BadFrameError, Frame, Limits, read_frame
 from gearnn_ray.serving.level_estimation import LevelEstimate
 
-__all__ = ["Backend", "Prediction", "UnknownBundleError", "answer", "error"]
+__all__ = ["Backend", "BundleHealth", "Health", "Prediction", "UnknownBundleError", "answer", "error"]
 
 PNG, NPY = "image/png", "application/x-npy"
 _BUNDLE = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")  # Ray Serve reads both spellings
@@ -58,45 +58,65 @@ _LOG = logging.getLogger(__name__)
 
 
 class UnknownBundleError(UserError):
-    """A request names a bundle that is not served here."""
+    """A request names a bundle that is not served."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network made of one frame. One of `classes` and `logits` is there, as it was asked for."""
+    """A network's result for one frame, at the level used, by the release name@sha256:<hex>.
 
-    classes: NDArray[np.uint8] | None  # class ids [H, W]
-    logits: NDArray[np.float32] | None  # [K, H, W]
-    estimate: LevelEstimate  # the level used
-    release: str  # "name@sha256:<hex>"
-    seconds: Mapping[str, float]  # parts of the time: "queue", "network"
+    content: `Task.answer`, for segmentation class ids uint8 [H, W]; or the raw outputs, if the request asked for them.
+    seconds: time in the "queue" and in the "network".
+    """
+
+    content: NDArray[Any]
+    estimate: LevelEstimate
+    release: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class BundleHealth:
+    """The state of one bundle: its release (None while none could be loaded), and what went wrong at the last look-up."""
+
+    digest: str | None = None
+    levels: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """The state of a replica: degraded if any bundle has a problem. `bundles` is by reference, "name:tag" or "name@sha256:…"."""
+
+    status: Literal["ok", "degraded"]
+    device: str
+    bundles: Mapping[str, BundleHealth]
 
 
 class Backend(Protocol):
-    """What stands behind the requests: the networks of one or more bundles."""
+    """Answers requests with the networks of one or more bundles."""
 
-    async def predict(
-        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, logits: bool
-    ) -> Prediction:
-        """Class map or logits of one frame. `level` None: the one read off the frame; `bundle` None: the default.
+    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
+        """The task's answer for one frame, or with `raw` the outputs. `level` None: estimated; `bundle` None: the default.
 
-        Raises `UnknownBundleError` for a bundle and `UserError` for a level that is not served.
+        Raises `UnknownBundleError` for a bundle, and `UserError` for a level, that is not served.
         """
         ...
 
-    def health(self) -> Mapping[str, Any]:
-        """{"status": "ok" | "degraded", "bundles": {ref: {"digest", "levels", "class_names", "problem", …}}, …}."""
+    def health(self) -> Health:
+        """The state of this replica."""
         ...
 
 
 async def answer(request: Request, backend: Backend, limits: Limits) -> Response:
-    """The response to one request; whatever goes wrong is a response too."""
+    """The response to one request. Every failure becomes a response, too."""
     path, method = request.scope["path"], request.method
     if path not in _ROUTES:
-        return error(404, f"There is nothing at {path[:100]}: see /, /health and /predict.")
+        return error(404, f"The path {path[:100]} does not exist: use /, /health or /predict.")
     allowed, handle = _ROUTES[path]
     if method not in allowed:
-        wrong = error(405, f"{path} was asked with {method}, expected {' or '.join(allowed)}.")
+        wrong = error(405, f"{path} does not take {method}: use {' or '.join(allowed)}.")
         wrong.headers["allow"] = ", ".join(allowed)
         return wrong
     try:
@@ -105,19 +125,19 @@ async def answer(request: Request, backend: Backend, limits: Limits) -> Response
         return error(refused.status, str(refused))
     except UnknownBundleError as unknown:
         return error(404, str(unknown))
-    except CorruptStoreError as corrupt:  # no fault of the request
+    except CorruptStoreError as corrupt:  # not a fault of the request
         return error(503, str(corrupt))
     except UserError as wrong_level:
         return error(422, str(wrong_level))
     except ClientDisconnect:
-        return error(400, "The connection ended before the whole frame had come.")  # for the log: nobody reads it
+        return error(400, "The connection ended before the whole frame was received.")  # only the log shows this
     except Exception:
         _LOG.exception("%s %s failed", method, path)
-        return error(500, "The server failed on this request, its log says why: try again.")
+        return error(500, "The server failed on this request: try again, and see the server's log for the reason.")
 
 
 def error(status: int, sentence: str) -> Response:
-    """A problem in one sentence (RFC 9457): application/problem+json {"status", "detail"}."""
+    """An error in one sentence (RFC 9457): application/problem+json {"status", "detail"}."""
     return JSONResponse({"status": status, "detail": sentence}, status, media_type="application/problem+json")
 
 
@@ -134,11 +154,11 @@ async def _page(request: Request, backend: Backend, limits: Limits) -> Response:
 
 
 async def _health(request: Request, backend: Backend, limits: Limits) -> Response:
-    return JSONResponse(dict(backend.health()), headers={"cache-control": "no-store"})
+    return JSONResponse(asdict(backend.health()), headers={"cache-control": "no-store"})
 
 
 async def _predict(request: Request, backend: Backend, limits: Limits) -> Response:
-    wanted = _wanted(", ".join(request.headers.getlist("accept")))
+    media_type = _media_type(", ".join(request.headers.getlist("accept")))
     level = request.headers.get("x-gearnn-level")
     if level is not None:
         parse_level(level)
@@ -148,21 +168,21 @@ async def _predict(request: Request, backend: Backend, limits: Limits) -> Respon
     start = time.perf_counter()
     frame = await asyncio.to_thread(read_frame, body, request.headers.get("content-type"), limits)
     decoded = time.perf_counter()
-    made = await backend.predict(frame, level, stream, bundle, wanted == NPY)
+    prediction = await backend.predict(frame, level, stream, bundle, media_type == NPY)
     encoding = time.perf_counter()
-    content = await asyncio.to_thread(_encode, made)
-    seconds = {"decode": decoded - start, **made.seconds, "encode": time.perf_counter() - encoding}
+    content = await asyncio.to_thread(_ENCODERS[media_type], prediction.content)
+    seconds = {"decode": decoded - start, **prediction.seconds, "encode": time.perf_counter() - encoding}
 
     headers = {
-        "x-gearnn-level": _spell(made.estimate),
-        "x-gearnn-found": made.estimate.found,
-        "x-gearnn-distance": f"{made.estimate.distance:.4g}",
-        "x-gearnn-release": made.release,
+        "x-gearnn-level": _spell(prediction.estimate),
+        "x-gearnn-found": prediction.estimate.found,
+        "x-gearnn-distance": f"{prediction.estimate.distance:.4g}",
+        "x-gearnn-release": prediction.release,
         "server-timing": ", ".join(f"{part};dur={1000 * value:.2f}" for part, value in seconds.items()),
         "cache-control": "no-store",
         "vary": "accept",
     }
-    return Response(content, media_type=wanted, headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
 
 
 _Handler = Callable[[Request, Backend, Limits], Awaitable[Response]]
@@ -173,8 +193,8 @@ _ROUTES: dict[str, tuple[tuple[str, ...], _Handler]] = {
 }
 
 
-def _wanted(accept: str) -> str:
-    """The media type of the answer: of the two the one preferred by the accept header, PNG where both are alike."""
+def _media_type(accept: str) -> str:
+    """The media type that the accept header prefers; PNG if it likes both equally."""
     ranges: dict[str, float] = {}
     for item in filter(None, map(str.strip, accept.split(","))):
         kind, *parameters = (part.strip().lower() for part in item.split(";"))
@@ -189,29 +209,27 @@ def _wanted(accept: str) -> str:
 
     best = max((PNG, NPY), key=preference)
     if preference(best) == 0:
-        raise _RefusedError(406, f"The answer is asked for as {accept[:100]}: expected {PNG} or {NPY}.")
+        raise _RefusedError(406, f"The accept header is {accept[:100]}: expected {PNG} or {NPY}.")
     return best
 
 
 def _id(request: Request, *headers: str) -> str | None:
-    """What the first of these headers says, None where there is none of them."""
+    """The value of the first of these headers that the request has; None if it has none of them."""
     for header in headers:
         if (value := request.headers.get(header)) is not None:
             if not _ID.fullmatch(value):
                 raise _RefusedError(
-                    400, f"{header} is not 1 to 128 characters of A-Z, a-z, 0-9 and . _ : @ + -: rename it."
+                    400, f"{header} has other than 1 to 128 characters of A-Z, a-z, 0-9 and . _ : @ + -: rename it."
                 )
             return value
     return None
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The request's body; one of more than `most` bytes is refused before, or while, it comes."""
+    """The body of the request. A body of more than `most` bytes is refused before or while it is received."""
     length = request.headers.get("content-length")
     if length is None and "transfer-encoding" not in request.headers:
-        raise _RefusedError(
-            411, "There is no frame in this request: send its bytes as the body, with a content-length."
-        )
+        raise _RefusedError(411, "The request has no content-length: send the bytes of a frame as its body.")
     too_large = _RefusedError(413, f"The body is larger than the {most:,} bytes allowed here: send a smaller frame.")
     if length is not None and int(length) > most:
         raise too_large
@@ -224,16 +242,21 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(chunks)
 
 
-def _encode(made: Prediction) -> bytes:
+def _png(classes_HW: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
-    if made.logits is not None:
-        np.save(file, np.asarray(made.logits, np.float32))
-    else:
-        assert made.classes is not None
-        image = Image.fromarray(made.classes)
-        image.putpalette(_PALETTE)  # mode P: a pixel's value is its class id, whatever colour shows it
-        image.save(file, "PNG", compress_level=1)
+    image = Image.fromarray(classes_HW)
+    image.putpalette(_PALETTE)  # mode P: the value of a pixel is its class id, the palette only colours it
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _npy(outputs: NDArray[np.float32]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.asarray(outputs, np.float32))
+    return file.getvalue()
+
+
+_ENCODERS: dict[str, Callable[[NDArray[Any]], bytes]] = {PNG: _png, NPY: _npy}
 
 
 def _spell(estimate: LevelEstimate) -> str:
@@ -243,7 +266,7 @@ def _spell(estimate: LevelEstimate) -> str:
 
 
 def _palette() -> bytes:
-    """256 RGB colours: Cityscapes' nineteen, then always the one farthest from all before it."""
+    """256 RGB colours: the 19 of Cityscapes, then in turn the colour farthest from all before it."""
     chosen = np.array(
         [
             *[(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)],

@@ -1,20 +1,17 @@
-"""From what can be read off a frame to the level whose network should answer it.
+"""Finds the level whose network should process a frame, from the evidence that `gearnn_ray.serving.frames` reads.
 
-Levels are points on up to four axes: brightness, frame size, H.264 rate factor, JPEG quality. A frame is a point
-there too, and the nearest level wins. Every axis has a unit, so that axes can be added up:
+Levels and frames are points on the four axes of `gearnn_ray.levels.axes`, which also defines the unit of distance on
+each axis. A frame is assigned the level with the smallest sum of distances. A frame's coordinates are:
 
-    brightness   ln of (mean luma / the undistorted mean luma)   one spread of it over the training images
-    size         ln of (pixels / the training set's pixels)      0.05, that is 5% of the pixels
-    H.264        constant rate factor, or mean QP                1 QP; undistorted stands at 0
-    JPEG         quality, 1 to 100                               5 steps; undistorted stands at 101
+    brightness   ln(mean luma / mean luma of undistorted frames)
+    frame size   ln(pixels / pixels of the training images)
+    H.264        constant rate factor of the encoder, or else the mean macroblock QP
+    JPEG         quality, or 101 if the frame was not a JPEG
 
-Undistorted stands at 0, 0, 0 and 101. A frame that was no JPEG stands at 101 as well, so a file of quality 100 is
-nearer to jpeg-100 than a lossless one is. An axis counts only if some level differs from undistorted on it. One that
-cannot be read (H.264 without a bitstream, brightness or size without a reference) adds nothing to any distance, but
-between levels otherwise equally near the one wins that claims the least distortion there. Where two levels are
-exactly as near, the more distorted one wins.
-
-Knows nothing about networks, files or servers: `gearnn_ray.serving.frames` makes the evidence.
+An axis counts only if some level differs from undistorted images on it. An axis that cannot be read (H.264 without a
+bitstream, brightness or size without a reference) adds nothing to a distance. Between levels that are otherwise
+equally near, the level that is least distorted on such an axis wins. Between levels at exactly the same distance,
+the most distorted one wins.
 """
 
 import bisect
@@ -23,100 +20,93 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.levels.level import CLEAN, Brightness, Combination, H264Crf, H264Size, Jpeg, parse_level
+from gearnn_ray.levels.axes import AXES, AXIS_TITLES, LOSSLESS, UNDISTORTED, Properties, coordinates, properties_of, units
+from gearnn_ray.levels.level import CLEAN, SIZE_CRF, parse_level
 
 if TYPE_CHECKING:
     from gearnn_ray.serving.frames import Evidence
+    from gearnn_ray.store.manifest import Manifest
 
 __all__ = ["LevelEstimate", "LevelEstimator", "Reference"]
 
-_BRIGHTNESS, _SIZE, _H264, _JPEG = range(4)
-_AXES = ("brightness", "frame size", "H.264 rate factor", "JPEG quality")
+_BRIGHTNESS, _SIZE, _H264, _JPEG = range(len(AXES))
 
-_SPREAD = 0.25  # of ln(mean luma) over images, where a release does not say: street scenes by day
-_LEAST_SPREAD = 0.05  # images of one fixed scene would make brightness outweigh every other axis
-_SIZE_UNIT = 0.05
-_JPEG_UNIT = 5.0
-_JPEG_NONE = 101.0
-_TABLES_UNIT = 0.2  # five steps of quality change libjpeg's tables by this much: mean |ln| over 10 to 90
-_QP_SHIFT = (
-    4.5  # of libx264's mean slice QP above its CRF: 4.48 from CRF 15 to 36 on street scenes, if a release does not say
-)
-_SIZE_CRF = 18.0  # what `h264-WxH` levels are encoded at
-_LEAST_LUMA = 0.5  # ln of a black frame's luma must be finite
-_UNREAD = 0.01  # weight of an axis that was not read: decides between levels otherwise (about) equally near
-_STREAMS = 4096
+_TABLES_UNIT = 0.2  # mean |ln| between libjpeg's tables five steps of quality apart, from quality 10 to 90
+_QP_OFFSET = 5.0  # of libx264's mean macroblock QP from its CRF, where a release does not record QPs: 5.2 ± 0.7 on CamVid
+_LEAST_LUMA = 0.5  # keeps the logarithm of a black frame's luma finite
+_UNREAD = 0.01  # weight of an axis that was not read: it decides only between levels that are otherwise equally near
+_STREAMS = 4096  # streams whose brightness is remembered; the least recently used one is dropped
 _MEMORY = 8  # frames: time constant of a stream's mean brightness
-_JUMP = 3.0  # spreads: brightness so far off is no noise of the scene...
-_LASTING = 3  # ... but believed only in this many frames in a row
+_JUMP = 3.0  # units: a larger change of brightness is not explained by the content of the scene...
+_LASTING = 3  # ... and is accepted once this many frames in a row show it
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The undistorted training images, and what each level made of them: as far as a release's manifest says."""
+    """Statistics of the training images that a release was made with, without distortion and at each level.
+
+    luma: mean Rec. 601 luma, above 0 to 255. luma_spread: standard deviation of ln(mean luma) over images; 0 where it is unknown.
+    level_luma, level_qp: mean luma of the images, and mean macroblock QP of the H.264 pictures, of each level.
+    """
 
     height: int
     width: int
     luma: float
-    """Mean Rec. 601 luma, above 0 to 255."""
     luma_spread: float
-    """Standard deviation of ln(mean luma) over images; 0 where unknown."""
     level_luma: Mapping[str, float] = field(default_factory=dict)
-    """Mean luma of a level's images."""
     level_qp: Mapping[str, float] = field(default_factory=dict)
-    """Mean slice QP of a level's H.264 pictures."""
 
     @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any]) -> "Reference | None":
-        """What a release says of its training images; None where it is older and says nothing."""
-        said = manifest.get("data", {}).get("reference")
-        if said is None:
+    def of_manifest(cls, manifest: "Manifest") -> "Reference | None":
+        """The training images of a release, or None if its manifest does not describe them."""
+        if manifest.data is None or (given := manifest.data.reference) is None:
             return None
-        levels = manifest.get("levels", {}).items()
+        levels = manifest.levels.items()
         return cls(
-            height=int(said["height"]),
-            width=int(said["width"]),
-            luma=float(said["luma"]),
-            luma_spread=float(said.get("luma_spread") or 0.0),
-            level_luma={name: float(entry["luma"]) for name, entry in levels if entry.get("luma") is not None},
-            level_qp={name: float(entry["qp"]) for name, entry in levels if entry.get("qp") is not None},
+            height=given.height,
+            width=given.width,
+            luma=given.luma,
+            luma_spread=given.luma_spread or 0.0,
+            level_luma={name: entry.luma for name, entry in levels if entry.luma is not None},
+            level_qp={name: entry.qp for name, entry in levels if entry.qp is not None},
         )
 
 
 @dataclass(frozen=True)
 class LevelEstimate:
-    """The level to use for a frame, and how well it fits."""
+    """The level to use for a frame, and how well it fits.
+
+    level: of the release, or "clean": the base, which every release has. neighbour: with interpolation, the level on the other
+    side of the frame's coordinate. weight: share of `neighbour` in the mixture, 0 <= weight < 1. distance: sum over axes of the
+    distance between the frame and `level`, in the units of `gearnn_ray.levels.axes`; quantisation tables that libjpeg does not
+    write add their own, a mean |ln| of 0.2 as one unit. found: the frame's own properties, spelled as a level ("jpeg-34",
+    "brightness-0.55+jpeg-30", "clean"), on the axes that count, in the order brightness, size, rate factor, JPEG. A size may have
+    odd sides.
+    """
 
     level: str
-    """A level of the release, or "clean": the base, always there."""
     neighbour: str | None = None
-    """Interpolating: the level on the other side of what was read."""
     weight: float = 0.0
-    """Share of `neighbour` in the mixture, 0 <= weight < 1."""
     distance: float = 0.0
-    """Sum over axes of how far `level` is from what was read, in the units of the module's table; 0: exactly there.
-
-    JPEG tables that libjpeg does not write add their own distance, 0.2 of it (about five steps of quality) as one unit.
-    """
     found: str = CLEAN.name
-    """What was read on the axes that count, spelled as a level: "jpeg-34", "brightness-0.55+jpeg-30", "clean".
-
-    Parts stand in the order brightness, size, rate factor, JPEG. A frame size is named as it is, odd sides too.
-    """
 
 
 class LevelEstimator:
-    """Finds the level of frames. Safe to share between threads.
+    """Estimates the level of frames. Threads may share one estimator.
 
-    `levels` are a release's; "clean" need not be among them. `untrained` says what answers a frame between two
-    levels: the "nearest" of them, or a mixture of both ("interpolate"). `cameras` gives a stream's own mean luma
-    of undistorted frames, in place of the training set's. Raises `UserError` for names that are no levels.
+    Args:
+        levels: names of the release's levels; "clean" may be left out.
+        reference: statistics of the training images; None if the release has none.
+        untrained: the answer for a frame between two levels: the "nearest" one, or a mixture of both ("interpolate").
+        cameras: mean luma of a stream's undistorted frames, by stream; other streams use the training images'.
+
+    Raises `UserError` for an invalid level name, luma or value of `untrained`.
     """
 
     def __init__(
@@ -127,49 +117,52 @@ class LevelEstimator:
         cameras: Mapping[str, float] | None = None,
     ) -> None:
         if untrained not in ("nearest", "interpolate"):
-            raise UserError(f"untrained levels are {untrained!r}, expected 'nearest' or 'interpolate': write one.")
+            raise UserError(f"untrained is {untrained!r}: expected 'nearest' or 'interpolate'.")
         self._interpolates = untrained == "interpolate"
         self._reference = reference
+        self._pixels = reference.height * reference.width if reference else None
         self._luma = max(reference.luma, _LEAST_LUMA) if reference else None
         self._cameras = dict(cameras or {})
         for camera, luma in self._cameras.items():
             if not 0 < luma <= 255:
-                raise UserError(f"camera {camera!r} has a mean luma of {luma}, expected above 0 to 255: measure it.")
-        spread = (reference.luma_spread if reference else 0.0) or _SPREAD
-        self._luma_unit = max(spread, _LEAST_SPREAD)
+                raise UserError(f"camera {camera!r} has a mean luma of {luma}: expected above 0 and at most 255.")
+        self._units = units(reference.luma_spread if reference else 0.0)
 
-        traits = {name: _traits(name) for name in (CLEAN.name, *levels)}
-        counts = [len({trait[axis] for trait in traits.values()}) > 1 for axis in range(4)]
+        properties = {name: properties_of(parse_level(name)) for name in (CLEAN.name, *levels)}
+        counts = [len({values[axis] for values in properties.values()}) > 1 for axis in range(len(AXES))]
         counts[_SIZE] = counts[_SIZE] and reference is not None
         self._counts = tuple(counts)
-        traits = {name: self._with_crf(trait) for name, trait in traits.items()}
-        qps = reference.level_qp if reference else {}
-        shifts = [qps[name] - trait.crf for name, trait in traits.items() if trait.crf is not None and name in qps]
-        self._qp_shift = math.fsum(shifts) / len(shifts) if shifts else _QP_SHIFT
-        points = {name: self._point(name, trait) for name, trait in traits.items()}
+        self._axes = [axis for axis in range(len(AXES)) if counts[axis]]
+        properties = {name: self._with_crf(values) for name, values in properties.items()}
+        points = {name: self._point(name, values) for name, values in properties.items()}
         origin = np.array(points[CLEAN.name])
-        # the most distorted first: argmin takes the first of those equally near
-        self._names = sorted(points, key=lambda name: -np.abs(points[name] - origin).sum())
-        ordered = [traits[name] for name in self._names]
-        self._by_crf = np.array([points[name] for name in self._names])
-        self._by_qp = self._by_crf.copy()
-        for row, (name, trait) in enumerate(zip(self._names, ordered, strict=True)):
-            if trait.crf is not None:
-                self._by_qp[row, _H264] = qps.get(name, trait.crf + self._qp_shift)
-        self._by_crf_rows, self._by_qp_rows = self._by_crf.tolist(), self._by_qp.tolist()
-        self._axes = [axis for axis in range(4) if self._counts[axis]]
         self._origin = tuple(origin.tolist())
-
-        self._beside = [
+        # The most distorted level comes first, because the search takes the first of several equally near levels
+        self._names = sorted(points, key=lambda name: -np.abs(points[name] - origin).sum())
+        ordered = [properties[name] for name in self._names]
+        self._only_on = [
             [[other for other, theirs in enumerate(ordered) if mine.differs_only_on(axis, theirs)] for axis in range(4)]
             for mine in ordered
         ]
 
-        # the same brightness as a coordinate and as ln of the factor: bright pixels saturate, so they are not alike
-        shortest_last = sorted(traits, key=len, reverse=True)  # a level of brightness alone says it best
-        factors = {math.log(traits[name].factor): points[name][_BRIGHTNESS] for name in shortest_last}
+        # Frames with a known rate factor are compared with levels by rate factor, the others by QP
+        qps = reference.level_qp if reference else {}
+        crfs = {name: values.crf for name, values in properties.items() if values.crf is not None}
+        offsets = [qps[name] - crf for name, crf in crfs.items() if name in qps]
+        self._qp_offset = math.fsum(offsets) / len(offsets) if offsets else _QP_OFFSET
+        self._by_crf = np.array([points[name] for name in self._names])
+        self._by_qp = self._by_crf.copy()
+        for row, name in enumerate(self._names):
+            if name in crfs:
+                self._by_qp[row, _H264] = qps.get(name, crfs[name] + self._qp_offset)
+        self._by_crf_rows, self._by_qp_rows = self._by_crf.tolist(), self._by_qp.tolist()
+
+        # ln(factor) and the measured coordinate differ because bright pixels saturate: these knots convert between
+        # them. Where several levels have the same factor, the one with the shortest name, brightness alone, counts
+        shortest_last = sorted(properties, key=len, reverse=True)
+        factors = {math.log(properties[name].factor): points[name][_BRIGHTNESS] for name in shortest_last}
         self._knots = knots, _ = sorted(factors.values()), sorted(factors)
-        # brightness is named where a level other than undistorted is nearer, or where the scene hardly explains it
+        # Brightness is named where a level other than undistorted is nearer, or where the scene hardly explains it
         self._dim = max([-1.0, *(knot / 2 for knot in knots if knot < 0)])
         self._bright = min([1.0, *(knot / 2 for knot in knots if knot > 0)])
 
@@ -177,99 +170,91 @@ class LevelEstimator:
         self._lock = threading.Lock()
 
     def estimate(self, evidence: "Evidence", stream: str | None = None) -> LevelEstimate:
-        """The level of one frame.
+        """Estimate the level of one frame.
 
-        `stream` names whose brightness is smoothed over its frames; None takes this frame alone.
+        Brightness is smoothed over the frames of `stream`. If it is None, only this frame's brightness counts.
         """
-        read = self._read(evidence, stream)
-        level, neighbour, weight, distance = self._nearest(read, evidence.crf is None and evidence.qp is not None)
+        point = self._read(evidence, stream)
+        by_qp = evidence.crf is None and evidence.qp is not None
+        level, neighbour, weight, distance = self._nearest(point, by_qp)
         if self._counts[_JPEG] and evidence.jpeg is not None:
             distance += evidence.jpeg.distance / _TABLES_UNIT
-        return LevelEstimate(level, neighbour, weight, distance, self._found(evidence, read))
+        return LevelEstimate(level, neighbour, weight, distance, self._spell(evidence, point))
 
     def match(self, level: str) -> LevelEstimate:
-        """What stands in for a level by name: itself where the release has it.
+        """Find the release's level for the name of any level: the level itself if the release has it.
 
-        Raises `UserError` where this is no level, or distorts in a way that none of the release's does.
+        Raises `UserError` if the name is invalid, or if the level has a kind of distortion that no level of the
+        release has.
         """
         if level in self._names:
             return LevelEstimate(level, found=level)
-        traits = self._with_crf(_traits(level))
+        properties = self._with_crf(properties_of(parse_level(level)))
         for axis, counts in enumerate(self._counts):
-            if not counts and traits[axis] != _UNDISTORTED[axis]:
+            if not counts and properties[axis] != UNDISTORTED[axis]:
                 raise UserError(
-                    f"level {level!r} is not in the release, and nothing says which is nearest in {_AXES[axis]}: "
-                    f"use one of {', '.join(sorted(self._names))}."
+                    f"level {level!r} is not in the release, whose levels do not show which is nearest in "
+                    f"{AXIS_TITLES[AXES[axis]]}: use one of {', '.join(sorted(self._names))}."
                 )
-        point = list(self._point(level, traits))
-        logarithms, coordinates = self._knots[::-1]
-        point[_BRIGHTNESS] = _along(math.log(traits.factor), logarithms, coordinates, 1 / self._luma_unit)
+        point = list(self._point(level, properties))
+        logarithms, brightnesses = self._knots[::-1]
+        slope = 1 / self._units[_BRIGHTNESS]
+        point[_BRIGHTNESS] = _along(math.log(properties.factor), logarithms, brightnesses, slope)
         return LevelEstimate(*self._nearest(point, by_qp=False), found=level)
 
     @property
     def sees_jpeg(self) -> bool:
-        """Whether `Evidence.jpeg` makes a difference."""
+        """Whether `Evidence.jpeg` can change an estimate."""
         return self._counts[_JPEG]
 
     def _nearest(self, read: Sequence[float | None], by_qp: bool) -> tuple[str, str | None, float, float]:
-        """The level nearest to what was read, its neighbour, the neighbour's share, and the level's distance."""
+        """The level nearest to a point, its neighbour, the neighbour's share, and the level's distance."""
         levels = self._by_qp if by_qp else self._by_crf
         point = [origin if value is None else value for value, origin in zip(read, self._origin, strict=True)]
-        # plain floats: a third of what NumPy costs on so few numbers, in caches that a decoder has just emptied
+        # Python floats take a third of NumPy's time for so few numbers
         axes = [(axis, point[axis], _UNREAD if read[axis] is None else 1.0) for axis in self._axes]
         row, nearest = 0, math.inf
-        for other, place in enumerate(self._by_qp_rows if by_qp else self._by_crf_rows):
-            away = 0.0
+        for other, coordinates_of_level in enumerate(self._by_qp_rows if by_qp else self._by_crf_rows):
+            distance = 0.0
             for axis, value, weight in axes:
-                away += weight * abs(value - place[axis])
-            if away < nearest - 1e-6:
-                row, nearest = other, away
-        deviations = [
-            0.0 if value is None else value - place for value, place in zip(read, levels[row].tolist(), strict=True)
-        ]
+                distance += weight * abs(value - coordinates_of_level[axis])
+            if distance < nearest - 1e-6:
+                row, nearest = other, distance
+        deviations = [0.0 if value is None else value - own for value, own in zip(read, levels[row].tolist(), strict=True)]
         neighbour, weight = self._neighbour(levels, row, deviations) if self._interpolates else (None, 0.0)
         return self._names[row], neighbour, weight, round(sum(map(abs, deviations)), 6)
 
-    def _with_crf(self, traits: "_Traits") -> "_Traits":
-        """The rate factor that sizes are encoded at is a difference only beside levels with others."""
-        sized = self._counts[_H264] and traits.size and traits.crf is None
-        return traits._replace(crf=_SIZE_CRF) if sized else traits
+    def _with_crf(self, properties: Properties) -> Properties:
+        """Add the fixed rate factor of `h264-WxH` levels, if the release also has levels of other rate factors."""
+        fixed = self._counts[_H264] and properties.size and properties.crf is None
+        return properties._replace(crf=float(SIZE_CRF)) if fixed else properties
 
-    def _point(self, name: str, trait: "_Traits") -> tuple[float, float, float, float]:
-        """Where a level stands on the axes, in their units."""
+    def _point(self, name: str, properties: Properties) -> tuple[float, ...]:
+        """The coordinates of a level in units of distance, its brightness as measured on the training images."""
+        brightness, *others = coordinates(properties, self._pixels)
         reference = self._reference
-        brightness = math.log(trait.factor)
-        if self._luma and reference and trait.factor != 1 and name in reference.level_luma:
+        if self._luma and reference and properties.factor != 1 and name in reference.level_luma:
             brightness = math.log(max(reference.level_luma[name], _LEAST_LUMA) / self._luma)
-        size = (
-            math.log(math.prod(trait.size) / (reference.height * reference.width)) if trait.size and reference else 0.0
-        )
-        return brightness / self._luma_unit, size / _SIZE_UNIT, trait.crf or 0.0, trait.quality / _JPEG_UNIT
+        return tuple(value / unit for value, unit in zip((brightness, *others), self._units, strict=True))
 
     def _read(self, evidence: "Evidence", stream: str | None) -> tuple[float | None, ...]:
-        """Where a frame stands on the axes, in their units; None where it cannot be read or does not count."""
+        """The coordinates of a frame in units of distance; None for an axis that does not count or cannot be read."""
         brightness = size = h264 = jpeg = None
-        reference = self._reference
         if self._counts[_BRIGHTNESS]:
             undistorted = self._cameras.get(stream or "", self._luma)
             if undistorted is not None:
-                brightness = math.log(max(evidence.luma, _LEAST_LUMA) / undistorted) / self._luma_unit
+                brightness = math.log(max(evidence.luma, _LEAST_LUMA) / undistorted) / self._units[_BRIGHTNESS]
                 brightness = brightness if stream is None else self._smooth(stream, brightness)
-        if reference and self._counts[_SIZE]:
-            size = math.log(evidence.height * evidence.width / (reference.height * reference.width)) / _SIZE_UNIT
+        if self._pixels and self._counts[_SIZE]:
+            size = math.log(evidence.height * evidence.width / self._pixels) / self._units[_SIZE]
         if self._counts[_H264]:
             h264 = evidence.qp if evidence.crf is None else evidence.crf
         if self._counts[_JPEG]:
-            jpeg = (evidence.jpeg.quality if evidence.jpeg else _JPEG_NONE) / _JPEG_UNIT
+            jpeg = (evidence.jpeg.quality if evidence.jpeg else LOSSLESS) / self._units[_JPEG]
         return brightness, size, h264, jpeg
 
     def _smooth(self, stream: str, brightness: float) -> float:
-        """The stream's mean brightness after this frame.
-
-        Light fades over many frames and a scene's own content flickers, so a running mean over `_MEMORY` frames
-        keeps the level from changing to and fro. A lamp that is switched on must not take that long: a jump
-        starts the mean anew, but only once it lasts, or a single flash or black frame would throw the level off twice.
-        """
+        """Return the stream's mean brightness after this frame."""
         with self._lock:
             state = self._streams.setdefault(stream, _Stream(brightness))
             self._streams.move_to_end(stream)
@@ -278,92 +263,63 @@ class LevelEstimator:
             state.add(brightness)
             return state.mean
 
-    def _neighbour(
-        self, levels: NDArray[np.float64], row: int, deviations: Sequence[float]
-    ) -> tuple[str | None, float]:
-        """The closest level on the other side of what was read that differs from `row` on that axis alone.
+    def _neighbour(self, levels: NDArray[np.float64], row: int, deviations: Sequence[float]) -> tuple[str | None, float]:
+        """The closest level beyond the frame that differs from level `row` on one axis alone, and its share.
 
-        Tried on the axis with the largest deviation first. Returns its name and its share, linear on the axis.
+        Axes are tried in the order of their deviations, the largest first. The share is linear in the coordinate.
         """
         for axis in sorted(filter(deviations.__getitem__, range(4)), key=lambda axis: -abs(deviations[axis])):
             here = levels[row, axis]
-            gaps = [(levels[other, axis] - here, other) for other in self._beside[row][axis]]
+            gaps = [(levels[other, axis] - here, other) for other in self._only_on[row][axis]]
             gaps = [(abs(gap), other) for gap, other in gaps if gap * deviations[axis] > 0]
             gap, other = min(gaps, default=(0.0, row))
-            if gap and 0 < (share := float(abs(deviations[axis]) / gap)) < 1:  # a deviation of 1e-300 is none
+            if gap and 0 < (share := float(abs(deviations[axis]) / gap)) < 1:  # a deviation of 1e-300 gives 0
                 return self._names[other], share
         return None, 0.0
 
-    def _found(self, evidence: "Evidence", read: Sequence[float | None]) -> str:
-        brightness, size, h264, _ = read
+    def _spell(self, evidence: "Evidence", point: Sequence[float | None]) -> str:
+        """Spell the coordinates of a frame as a level."""
+        brightness, size, h264, _ = point
         parts = []
         if brightness is not None and not self._dim <= brightness <= self._bright:
             parts.append(f"brightness-{self._factor(brightness)}")
         if size:
             parts.append(f"h264-{evidence.width}x{evidence.height}")
         if h264 is not None:
-            crf = h264 if evidence.crf is not None else h264 - self._qp_shift
+            crf = h264 if evidence.crf is not None else h264 - self._qp_offset
             parts.append(f"h264-crf{min(max(round(crf), 0), 51)}")
         if self._counts[_JPEG] and evidence.jpeg:
             parts.append(f"jpeg-{evidence.jpeg.quality}")
         return "+".join(parts) or CLEAN.name
 
     def _factor(self, brightness: float) -> float:
-        """The factor that makes undistorted images this bright, as levels spell it."""
-        factor = math.exp(_along(brightness, *self._knots, self._luma_unit))
+        """The factor that makes undistorted images this bright, rounded as `found` spells it."""
+        factor = math.exp(_along(brightness, *self._knots, self._units[_BRIGHTNESS]))
         return min(max(round(factor, 2), 0.01), 10.0)
-
-
-class _Traits(NamedTuple):
-    """What a level does to a frame, axis by axis, as its name says it; in the order of the axes."""
-
-    factor: float
-    size: tuple[int, int] | None
-    crf: float | None
-    quality: float
-
-    def differs_only_on(self, axis: int, other: "_Traits") -> bool:
-        return all(
-            (mine != theirs) == (number == axis) for number, (mine, theirs) in enumerate(zip(self, other, strict=True))
-        )
-
-
-_UNDISTORTED = _Traits(1.0, None, None, _JPEG_NONE)
 
 
 @dataclass
 class _Stream:
-    """Mean brightness of a stream, in units of the axis, and for how many frames it has been far off."""
+    """The running mean of a stream's brightness, in units of distance.
+
+    Smoothing keeps flicker of the scene's content from switching the level to and fro. A lasting jump, such as a lamp
+    that is switched on, restarts the mean. A single flash or black frame is ignored.
+    """
 
     mean: float
-    off: int = 0
+    outliers: int = 0
+    """Consecutive frames that differ from the mean by more than `_JUMP`."""
 
     def add(self, brightness: float) -> None:
-        self.off = self.off + 1 if abs(brightness - self.mean) > _JUMP else 0
-        if self.off == _LASTING:
-            self.mean, self.off = brightness, 0
-        elif self.off == 0:
+        self.outliers = self.outliers + 1 if abs(brightness - self.mean) > _JUMP else 0
+        if self.outliers == _LASTING:
+            self.mean, self.outliers = brightness, 0
+        elif self.outliers == 0:
             self.mean += (brightness - self.mean) / _MEMORY
 
 
-def _traits(name: str) -> _Traits:
-    level = parse_level(name)
-    traits = _UNDISTORTED
-    for part in level.parts if isinstance(level, Combination) else (level,):
-        match part:
-            case Brightness(factor):
-                traits = traits._replace(factor=traits.factor * factor)
-            case H264Size(width, height):
-                traits = traits._replace(size=(width, height))
-            case H264Crf(crf):
-                traits = traits._replace(crf=float(crf))
-            case Jpeg(quality):
-                traits = traits._replace(quality=float(quality))
-    return traits
-
-
 def _along(x: float, xs: Sequence[float], ys: Sequence[float], slope: float) -> float:
-    """Linear between the points (xs, ys), xs rising, and of this slope beyond them."""
+    """Piecewise linear interpolation through the points (xs, ys), `xs` ascending, with this slope beyond them."""
     right = bisect.bisect(xs, x)
     if 0 < right < len(xs):
         share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])

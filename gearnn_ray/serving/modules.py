@@ -1,8 +1,8 @@
-"""Modules whose tensors differ from sample to sample: convolutions, normalisations, linear layers, and any other.
+"""Modules whose tensors differ between the samples of a batch: convolutions, normalisations, linear layers, and any other.
 
-Each stands in the network in place of a module that some level changes, and computes for every sample exactly what that
-module would with the sample's own tensors. What has no method of its own runs once per level (`PerLevel`). A
-network in which all samples use one level runs the plain kernels. Knows nothing of releases or level names.
+An adaptive module replaces a module that some level changes, and computes for every sample what that module computes with the
+sample's own tensors. A module without an adaptive form of its own runs once per level (`PerLevel`). If all samples use one
+level, torch's plain kernels run. Knows nothing about releases or level names.
 
 Legend: n samples, C channels.
 """
@@ -23,7 +23,7 @@ from gearnn_ray.serving.batch import Table
 
 
 class NeedsParentError(Exception):
-    """A module cannot be adapted on its own, only as a part of the module around it."""
+    """The module at `path` cannot be adapted alone, only together with the module that contains it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -31,9 +31,9 @@ class NeedsParentError(Exception):
 
 
 class Adaptive(nn.Module):
-    """A module and the tables of those of its tensors that levels change.
+    """A module, and a table for each of its tensors that some level changes.
 
-    tables: by state-dict name within the module. The module keeps what no level changes, and its settings.
+    tables: by state-dict name within the module. The module keeps its settings and the tensors that no level changes.
     """
 
     def __init__(self, module: nn.Module, tables: Mapping[str, Table], path: str) -> None:
@@ -44,15 +44,16 @@ class Adaptive(nn.Module):
         self._selection = next(iter(tables.values())).selection
         for leaf, table in tables.items():
             self.add_module(f"table_{leaf.replace('.', '__')}", table)
-        self.check_batch: int | None = None  # of the dry run: what the first dimension must be
+        self.check_batch: int | None = None  # in the dry run: the size that the first dimension must have
 
     def table(self, leaf: str) -> Table | None:
+        """The table of the tensor `leaf`, or None if no level changes it."""
         return self._modules.get(f"table_{leaf}")  # type: ignore[return-value]
 
     def values(self, leaf: str, n: int) -> tuple[Tensor | None, bool]:
-        """The tensor `leaf` for n samples, and whether it is one per sample ([n, *shape]) or the same for all.
+        """The tensor `leaf` for n samples, and whether it has one value per sample ([n, *shape]) or one for all.
 
-        The same where no level changes it, or where the host knows that all samples use one row.
+        It has one for all if no level changes it, or if the host knows that all samples use the same row.
         """
         table = self.table(leaf)
         if table is None:
@@ -62,7 +63,7 @@ class Adaptive(nn.Module):
         return table.gather(n), True
 
     def check(self, x: Any) -> None:
-        """The first dimension must be the batch. In the dry run, NeedsParentError says that it is not; UserError after."""
+        """Raise NeedsParentError in the dry run, and UserError later, unless the first dimension is the batch."""
         if self.check_batch is not None:
             if not isinstance(x, Tensor) or x.shape[:1] != (self.check_batch,):
                 raise NeedsParentError(self.path)
@@ -70,13 +71,15 @@ class Adaptive(nn.Module):
         samples = self._selection.samples()
         if samples is not None and x.shape[0] != samples:
             raise UserError(
-                f"{self.path} of the network got {x.shape[0]} rows for {samples} images: it folds images of this size "
-                "into its batch, so give all images of a call one level, or the size of the training images"
+                f"the module {self.path} got {x.shape[0]} rows for {samples} images, because the network folds images of "
+                "this size into its batch: give all images of a call one level, or the size of the training images"
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Settings of the module (`stride`, `in_features`, …); whoever reads its weights or calls its parts by itself cannot
-        mean one level."""
+        """A setting of the module (`stride`, `in_features`, …).
+
+        Raises NeedsParentError for its weights and methods: code that uses them directly does not know about levels.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -109,8 +112,8 @@ class AdaptiveBatchNorm(Adaptive):
         assert mean is not None
         assert var is not None
         if not torch.compiler.is_compiling() and x.is_contiguous():
-            # one kernel is better than a chain that only a compiler fuses: all samples' channels, side by side, are those of
-            # one image, and torch's own kernel folds and applies them
+            # Only a compiler fuses the chain below. Here the channels of all samples become those of one image, so that
+            # one call of torch's kernel computes them.
             mean, var, weight, bias = (None if t is None else t.reshape(-1) for t in rows)
             side_by_side = x.view(1, -1, *x.shape[2:])
             return F.batch_norm(side_by_side, mean, var, weight, bias, False, 0.0, eps).view(x.shape)
@@ -121,7 +124,7 @@ class AdaptiveBatchNorm(Adaptive):
 
 
 class AdaptiveConv(Adaptive):
-    """A convolution of any dimension, transposed or not."""
+    """A convolution of any dimension, transposed or not. `convolution.METHODS` has its methods."""
 
     eager_method = compiled_method = "grouped"
     seen: torch.Size | None = None  # the input's shape in the dry run
@@ -178,7 +181,7 @@ class AdaptiveLayerNorm(Adaptive):
         if not weight_each and not bias_each:
             return F.layer_norm(x, shape, weight, bias, eps)  # type: ignore[arg-type]
         if x.dim() == len(shape):  # type: ignore[arg-type]
-            raise NeedsParentError(self.path)  # no dimension is left for the batch
+            raise NeedsParentError(self.path)  # the input has no dimension for the batch
         y = F.layer_norm(x, shape, None, None, eps)  # type: ignore[arg-type]
         between = (1,) * (x.dim() - 1 - len(shape))  # type: ignore[arg-type]
         if weight is not None:
@@ -204,13 +207,13 @@ class AdaptiveGroupNorm(Adaptive):
 
 
 class PerLevel(Adaptive):
-    """Any other module, with all its adapted tensors: it runs once per level over the samples that use it.
+    """Any other module: it runs once per level, over the samples that use the level.
 
-    Where the graph must not depend on the levels, once per sample. The first dimension of its tensor inputs and outputs
-    is the batch, or they are the same for all samples.
+    It runs once per sample if the graph must not depend on the levels. Each tensor that it takes or returns must either have the
+    batch as its first dimension, or be the same for all samples.
     """
 
-    _batched: tuple[int, ...] = ()  # which inputs the dry run saw to be per sample
+    _batched: tuple[int, ...] = ()  # positions of the inputs whose first dimension was the batch in the dry run
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -219,9 +222,7 @@ class PerLevel(Adaptive):
         assert first is not None
         n = first.shape[0]
         if self.check_batch is not None:
-            self._batched = tuple(
-                i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,)
-            )
+            self._batched = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,))
         groups = self._groups(n)
         outputs = []
         for samples, state in groups:
@@ -237,31 +238,27 @@ class PerLevel(Adaptive):
         def join(*parts: Any) -> Any:
             if parts[0] is None or isinstance(parts[0], (bool, int, float, str)):
                 return parts[0]
-            if not all(
-                isinstance(p, Tensor) and p.shape[:1] in ((1,), (k,)) for p, k in zip(parts, sizes, strict=True)
-            ):
-                raise NeedsParentError(self.path)  # what it returns is not per sample
-            # a part of one row is the same for all samples of its level
-            return torch.cat([p.expand(k, *p.shape[1:]) for p, k in zip(parts, sizes, strict=True)])[
-                torch.argsort(order)
-            ]
+            if not all(isinstance(p, Tensor) and p.shape[:1] in ((1,), (k,)) for p, k in zip(parts, sizes, strict=True)):
+                raise NeedsParentError(self.path)  # the output does not have one row per sample
+            # a part with one row is the same for all samples of its level
+            return torch.cat([p.expand(k, *p.shape[1:]) for p, k in zip(parts, sizes, strict=True)])[torch.argsort(order)]
 
         return pytree.tree_map(join, outputs[0], *outputs[1:])
 
     def _groups(self, n: int) -> list[tuple[list[int], dict[str, Tensor]]]:
-        """Samples that share all tensors, and these tensors (leaves that are tied get one and the same)."""
+        """Samples that share all tensors, and these tensors. Tied tensors get the same object."""
         tables = {leaf: self._table_of(leaf) for leaf in self._leaves}
-        known = {table: table.rows() for table in tables.values()}
-        if any(rows is None for rows in known.values()):
-            each = {table: table.gather(n).unbind() for table in known}
+        rows_of = {table: table.rows() for table in tables.values()}
+        if any(rows is None for rows in rows_of.values()):
+            each = {table: table.gather(n).unbind() for table in rows_of}
             return [([i], {leaf: each[table][i] for leaf, table in tables.items()}) for i in range(n)]
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in range(n):
-            rows = tuple(r[i] if len(r) > 1 else r[0] for r in known.values() if r is not None)
+            rows = tuple(r[i] if len(r) > 1 else r[0] for r in rows_of.values() if r is not None)
             groups.setdefault(rows, []).append(i)
         made = []
         for rows, samples in groups.items():
-            picked = {table: table.row(row) for table, row in zip(known, rows, strict=True)}
+            picked = {table: table.row(row) for table, row in zip(rows_of, rows, strict=True)}
             made.append((samples, {leaf: picked[table] for leaf, table in tables.items()}))
         return made
 
@@ -272,7 +269,7 @@ class PerLevel(Adaptive):
 
 
 def kind_of(module: nn.Module) -> type[Adaptive]:
-    """The adaptive form of a module: one of its own for the usual layers, `PerLevel` for all others."""
+    """The adaptive class for a module: a specific one for common layers, `PerLevel` for all others."""
     forward = type(module).forward
     if module._forward_hooks or module._forward_pre_hooks or next(module.children(), None) is not None:
         return PerLevel
@@ -280,16 +277,15 @@ def kind_of(module: nn.Module) -> type[Adaptive]:
         return AdaptiveConv
     if _is_batch_norm(module):
         return AdaptiveBatchNorm
-    usual = {
-        nn.Linear.forward: AdaptiveLinear,
-        nn.LayerNorm.forward: AdaptiveLayerNorm,
-        nn.GroupNorm.forward: AdaptiveGroupNorm,
-    }
+    usual = {nn.Linear.forward: AdaptiveLinear, nn.LayerNorm.forward: AdaptiveLayerNorm, nn.GroupNorm.forward: AdaptiveGroupNorm}
     return usual.get(forward, PerLevel)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """With running statistics (without them a sample's result depends on the batch), or a frozen variant that has but buffers."""
+    """Whether this is a batch normalisation with running statistics, or a frozen variant of one, such as torchvision's.
+
+    Without running statistics the result for a sample depends on the rest of the batch.
+    """
     if isinstance(module, _BatchNorm):
         forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         return module.running_mean is not None and type(module).forward in forwards

@@ -1,1 +1,1 @@
-"""The artifact store: blobs, releases, tables."""
+"""The artifact store: files, blobs, manifests, releases and tables."""

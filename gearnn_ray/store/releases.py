@@ -1,132 +1,102 @@
-"""Where releases live: a content-addressed store that jobs publish to and anyone pulls from, verified.
+"""Releases in a content-addressed store: jobs publish them, and readers pull them with every digest verified.
 
-    blobs/sha256/<hex>             safetensors: the base, the adaptors (`codes.py` says how)
-    manifests/<hex>.json           one release: canonical JSON, named by its own digest
-    refs/<name>/<tag>              the digest of a manifest; every split writes `latest`
-    tables/<name>/….parquet        what was measured on the way
-    figures/<name>/….png           pictures of it
-    reports/<name>/….html          what an evaluation found, as a page
-    stages/<key>.json              what a finished stage returned (how an interrupted job goes on)
-    checkpoints/<key>.safetensors  where an unfinished stage stands
+    blobs/sha256/<hex>             safetensors: the base, and the adaptors in the formats of `storage_formats.py`
+    manifests/<hex>.json           one release: canonical JSON under its own digest
+    refs/<name>/<tag>              the digest of a manifest; every complete split job writes `latest`
+    tables/<name>/….parquet        measurements of the jobs
+    figures/<name>/….png           pictures of them
+    reports/<name>/….html          the page of an evaluation
+    stages/<key>.json              the result of a finished stage, from which an interrupted job goes on
+    checkpoints/<key>.safetensors  the state of an unfinished stage
 
-Blobs and manifests never change, and everything is written before what points to it, refs last. Two writers
-of the same content write the same bytes, so they do each other no harm. Knows nothing about networks, Ray, or
-what a level means.
+Blobs and manifests never change. A file is written before any file that names it, and refs are written last. Two writers of the
+same content write the same bytes, so they cannot harm each other.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
-from torch import Tensor
 
-from gearnn_ray.adaptors.storage_formats import check_format, decode, formats_of
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import (
-    DIGEST,
-    PART,
-    Blob,
-    BlobStore,
-    canonical_json,
-    decode_state,
-    digest_of,
-    encode_state,
-    hex_of,
-    table_path,
-)
+from gearnn_ray.store.blobs import Blob, BlobStore, canonical_json, digest_of, hex_of, is_digest, table_path
+from gearnn_ray.store.manifest import NAME_PATTERN, LevelEntry, Manifest, read_manifest
 
-__all__ = ["SCHEMA", "Blob", "Release", "Store", "decode_state", "digest_of", "encode_state"]
-
-SCHEMA = 1  # of the manifest; raise it when an older reader would misread a newer one
-_STORED_FORMATS_SCHEMA = 2  # of one with a level whose adaptor is stored under codes
-
-_CLEAN = "clean"  # the undistorted level: the base itself, without an adaptor
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """One published release, verified, in memory.
+    """One published release in memory, verified. Its dicts are new, their tensors shared: clone a tensor before changing it."""
 
-    The dicts it hands out are fresh, the tensors in them shared: clone one before changing it in place.
-    """
-
-    manifest: dict[str, Any]
+    content: Manifest
     digest: str  # of the manifest
-    _base: Mapping[str, Tensor] = field(repr=False)
-    _adaptors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)  # as they are stored
+    _base: Mapping[str, "Tensor"] = field(repr=False)
+    _adaptors: Mapping[str, Mapping[str, "Tensor"]] = field(repr=False)  # as they are stored
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.content.as_json()
 
     @property
     def name(self) -> str:
-        return str(self.manifest["name"])
+        return self.content.name
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """The published levels, `clean` among them where it was published."""
+        """The published levels, with `clean` if it was published."""
         return tuple(self._adaptors)
 
-    def base_state(self) -> dict[str, Tensor]:
+    def base_state(self) -> dict[str, "Tensor"]:
         """The base network, by state-dict names."""
         return dict(self._base)
 
-    def adaptor_state(self, level: str) -> dict[str, Tensor]:
-        """What a level changes: `{**base, **adaptor}` is its network. Raises UserError for others.
+    def adaptor_state(self, level: str) -> dict[str, "Tensor"]:
+        """A level's restored tensors: `{**base, **adaptor}` is its network. Raises UserError for an unknown level."""
+        from gearnn_ray.adaptors.storage_formats import decode
 
-        Tensors that are stored under a code (`codes.py`) are restored anew at each call.
-        """
         return decode(self._base, self.stored_state(level))
 
-    def stored_state(self, level: str) -> dict[str, Tensor]:
-        """What a level changes, as it is stored: `codes.decode` gives `adaptor_state`. Raises UserError for others."""
+    def stored_state(self, level: str) -> dict[str, "Tensor"]:
+        """A level's adaptor as it is stored, for `storage_formats.decode`. Raises UserError for an unknown level."""
         if level not in self._adaptors:
-            raise UserError(f"{self.name} has no level {level!r}, it has {', '.join(self.levels) or 'none'}")
+            raise UserError(f"{self.name} has no level {level!r}. Its levels: {', '.join(self.levels) or 'none'}.")
         return dict(self._adaptors[level])
 
 
 class Store(BlobStore):
-    """A store of releases; opening and addresses as in `BlobStore`."""
+    """A store of releases. `BlobStore` describes addresses and how a store is opened."""
 
     def publish(
-        self, manifest: dict[str, Any], tables: Mapping[str, pa.Table], tags: Sequence[str] = (), *, latest: bool = True
+        self, manifest: Manifest, tables: Mapping[str, pa.Table], tags: Sequence[str] = (), *, latest: bool = True
     ) -> str:
-        """Publish a release whose blobs lie here already; returns the digest of its manifest.
-
-        `manifest` comes without `created`, which is added: when this content was first published here, so
-        that publishing it again adds nothing and returns the same digest. A level whose blob `codes.encode` made
-        says so in `codes`: those other than float32, by the tensors' names in the base. With any the manifest is
-        written in the schema that older readers refuse, though it came in `SCHEMA`. `tables` go by path as in
-        `put_table`. `tags` and, unless told otherwise, `latest` then point to the manifest. Raises UserError, with every
-        ref as it was, for a manifest that is none (`_Manifest`), a blob that is not here, an unsafe name or tag.
+        """Publish a release whose blobs are in the store, and return the digest of its manifest. `created` is the time at which
+        this content was first published here, so publishing it again adds nothing and returns the same digest. `tables` maps
+        paths as in `put_table` to tables. `tags`, and `latest` unless it is False, then point to the manifest. Raises UserError
+        for an invalid manifest or an unsafe tag, CorruptStoreError for a missing or altered blob; every ref then stays unchanged.
         """
-        content = {key: value for key, value in manifest.items() if key != "created"}
-        if content.get("schema") == SCHEMA:
-            content["schema"] = _schema_of(content)
+        content = {key: value for key, value in manifest.as_json().items() if key != "created"}
         key = hashlib.sha256(canonical_json(content)).hexdigest()
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         created = (self.get_record(key) or {}).get("created", now)
         data = canonical_json({**content, "created": created})
         digest = digest_of(data)
-
-        _check_name("name", str(content.get("name")))
-        release = _parse_manifest(json.loads(data), digest)
+        release = read_manifest(data, digest)
         for tag in tags:
             _check_name("tag", tag)
         for path in tables:
             table_path(path)
-        for entry in (release.base, *release.levels.values()):
-            if entry.digest is not None and self._blob_size(entry.digest) != entry.bytes:
-                size = f"{entry.bytes:,} bytes"
-                raise CorruptStoreError(f"{entry.digest} of {size} is not in {self.uri}, put it there first")
+        for blob in release.blobs:
+            self._intact(blob)
 
         for path, table in tables.items():
             self.put_table(path, table)
-        # Before the manifest: who is interrupted here finds the same time again, hence the same digest.
+        # Before the manifest: a job interrupted here finds the same time again, and therefore the same digest.
         self.put_record(key, {"manifest": digest, "created": created})
         self._files.write(f"manifests/{hex_of(digest)}.json", data)
         for tag in dict.fromkeys((*tags, *(["latest"] if latest else []))):
@@ -134,201 +104,126 @@ class Store(BlobStore):
         return digest
 
     def pull(self, ref: str) -> Release:
-        """The release "name" (its `latest`), "name:tag" or "name@sha256:<hex>"; everything in it is verified.
-
-        Raises UserError when it is not there, CorruptStoreError naming the digest of what is missing, altered
-        or at odds with the manifest.
+        """The release "name" (its `latest`), "name:tag" or "name@sha256:<hex>", verified. Raises UserError if it does not exist,
+        CorruptStoreError, naming the digest, for a file that is missing, altered or in conflict with the manifest.
         """
         with self._files.plain_errors("read"):
             name, digest = self._resolve(ref)
-            content, manifest = self._manifest(name, digest)
+            manifest = self._manifest(name, digest)
             base = self._state(manifest.base)
-            # an adaptor that levels share is read, and held, once
-            states = {entry.digest: self._state(entry) for entry in manifest.levels.values()}
+            # An adaptor that levels share is read, and held in memory, once.
+            adaptors = {entry.adaptor_blob for entry in manifest.levels.values()}
+            states = {None if blob is None else blob.digest: self._state(blob) for blob in adaptors}
             stored = {level: states[entry.digest] for level, entry in manifest.levels.items()}
         for level, entry in manifest.levels.items():
             _check_adaptor(level, entry, stored[level], base)
-        return Release(content, digest, base, stored)
+        return Release(manifest, digest, base, stored)
 
-    def manifest(self, ref: str) -> tuple[str, dict[str, Any]]:
-        """Digest and content of a release's manifest, without its blobs. `ref` and errors as in `pull`."""
+    def manifest(self, ref: str) -> tuple[str, Manifest]:
+        """The digest and the content of a release's manifest, without its blobs. `ref` and errors as in `pull`."""
         with self._files.plain_errors("read"):
             name, digest = self._resolve(ref)
-            return digest, self._manifest(name, digest)[0]
+            return digest, self._manifest(name, digest)
 
     def tag(self, name: str, tag: str, digest: str) -> None:
-        """Point a tag at a manifest that is here; moving `latest` back is a rollback. Raises UserError."""
+        """Point a tag at a manifest in the store; moving `latest` back is a rollback. Raises UserError for an unsafe name or tag
+        and for a manifest of another name, CorruptStoreError if the manifest is missing or altered.
+        """
         _check_name("name", name)
         _check_name("tag", tag)
         self._manifest(name, digest)
         self._files.write(f"refs/{name}/{tag}", digest.encode())
 
+    def tag_digest(self, name: str, tag: str) -> str | None:
+        """The manifest digest that a tag points to, or None if the tag does not exist. Reads no other file. Raises UserError for
+        an unsafe name or tag, CorruptStoreError if the file holds no digest.
+        """
+        _check_name("name", name)
+        _check_name("tag", tag)
+        with self._files.plain_errors("read"):
+            text = self._ref(name, tag)
+        if text is not None and not is_digest(text):
+            raise CorruptStoreError(
+                f"refs/{name}/{tag} in {self.uri} holds {text[:80]!r}, expected a digest. "
+                "Publish the release again, or write the digest of its manifest there."
+            )
+        return text
+
     def tags(self, name: str) -> dict[str, str]:
-        """The tags of a release and the manifest digests they point to; empty for an unknown name."""
+        """A release's tags and their manifest digests; empty for an unknown name. Files without a digest are left out."""
         _check_name("name", name)
         with self._files.plain_errors("read"):
-            found = {tag: self._ref(name, tag) for tag in self._files.files(f"refs/{name}")}
-        return {tag: digest for tag, digest in found.items() if digest is not None}
+            tags = [file for file in self._files.files(f"refs/{name}") if re.fullmatch(NAME_PATTERN, file)]
+            texts = {tag: self._ref(name, tag) for tag in tags}
+        return {tag: text for tag, text in texts.items() if text is not None and is_digest(text)}
 
     def names(self) -> list[str]:
-        """The names releases are published under."""
+        """The names that releases are published under."""
         with self._files.plain_errors("read"):
-            return sorted({path.partition("/")[0] for path in self._files.files("refs")})
+            return sorted({path.partition("/")[0] for path in self._files.files("refs") if "/" in path})
 
     def _resolve(self, ref: str) -> tuple[str, str]:
-        """The name and the manifest digest that a reference means."""
+        """The name and the manifest digest that a reference stands for."""
         name, pinned, digest = ref.partition("@")
         if pinned:
             _check_name("name", name)
             return name, digest
         name, tagged, tag = ref.partition(":")
         tag = tag if tagged else "latest"
-        _check_name("name", name)
-        _check_name("tag", tag)
-        found = self._ref(name, tag)
-        if found is None:
-            known = [f"{name}:{tag}" for tag in self.tags(name)] or self.names()
-            there = ", ".join(known) or "none at all"
-            raise UserError(f"there is no release {name}:{tag} in {self.uri}, there is {there}")
-        return name, found
+        if (found := self.tag_digest(name, tag)) is not None:
+            return name, found
+        if tags := self.tags(name):
+            known = f"the store {self.uri} has {', '.join(f'{name}:{each}' for each in tags)}. Choose one of these."
+        elif names := self.names():
+            known = f"the store {self.uri} has releases of {', '.join(names)}. Choose one of these, or check --store."
+        else:
+            known = f"the store {self.uri} is empty. Run the split job first, or check --store."
+        raise UserError(f"No release {name}:{tag}: {known}")
 
     def _ref(self, name: str, tag: str) -> str | None:
         data = self._files.read(f"refs/{name}/{tag}")
-        if data is None:
-            return None
-        digest = data.decode(errors="replace").strip()
-        if not re.fullmatch(DIGEST, digest):
-            raise CorruptStoreError(f"refs/{name}/{tag} in {self.uri} is {digest[:80]!r}, expected a digest")
-        return digest
+        return None if data is None else data.decode(errors="replace").strip()
 
-    def _manifest(self, name: str, digest: str) -> tuple[dict[str, Any], "_Manifest"]:
+    def _manifest(self, name: str, digest: str) -> Manifest:
         data = self._verified(f"manifests/{hex_of(digest)}.json", digest)
-        try:
-            content = json.loads(bytes(data))
-        except ValueError as error:
-            raise CorruptStoreError(f"the manifest {digest} is not JSON: {error}") from error
-        manifest = _parse_manifest(content, digest)
+        manifest = read_manifest(bytes(data), digest)
         if manifest.name != name:
-            raise UserError(f"the manifest {digest} is a release of {manifest.name!r}, not of {name!r}")
-        return content, manifest
+            raise UserError(f"The manifest {digest} is a release of {manifest.name!r}, not of {name!r}.")
+        return manifest
 
-    def _state(self, entry: "_BlobEntry") -> dict[str, Tensor]:
-        if entry.digest is None:
-            return {}
-        data = self._blob(entry.digest)
-        if data.nbytes != entry.bytes:
-            raise CorruptStoreError(f"{entry.digest} has {data.nbytes} bytes, the manifest says {entry.bytes}")
-        return decode_state(data)
+    def _intact(self, blob: Blob) -> memoryview:
+        """The bytes of a blob. Raises CorruptStoreError unless they have the digest and the length of the manifest."""
+        data = self._verified(f"blobs/sha256/{hex_of(blob.digest)}", blob.digest)
+        if data.nbytes != blob.bytes:
+            raise CorruptStoreError(f"{blob.digest} has {data.nbytes} bytes, but the manifest says {blob.bytes}.")
+        return data
 
+    def _state(self, blob: Blob | None) -> dict[str, "Tensor"]:
+        from gearnn_ray.store.states import decode_state
 
-# What a manifest says at least; it may say more.
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+        return {} if blob is None else decode_state(self._intact(blob))
 
 
-class _BlobEntry(_Entry):
-    digest: Annotated[str, StringConstraints(pattern=DIGEST)] | None
-    bytes: NonNegativeInt
+def _check_adaptor(level: str, entry: LevelEntry, stored: Mapping[str, "Tensor"], base: Mapping[str, "Tensor"]) -> None:
+    """Raise CorruptStoreError unless the stored adaptor fits the base and has the storage formats and floats of its entry."""
+    from gearnn_ray.adaptors.storage_formats import decode, formats_of
 
-
-class _BaseEntry(_BlobEntry):
-    digest: Annotated[str, StringConstraints(pattern=DIGEST)]
-
-
-class _LevelEntry(_BlobEntry):
-    floats: NonNegativeInt
-    layers: list[str]
-    scores: dict[str, Any]
-    storage_formats: dict[str, Annotated[str, AfterValidator(check_format)]] = {}
-
-
-class _Model(_Entry):
-    name: str
-    num_classes: NonNegativeInt
-    floats: NonNegativeInt
-    task: str
-    normalisation: Any
-
-
-class _Manifest(_Entry):
-    name: Annotated[str, StringConstraints(pattern=_NAME)]
-    created: str
-    model: _Model
-    base: _BaseEntry
-    levels: dict[Annotated[str, StringConstraints(pattern=f"^{PART}$")], _LevelEntry]
-    budget: Any
-    recipe: dict[str, Any]
-    versions: dict[str, Any]
-
-
-def _schema_of(content: Mapping[str, Any]) -> int:
-    """The schema that a manifest, checked or not, is written with."""
-    levels = content.get("levels")
-    entries = levels.values() if isinstance(levels, Mapping) else ()
-    stored_variants = any(isinstance(entry, Mapping) and entry.get("storage_formats") for entry in entries)
-    return _STORED_FORMATS_SCHEMA if stored_variants else SCHEMA
-
-
-def _parse_manifest(content: Any, digest: str) -> _Manifest:
-    """Raises CorruptStoreError naming manifest and entry, UserError for another schema version."""
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema not in (SCHEMA, _STORED_FORMATS_SCHEMA):
-        wrote = f"the manifest {digest} was written with schema version {schema!r}"
-        raise UserError(f"{wrote}, this gearnn_ray reads {SCHEMA} and {_STORED_FORMATS_SCHEMA}: use one that fits")
-    if schema != _schema_of(content):
-        wrote = f"the manifest {digest} was written with schema version {schema}"
-        raise CorruptStoreError(f"{wrote}, and its levels' codes ask for {_schema_of(content)}")
     try:
-        manifest = _Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
-        fault = f"the manifest {digest} is not valid at {place}: {first['msg']}"
-        raise CorruptStoreError(f"{fault} (found {found})") from error
-    for level, entry in manifest.levels.items():
-        empty = not (entry.digest or entry.bytes or entry.floats or entry.layers or entry.storage_formats)
-        if not empty if level == _CLEAN else entry.digest is None:
-            rule = f"{_CLEAN} has no digest and holds nothing, every other level has an adaptor"
-            raise CorruptStoreError(f"the manifest {digest} is not valid at levels.{level}: {rule}")
-    return manifest
-
-
-def _check_adaptor(level: str, entry: _LevelEntry, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Raise CorruptStoreError unless a level's blob is coded as the manifest says, every restored tensor fits one of the
-    base, and together they count `floats`.
-    """
-    what = f"{entry.digest}, the adaptor of {level},"
-    adaptor = _decoded(what, entry.storage_formats, stored, base) if entry.storage_formats else stored
-    for name, tensor in adaptor.items():
-        if name not in base:
-            raise CorruptStoreError(f"{what} holds {name!r}, which the base has not")
-        if (tensor.shape, tensor.dtype) != (base[name].shape, base[name].dtype):
-            ours, its = (f"{list(each.shape)} of {each.dtype}" for each in (tensor, base[name]))
-            raise CorruptStoreError(f"{what} holds {name!r} as {ours}, the base as {its}")
-    count = sum(tensor.numel() for tensor in adaptor.values())
-    if count != entry.floats:
-        raise CorruptStoreError(f"{what} holds {count:,} numbers, the manifest says {entry.floats:,}")
-
-
-def _decoded(
-    what: str, storage_formats: Mapping[str, str], stored: Mapping[str, Tensor], base: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    try:
-        found = {
-            name: storage_format for name, storage_format in formats_of(stored).items() if storage_format != "float32"
-        }
-        for name in sorted(found.keys() | storage_formats):
-            if found.get(name) != storage_formats.get(name):
-                ours, its = (each.get(name, "float32 or not at all") for each in (found, storage_formats))
-                raise ValueError(f"{name!r} is stored as {ours}, the manifest says {its}")
-        return decode(base, stored)
+        formats = {name: each for name, each in formats_of(stored).items() if each != "float32"}
+        for name in sorted(formats.keys() | entry.storage_formats):
+            found, expected = (each.get(name, "float32 or not at all") for each in (formats, entry.storage_formats))
+            if found != expected:
+                raise ValueError(f"{name!r} is stored as {found}, but the manifest says {expected}")
+        floats = sum(tensor.numel() for tensor in decode(base, stored).values())
+        if floats != entry.floats:
+            raise ValueError(f"it holds {floats:,} numbers, but the manifest says {entry.floats:,}")
     except ValueError as error:
-        raise CorruptStoreError(f"{what} cannot be decoded: {error}") from error
+        raise CorruptStoreError(f"{entry.digest}, the adaptor of {level}, cannot be used: {error}.") from error
 
 
 def _check_name(what: str, text: str) -> None:
-    if not re.fullmatch(_NAME, text):
-        rule = "take up to 128 letters, digits, dots, dashes and underscores, a letter or digit first"
-        raise UserError(f"the {what} {text!r} cannot be used: {rule}")
+    if not re.fullmatch(NAME_PATTERN, text):
+        raise UserError(
+            f"The {what} {text!r} cannot be used: expected up to 128 letters, digits, dots, dashes and underscores, "
+            "starting with a letter or digit."
+        )

@@ -1,1 +1,1 @@
-"""Budgets M compared: what a sweep finds, and the job that finds it."""
+"""Comparison of several budgets M over the levels of a release."""

@@ -1,4 +1,4 @@
-"""The picture of a sweep: accuracy over memory, with the Pareto front, its knee and what is recommended."""
+"""The figure of a sweep: accuracy over memory, with the Pareto front, its knee and the recommended budget."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,19 @@ from gearnn_ray.sweep.findings import Point, knee, pareto_front, recommended
 _MARKERS = "osv^D<>p"
 
 
-def sweep_figure(points: Sequence[Point], within: float, model_bytes: int, title: str) -> bytes:
-    """PNG: mean score over the adaptors' memory, a line per value function; unfinished points are left out."""
+def sweep_figure(points: Sequence[Point], within: float, metric: str, model_bytes: int, title: str) -> bytes:
+    """PNG: mean score over the adaptors' memory, a line per importance function; incomplete points are left out."""
     figure = new_figure((7.5, 4.6))
     axis = figure.subplots()
     complete = [point for point in points if point.complete]
     levels = max((len(point.results) for point in complete), default=0)
-    for value, marker in zip(dict.fromkeys(point.value for point in complete), _MARKERS * 2, strict=False):
-        own = sorted((point for point in complete if point.value == value), key=lambda point: point.bytes)
+    for importance, marker in zip(dict.fromkeys(point.importance for point in complete), _MARKERS * 2, strict=False):
+        own = sorted((point for point in complete if point.importance == importance), key=lambda point: point.bytes)
         axis.plot(
-            [p.bytes / 1e6 for p in own], [p.score for p in own], marker=marker, linewidth=1, markersize=5, label=value
-        )
+            [p.bytes / 1e6 for p in own], [p.score for p in own], marker=marker, linewidth=1, markersize=5, label=importance,
+        )  # fmt: skip
         for point in own:
-            axis.annotate(
-                point.budget, (point.bytes / 1e6, point.score), textcoords="offset points", xytext=(4, -11), fontsize=7
-            )
+            axis.annotate(point.budget, (point.bytes / 1e6, point.score), textcoords="offset points", xytext=(4, -11), fontsize=7)
     front = pareto_front(complete)
     if front:
         axis.step(
@@ -49,10 +47,8 @@ def sweep_figure(points: Sequence[Point], within: float, model_bytes: int, title
         if scores
     ]
     axis.set_title(", ".join(beside), loc="left", fontsize=9)
-    axis.set_xlabel(
-        f"adaptors of {levels} level{'s' if levels != 1 else ''}, MB (the base has {model_bytes / 1e6:.3g})"
-    )
-    axis.set_ylabel("mean mIoU, percent")
+    axis.set_xlabel(f"adaptors of {levels} level{'s' if levels != 1 else ''}, MB (the base has {model_bytes / 1e6:.3g})")
+    axis.set_ylabel(f"mean {metric}, percent")
     axis.grid(alpha=0.3)
     if complete:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""What a sweep over the budget M found: points, their Pareto front and its knee, the budget worth recommending.
+"""What a sweep over the budget M found: points, their Pareto front and its knee, and the recommended budget.
 
 Plain values; knows nothing of Ray, networks or files.
 """
@@ -7,22 +7,44 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from gearnn_ray.offline.level_run import LevelResult
 
 
+class SweepRow(TypedDict):
+    """A row of `tables.SWEEP`: one point at one level."""
+
+    budget: str
+    budget_floats: int
+    model_floats: int
+    value: str
+    level: str
+    metric: str
+    original: float
+    full: float | None
+    adaptor: float | None
+    floats: int
+    bytes: int
+    layers: int
+    seconds_partial: float
+    complete: bool
+    mean: float
+    pareto: bool
+    recommended: bool
+
+
 @dataclass(frozen=True)
 class Point:
-    """One budget under one value function, with what is known of its levels.
+    """One budget under one importance function, with the results of its levels.
 
-    budget: as asked for. floats: M. value: name of the value function. complete: every level was judged (none failed, and ASHA
-    did not stop it).
+    budget: as configured. floats: M. importance: the function's name. complete: every level has a result (none failed, and ASHA
+    did not stop the trial).
     """
 
     budget: str
     floats: int
-    value: str
+    importance: str
     results: tuple[LevelResult, ...]
     complete: bool
 
@@ -33,12 +55,12 @@ class Point:
 
     @property
     def bytes(self) -> int:
-        """What its levels' adaptors take in the store, beside the base; one that levels share is there once."""
+        """Bytes of its levels' adaptors in the store, without the base; equal adaptors are stored once."""
         return sum({result.digest: result.bytes for result in self.results}.values())
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The complete points that no other beats: less memory or a better score than each; by memory, ascending."""
+    """The complete points that no other dominates in memory and score, by ascending memory."""
     front: list[Point] = []
     for point in sorted((p for p in points if p.complete), key=lambda p: (p.bytes, -p.score)):
         if not front or point.score > front[-1].score:
@@ -47,19 +69,17 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def knee(front: Sequence[Point]) -> Point | None:
-    """Where more memory begins to give little: the point of a Pareto front farthest above the line between its ends.
+    """The point of a Pareto front farthest above the line between its ends: from there, more memory gains little.
 
-    Memory and score are scaled to [0, 1] first (Satopää et al. 2011, "Finding a Kneedle in a Haystack"). None where fewer than
-    three points leave no bend.
+    Memory and score are scaled to [0, 1] first (Satopää et al. 2011, "Finding a Kneedle in a Haystack"). None if there are fewer
+    than three points, or none lies above the line.
     """
     if len(front) < 3:
         return None
     first, last = front[0], front[-1]
 
     def above(point: Point) -> float:
-        return (point.score - first.score) / (last.score - first.score) - (point.bytes - first.bytes) / (
-            last.bytes - first.bytes
-        )
+        return (point.score - first.score) / (last.score - first.score) - (point.bytes - first.bytes) / (last.bytes - first.bytes)
 
     best = max(front, key=above)
     return best if above(best) > 0 else None
@@ -71,21 +91,28 @@ def recommended(points: Sequence[Point], within: float) -> Point | None:
     return next((point for point in front if point.score >= front[-1].score - within), None)
 
 
-def sentence(points: Sequence[Point], within: float) -> str:
-    """What is recommended, in one sentence."""
+def sentence(points: Sequence[Point], within: float, metric: str) -> str:
+    """The recommendation in words."""
     point, front = recommended(points, within), pareto_front(points)
     if point is None:
-        return "No budget was judged at every level, so none is recommended."
-    best = front[-1]
-    beside = f" ({point.value})" if len({p.value for p in points}) > 1 else ""
-    text = f"M = {point.budget}{beside}: smallest budget within {within:g} points of the best"
+        return "No budget was evaluated at every level, so none is recommended."
+    several = len({p.importance for p in points}) > 1
+
+    def described(p: Point) -> str:
+        return f"{p.budget}{f' by {p.importance}' if several else ''} ({p.score:.1f} {metric}, {_size(p.bytes)})"
+
+    text, best = f"Recommended: {described(point)}.", front[-1]
     if best is point:
-        return f"{text}, which it is itself, with {point.score:.1f} in {point.bytes:,} bytes."
-    return f"{text}, {point.score:.1f} in {point.bytes:,} bytes against {best.score:.1f} in {best.bytes:,} at {best.budget}."
+        return f"{text} It is also the most accurate budget tried."
+    return f"{text} It is the smallest within {within:g} points of the most accurate budget tried, {described(best)}."
 
 
-def rows_of(points: Sequence[Point], metric: str, model_floats: int, within: float) -> list[dict[str, Any]]:
-    """Rows of tables.SWEEP, one per point and level."""
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def rows_of(points: Sequence[Point], metric: str, model_floats: int, within: float) -> list[SweepRow]:
+    """One row per point and level."""
     front = pareto_front(points)
     marked = recommended(points, within)
     return [
@@ -93,7 +120,7 @@ def rows_of(points: Sequence[Point], metric: str, model_floats: int, within: flo
             "budget": point.budget,
             "budget_floats": point.floats,
             "model_floats": model_floats,
-            "value": point.value,
+            "value": point.importance,
             "level": result.level,
             "metric": metric,
             "original": result.original,

@@ -1,1 +1,14 @@
-"""How a network is taught and judged."""
+"""Tasks: what a network is trained for and scored by. Other rooms get one by name and know only `tasks.base.Task`."""
+
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.tasks.base import Task
+from gearnn_ray.tasks.segmentation import Segmentation
+
+TASKS: dict[str, Task] = {task.name: task for task in (Segmentation(),)}
+
+
+def task_by_name(name: str) -> Task:
+    """Raises UserError for a task that this version does not have."""
+    if name not in TASKS:
+        raise UserError(f"the task is {name!r}, expected {' or '.join(TASKS)}: use a gearnn_ray that has this task")
+    return TASKS[name]

@@ -1,12 +1,9 @@
-"""Semantic segmentation: training batches, the loss, and mIoU from one confusion matrix over whole images.
+"""Semantic segmentation: crops, flips, cross-entropy without label 255 (DRN, Yu et al. 2017), mIoU from confusion matrices.
 
-Recipe of DRN (Yu et al. 2017): random crop, horizontal flip, label 255 ignored. Knows nothing of levels or layers.
-
-Shapes: x_BCHW uint8 or float images, y_BHW int64 class ids, hist_KK [label, prediction] pixel counts.
+Shapes: x_BCHW pixel values, y_BHW int64 class ids, logits_BKhw float32, counts_NKK int32 [image, label, prediction] pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,24 +12,106 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = 255
-METRIC = "mIoU"
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import IGNORED
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm
 
-Image = NDArray[np.uint8]
 
+class Segmentation:
+    """The task `segmentation`. Targets are label maps uint8 [H, W]; a prediction is logits float32 [K, h, w] of one image."""
 
-@dataclass(frozen=True)
-class Normalisation:
-    """Per-channel (RGB) mean and standard deviation of pixel values in units of [0, 1]."""
+    name = "segmentation"
+    version = 1
+    metrics: tuple[str, ...] = ("mIoU",)
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    def check(self, image: Image, target: Image, num_classes: int, where: str) -> None:
+        """Raise UserError unless the label map has the image's size and ids below `num_classes`, or 255."""
+        if target.shape != image.shape[:2]:
+            found, expected = (f"{side.shape[1]}x{side.shape[0]}" for side in (target, image))
+            raise UserError(
+                f"{where} has a label of {found} for an image of {expected}, expected equal sizes: give every image a label of "
+                "its own size."
+            )
+        unknown = target[(target >= num_classes) & (target != IGNORED)]
+        if unknown.size:
+            raise UserError(
+                f"{where} has the class id {unknown[0]} in its label, expected ids below {num_classes}, or {IGNORED} for ignored "
+                "pixels: correct the label or the number of classes."
+            )
 
-    def __call__(self, x_BCHW: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to normalised float32."""
-        mean = torch.tensor(self.mean, device=x_BCHW.device).mul_(255).view(1, 3, 1, 1)
-        scale = torch.tensor(self.std, device=x_BCHW.device).mul_(255).reciprocal_().view(1, 3, 1, 1)
-        return (x_BCHW.float() - mean) * scale
+    def augment(self, image: Image, target: Image, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Image]:
+        """A random window of `crop` (height, width), flipped horizontally half the time. A label of another size is resized."""
+        label = resize_label(target, image.shape[0], image.shape[1])
+        top = int(draws[0] * (image.shape[0] - crop[0] + 1))
+        left = int(draws[1] * (image.shape[1] - crop[1] + 1))
+        window = (slice(top, top + crop[0]), slice(left, left + crop[1]))
+        image, label = image[window], label[window]
+        return (image[:, ::-1], label[:, ::-1]) if draws[2] < 0.5 else (image, label)
+
+    def collate(self, samples: Sequence[tuple[Image, Image]]) -> Batch:
+        """uint8 x_BCHW and int64 y_BHW."""
+        x_BHWC, y_BHW = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
+        return Batch(x_BHWC.permute(0, 3, 1, 2), y_BHW.long())
+
+    def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
+        """Cross-entropy over the labelled pixels."""
+        return {"cross_entropy": _cross_entropy(self.outputs(forward(batch.images)), batch.targets)}
+
+    def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
+        """Cross-entropy on the clean images + alpha · KL(clean || perturbed), a mean over pixels (Zheng et al. 2016). Both copies
+        go through the network as one batch, so that a batch normalisation sees them alike.
+        """
+        both = forward(torch.cat([batch.images.float(), perturbed_BCHW]))
+        clean, perturbed = self.outputs(both).chunk(2)
+        log_p, log_q = F.log_softmax(clean, 1), F.log_softmax(perturbed, 1)
+        divergence_BHW = (log_p.exp() * (log_p - log_q)).sum(1)
+        count = torch.tensor(divergence_BHW.numel(), device=divergence_BHW.device)
+        return {"cross_entropy": _cross_entropy(clean, batch.targets), "stability": LossTerm(alpha * divergence_BHW.sum(), count)}
+
+    def outputs(self, raw: Any) -> Tensor:
+        """logits_BKhw float32; torchvision's segmentation networks return theirs in a dict under "out"."""
+        logits: Tensor = raw["out"] if isinstance(raw, dict) else raw
+        return logits.float()
+
+    def at_frame_size(self, outputs: Tensor, height: int, width: int) -> Tensor:
+        """logits_BKHW, resized bilinearly."""
+        if outputs.shape[-2:] == (height, width):
+            return outputs
+        return F.interpolate(outputs, size=(height, width), mode="bilinear", align_corners=False)
+
+    def evidence(self, prediction: Tensor, target: Image) -> dict[str, Tensor]:
+        """`counts`: int32 [K, K] pixels by label and predicted class. Logits are resized to the label first."""
+        K = prediction.shape[0]
+        y = torch.from_numpy(target.astype(np.int64)).to(prediction.device)
+        classes = self.at_frame_size(prediction[None], *target.shape)[0].argmax(0)
+        valid = y != IGNORED
+        cells = y[valid] * K + classes[valid]
+        return {"counts": torch.bincount(cells, minlength=K * K).view(K, K).to("cpu", torch.int32)}
+
+    def aggregate(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
+        """mIoU [R, 1] in percent over the classes that occur in labels or predictions; 0 where none does."""
+        counts_NKK = evidence["counts"].numpy().astype(np.int64)
+        inside_NK = np.diagonal(counts_NKK, axis1=-2, axis2=-1)
+        union_NK = counts_NKK.sum(-1) + counts_NKK.sum(-2) - inside_NK
+        # float64 for a fast product of matrices; pixels are exact in it up to 2^53
+        inside_RK, union_RK = weights_RN @ inside_NK, weights_RN @ union_NK
+        present_RK = union_RK > 0
+        iou_RK = inside_RK / np.where(present_RK, union_RK, 1)
+        return np.asarray(100 * iou_RK.sum(-1) / np.maximum(present_RK.sum(-1), 1), dtype=np.float64)[:, None]
+
+    def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
+        """Labelled pixels by image and class [N, K]."""
+        labelled_NK: NDArray[np.int64] = evidence["counts"].numpy().astype(np.int64).sum(-1)
+        return labelled_NK
+
+    def answer(self, prediction: Tensor) -> NDArray[np.uint8]:
+        """Class ids [h, w]."""
+        classes: NDArray[np.uint8] = prediction.argmax(0).to("cpu", torch.uint8).numpy()
+        return classes
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        """Equal to a thousandth of the largest logit."""
+        return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def resize_label(label: Image, height: int, width: int) -> Image:
@@ -45,86 +124,8 @@ def resize_label(label: Image, height: int, width: int) -> Image:
     return resized
 
 
-def crop_size(images: Sequence[Image], crop: int) -> tuple[int, int]:
-    """Height and width of the training crop: `crop`, or less where the smallest image is smaller."""
-    shapes = getattr(images, "shapes", None) or [image.shape for image in images]
-    return min(crop, *(s[0] for s in shapes)), min(crop, *(s[1] for s in shapes))
-
-
-def training_batches(
-    images: Sequence[Image],
-    labels: Sequence[Image],
-    batch_size: int,
-    crop: tuple[int, int],
-    seed: Sequence[int],
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch: every image once in random order, cropped and flipped; an incomplete last batch is left out.
-
-    Yields x_BCHW uint8 and y_BHW int64. A pure function of `seed`; worker `rank` gets its share of each batch,
-    augmented as it would be alone. A set smaller than one batch makes one batch.
-    """
-    rng = np.random.default_rng(list(seed))
-    height, width = crop
-    order = rng.permutation(len(images))
-    draws = rng.random((len(images), 3))
-    for start in range(0, steps_per_epoch(len(images), batch_size) * batch_size, batch_size):
-        x, y = [], []
-        for position in range(start + rank, min(start + batch_size, len(order)), world_size):
-            index, (top_u, left_u, flip_u) = order[position], draws[position]
-            image = images[index]
-            label = resize_label(labels[index], image.shape[0], image.shape[1])
-            top = int(top_u * (image.shape[0] - height + 1))
-            left = int(left_u * (image.shape[1] - width + 1))
-            window = (slice(top, top + height), slice(left, left + width))
-            image, label = image[window], label[window]
-            if flip_u < 0.5:
-                image, label = image[:, ::-1], label[:, ::-1]
-            x.append(image)
-            y.append(label)
-        x_BHWC = torch.from_numpy(np.stack(x))
-        yield x_BHWC.permute(0, 3, 1, 2), torch.from_numpy(np.stack(y)).long()
-
-
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches of an epoch, at least one."""
-    return max(1, images // batch_size)
-
-
-def logits_of(model: Callable[[Tensor], Any], x_BCHW: Tensor) -> Tensor:
-    """float32 logits_BKhw; torchvision's segmentation networks return theirs in a dict under "out"."""
-    output = model(x_BCHW)
-    if isinstance(output, dict):
-        output = output["out"]
-    return output.float()  # type: ignore[no-any-return]
-
-
-def loss_of(logits_BKhw: Tensor, y_BHW: Tensor) -> Tensor:
-    """Cross-entropy, mean over pixels with a label; 0 where there is none (not NaN). Logits are resized to the label."""
+def _cross_entropy(logits_BKhw: Tensor, y_BHW: Tensor) -> LossTerm:
     if logits_BKhw.shape[-2:] != y_BHW.shape[-2:]:
         logits_BKhw = F.interpolate(logits_BKhw, size=y_BHW.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits_BKhw, y_BHW, ignore_index=IGNORED, reduction="sum")
-    return total / (y_BHW != IGNORED).sum().clamp(min=1)
-
-
-def confusion(logits_1Khw: Tensor, label: Image) -> Tensor:
-    """hist_KK (int64) of one image: the logits are resized to the label's size, then judged pixel by pixel."""
-    classes = logits_1Khw.shape[1]
-    y = torch.from_numpy(label.astype(np.int64)).to(logits_1Khw.device)
-    if logits_1Khw.shape[-2:] != y.shape:
-        logits_1Khw = F.interpolate(logits_1Khw, size=y.shape, mode="bilinear", align_corners=False)
-    prediction = logits_1Khw[0].argmax(0)
-    valid = y != IGNORED
-    cells = y[valid] * classes + prediction[valid]
-    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-
-
-def mean_iou(hist_KK: Tensor) -> float:
-    """Mean intersection over union in percent, over the classes that occur in labels or predictions."""
-    hist = hist_KK.double()
-    union = hist.sum(0) + hist.sum(1) - hist.diag()
-    present = union > 0
-    if not present.any():
-        return 0.0
-    return float(100 * (hist.diag()[present] / union[present]).mean())
+    return LossTerm(total, (y_BHW != IGNORED).sum())

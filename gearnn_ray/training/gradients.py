@@ -1,10 +1,8 @@
-"""The gradient of a level's loss at the base: what values that look at the loss, not at the weights alone, are made of.
-
-Knows nothing of layers' changes, selection, the store or Ray.
-"""
+"""Gradients of a level's loss at the base, for the importance functions first-order and fisher. Knows nothing of selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +10,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gearnn_ray.core.errors import TrainingFailedError
 from gearnn_ray.models.layers import layers_of
-from gearnn_ray.tasks import segmentation
-from gearnn_ray.tasks.segmentation import Image, Normalisation
-from gearnn_ray.training.trainer import autocast, resolve_precision
+from gearnn_ray.tasks.base import Image, Task, loss_of
+from gearnn_ray.training.predict import Normalisation, Predictor
+from gearnn_ray.training.sampling import crop_size, training_batches
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the loss, by state-dict name, float32 on the CPU, each of its tensor's shape.
-
-    mean: g, the mean over the images' gradients. square: F, the mean over the squared gradients of each image, which is the
-    diagonal of the empirical Fisher information.
+    """Of the loss, by state-dict name, float32 on the CPU, each of its tensor's shape. mean: g, the mean of the images'
+    gradients. square: F, the mean of their squares, which is the diagonal of the empirical Fisher information.
     """
 
     mean: dict[str, Tensor]
@@ -30,29 +26,28 @@ class Gradients:
 
 
 def gradients(
+    task: Task,
     model: nn.Module,
     images: Sequence[Image],
-    labels: Sequence[Image],
+    targets: Sequence[Any],
     normalisation: Normalisation,
+    precision: str,
     crop: int,
     seed: int,
-    precision: str,
 ) -> Gradients:
-    """g and F of `model` as it is used, in evaluation mode, over one pass of the images, each cropped as in training.
+    """g and F of `model` in evaluation mode, over one pass of the images, one at a time, each cropped as in training.
 
-    One image at a time, so that a gradient is an image's own. Every tensor of a layer has an entry. Zero are: what the network
-    itself has frozen, buffers that training does not move, and all but the first name of a tied tensor, whose one gradient
-    would count twice otherwise.
+    Every tensor of a layer has an entry. Zero are: what the network itself has frozen, buffers that training does not move, and
+    all but the first name of a tied tensor, whose one gradient would count twice otherwise. torch has no gradient for running
+    statistics. In evaluation mode y = γ·(x - μ)/√(σ² + ε) + β, so for one image dL/dμ = -γ/√(σ² + ε)·dL/dβ and
+    dL/dσ² = -γ/(2(σ² + ε))·dL/dγ: zero where γ is. A normalisation without γ or β is lent a constant one; where two share theirs,
+    each has the statistics' gradients of both together.
 
-    Running statistics have no gradient in torch. In evaluation mode y = γ·(x - μ)/√(σ² + ε) + β, so an image's are
-    dL/dμ = -γ/√(σ² + ε)·dL/dβ and dL/dσ² = -γ/(2(σ² + ε))·dL/dγ: zero where γ is. A normalisation without γ or β is lent a
-    constant one; where two share theirs, each has the statistics' gradients of both together.
-
-    Beside the network two copies of it are held in float32. Weights, modes, gradients and what is frozen are left as found.
-    Raises TrainingFailedError when a gradient is not finite.
+    Two float32 copies of the network are held. Weights, modes, gradients and what is frozen are left as found. Raises
+    TrainingFailedError when a gradient is not finite.
     """
     device = next(model.parameters()).device
-    precision = resolve_precision(precision, device)
+    forward = Predictor(model, normalisation, precision)
     model.to(memory_format=torch.channels_last)
     modes = {module: module.training for module in model.modules()}
     found = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
@@ -80,7 +75,7 @@ def gradients(
         mean, square = ({name: torch.zeros(state[name].shape, device=device) for name in moved} for _ in range(2))
 
         def take(parameter: Tensor) -> None:
-            """Add what this image says and let go of it: no third copy of the network is ever held."""
+            """Add one image's gradient and free it, so that no third copy of the network is ever held."""
             gradient = parameter.grad
             assert gradient is not None
             for name, factor in sources[parameter]:
@@ -93,12 +88,9 @@ def gradients(
             parameter.requires_grad_(True)
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
-        sides = segmentation.crop_size(images, crop)
-        for x, y in segmentation.training_batches(images, labels, 1, sides, (seed, 0)):
-            x = normalisation(x.to(device)).contiguous(memory_format=torch.channels_last)
-            with autocast(precision, device):
-                logits = segmentation.logits_of(model, x)
-            segmentation.loss_of(logits, y.to(device)).backward()  # type: ignore[no-untyped-call]
+        sides = crop_size(images, crop)
+        for batch in training_batches(task, images, targets, 1, sides, (seed, 0)):
+            loss_of(task.losses(forward, batch.to(device))).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()

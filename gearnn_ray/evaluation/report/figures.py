@@ -1,64 +1,41 @@
-"""The figures of an evaluation's report, each from rows of its tables to PNG bytes; the same rows make the same bytes.
+"""The figures of an evaluation's report: rows of its tables to PNG bytes. The same rows give the same bytes.
 
-Readable without colour: methods differ by marker and line, signs are printed, magnitudes are grey.
+Figures are readable without colour: methods differ by marker and line, signs are printed, magnitudes are grey.
 """
 
-import colorsys
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
-from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
+from gearnn_ray.evaluation.baselines import CONSTANT
+from gearnn_ray.evaluation.records import AccuracyRow, AverageRow, BytesRow, ChangeRow, FrequencyRow
+from gearnn_ray.evaluation.report.methods import GROUPS, in_order, seeds_of, title_of
+from gearnn_ray.levels.axes import AXIS_TITLES, short_name
 from gearnn_ray.levels.level import parse_level
-from gearnn_ray.reporting.summary import weight_change_figure
-from gearnn_ray.tasks.segmentation import IGNORED, Image
+from gearnn_ray.reporting.summary import LayerChange, new_figure, weight_change_figure
 
-Row = Mapping[str, Any]
+Style = dict[str, Any]
+"""Keyword arguments of matplotlib."""
 
-AXES: dict[str, str] = {
-    "jpeg": "JPEG quality",
-    "h264-size": "frame size (H.264)",
-    "h264-crf": "H.264 rate factor (CRF)",
-    "brightness": "brightness factor",
-    "combination": "combined distortions",
-    "clean": "undistorted",
-}
-"""Axis to what a reader calls it."""
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "few numbers per level": ("bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"),
-    "whole networks": ("original", "switching", "mixed", "stability", "clean-tuned"),
-    "other adaptors of GearNN": ("gearnn-released", "gearnn-nearest", "gearnn-interpolated"),
-}
-"""What GearNN is compared with, by what it costs in memory."""
-
-_WIDTH = 10.0  # inches: the page's text width
-_TEXT: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "legend.fontsize": 8.5,
-    "axes.linewidth": 0.7,
-    "xtick.labelsize": 8.5,
-}
+WIDTH = 10.0  # inches: the page's text width
+_TEXT: Any = {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5, "axes.linewidth": 0.7, "xtick.labelsize": 8.5}
 _TEXT |= {"ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
-_calm = matplotlib.rc_context(_TEXT)
+plain_style = matplotlib.rc_context(_TEXT)
 
-# colours: Okabe & Ito's, which most colour-blind readers tell apart
-_STYLES: dict[str, dict[str, Any]] = {
+# colours by Okabe & Ito, which most colour-blind readers can distinguish
+_STYLES: dict[str, Style] = {
     "original": {"color": "#444444", "marker": "s", "linestyle": ":"},
     "switching": {"color": "#d55e00", "marker": "^", "linestyle": "--"},
     "mixed": {"color": "#0072b2", "marker": "v", "linestyle": "-."},
@@ -76,79 +53,50 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def title_of(method: str) -> str:
-    """What a reader calls the method."""
-    return TITLES.get(method, method)
-
-
-def in_order(methods: Sequence[str]) -> list[str]:
-    """Each method once, in the order of tables."""
-    return sorted(set(methods), key=[*TITLES, *sorted(set(methods) - TITLES.keys())].index)
-
-
-def short_level(level: str) -> str:
-    """A level where its axis is already named: `10` for `jpeg-10`, `480×360` for `h264-480x360`."""
-    parsed = parse_level(level)
-    if parsed.family == "h264-size":
-        return level.removeprefix("h264-").replace("x", "×")
-    return level if parsed.value is None else f"{parsed.value:g}"
-
-
-def seeds_of(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """(method, level) to mean and standard deviation over its seeds, percent; None where there is one seed."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        values.setdefault((row["method"], row["level"]), []).append(row["value"])
-    return {
-        cell: (float(np.mean(each)), float(np.std(each, ddof=1)) if len(each) > 1 else None)
-        for cell, each in values.items()
-    }
-
-
 def spread_evenly(items: Sequence[str], most: int = 4) -> list[str]:
-    """At most so many of them, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, with the first and the last."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)]
 
 
-@_calm
-def accuracy_over_level(axis: str, levels: Sequence[str], rows: Sequence[Row], metric: str) -> bytes:
+@plain_style
+def accuracy_over_level(axis: str, levels: Sequence[str], rows: Sequence[AccuracyRow], metric: str) -> bytes:
     """Score over the levels of one axis, a line per method, bars of one standard deviation over seeds (Figs. 10, 13).
 
-    rows: of tables.ACCURACY. A panel per group of methods, GearNN in each; levels stand at equal distances.
+    A panel per group of methods, GearNN in each; levels are drawn at equal distances.
     """
     cells = seeds_of([row for row in rows if row["level"] in levels])
-    judged = {method for method, _ in cells}
-    panels = {title: [m for m in members if m in judged] for title, members in GROUPS.items()}
+    evaluated = {method for method, _ in cells}
+    panels = {title: [m for m in members if m in evaluated] for title, members in GROUPS.items()}
     panels = {title: members for title, members in panels.items() if members} or {"GearNN alone": []}
-    figure = _figure(4.6)
+    figure = empty_figure(4.6)
     drawn = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (title, members) in zip(drawn, panels.items(), strict=True):
-        methods = [m for m in ("gearnn", *members) if m in judged]
+        methods = [m for m in ("gearnn", *members) if m in evaluated]
         for index, method in enumerate(methods):
             points = [(x, *cells[method, level]) for x, level in enumerate(levels) if (method, level) in cells]
             x = np.array([point[0] for point in points]) + 0.04 * (index - (len(methods) - 1) / 2)
             spread = [point[2] or 0.0 for point in points]
-            bars: dict[str, Any] = {"yerr": spread, "elinewidth": 0.9, "capsize": 2} if any(spread) else {}
+            bars: Style = {"yerr": spread, "elinewidth": 0.9, "capsize": 2} if any(spread) else {}
             panel.errorbar(x, [point[1] for point in points], label=title_of(method), **_style(method), **bars)
         panel.set_title(f"against {title}" if members else title)
         below = -0.3 if _level_ticks(panel, levels) else -0.17
-        panel.set_xlabel(AXES.get(axis, axis))
+        panel.set_xlabel(AXIS_TITLES.get(axis, axis))
         panel.grid(axis="y", alpha=0.25)
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, below), frameon=False, handlelength=3.2)
     drawn[0].set_ylabel(f"{metric}, percent")
-    return _png(figure)
+    return png_of(figure)
 
 
-@_calm
-def averages_bars(rows: Sequence[Row]) -> bytes:
+@plain_style
+def averages_bars(rows: Sequence[AverageRow]) -> bytes:
     """GearNN minus each method, average over an axis's levels, with its 95% interval; a diamond is the paper's figure.
 
-    rows: of tables.AVERAGES. Percentage points; the scale is linear up to 1 point and logarithmic beyond.
+    In percentage points; the scale is linear up to 1 point and logarithmic beyond.
     """
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     present = in_order([row["method"] for row in rows])
     place = {method: index for index, method in enumerate(reversed(present))}
-    figure = _figure(1.5 + 0.27 * len(present))
+    figure = empty_figure(1.5 + 0.27 * len(present))
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     reach = max(1.0, *(max(abs(row["low"]), abs(row["high"]), row["published"] or 0) for row in rows))
     ticks = [tick for tick in (1, 3, 10, 30, 100) if tick <= reach * 1.2]
@@ -169,32 +117,30 @@ def averages_bars(rows: Sequence[Row]) -> bytes:
         panel.set_xticks([], minor=True)
         panel.set_xlim(min(-1.0, below * 1.3), reach * 1.3)
         panel.set_ylim(-0.6, len(present) - 0.4)
-        panel.set_title(AXES.get(axis, axis))
+        panel.set_title(AXIS_TITLES.get(axis, axis))
         panel.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(list(place.values()), [title_of(method) for method in place])
     figure.supxlabel("GearNN minus the method, percentage points (right of 0: GearNN is better)", fontsize=9)
-    return _png(figure)
+    return png_of(figure)
 
 
-def byte_levels(rows: Sequence[Row]) -> list[str]:
-    """The levels at which GearNN was judged under several budgets; four of all where it was under one."""
+def byte_levels(rows: Sequence[BytesRow]) -> list[str]:
+    """The levels at which GearNN was evaluated under several budgets; four of all levels if there is one budget."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
-    budgets = {
-        level: {r["budget"] for r in rows if r["level"] == level and r["method"] == "gearnn"} for level in levels
-    }
+    budgets = {level: {r["budget"] for r in rows if r["level"] == level and r["method"] == "gearnn"} for level in levels}
     return [level for level in levels if len(budgets[level]) > 1] or spread_evenly(levels)
 
 
-@_calm
-def accuracy_per_byte(rows: Sequence[Row], metric: str) -> bytes:
-    """Score over the floats stored for a level: a method is a point, GearNN's budgets a curve, one for all levels a line.
+@plain_style
+def accuracy_per_byte(rows: Sequence[BytesRow], metric: str) -> bytes:
+    """Score over the floats stored for a level, a panel per level of `byte_levels`.
 
-    rows: of tables.BYTES; a panel per level of `byte_levels`.
+    A method is a point, GearNN's budgets are a curve, and a network for all levels is a horizontal line.
     """
     levels = byte_levels(rows)
     columns = min(2, len(levels))
     lines = math.ceil(len(levels) / columns)
-    figure = _figure(0.9 + 3.1 * lines)
+    figure = empty_figure(0.9 + 3.1 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel in panels[len(levels) :]:
         panel.set_visible(False)
@@ -220,18 +166,24 @@ def accuracy_per_byte(rows: Sequence[Row], metric: str) -> bytes:
     curves = {method for method, level in counted if counted[method, level] > 1}
     handles = [Line2D([], [], label=title_of(m), **_legend_style(m, m in curves, m in free)) for m in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
-def weight_changes(rows: Sequence[Row], levels: Sequence[str]) -> bytes:
-    """Per-layer weight change at these levels, the adaptors' layers filled (Fig. 5). rows: of tables.CHANGES."""
-    at = {level: [row for row in rows if row["level"] == level] for level in levels}
-    chosen = {level: [row["layer"] for row in members if row["selected"]] for level, members in at.items()}
-    return weight_change_figure(at, chosen, "")
+def weight_changes(rows: Sequence[ChangeRow], levels: Sequence[str]) -> bytes:
+    """Per-layer weight change at these levels, the adaptors' layers filled (Fig. 5)."""
+    changes = {
+        level: [
+            LayerChange(row["layer"], row["kind"], row["index"], row["mean_abs_change"], row["selected"])
+            for row in rows
+            if row["level"] == level
+        ]
+        for level in levels
+    }
+    return weight_change_figure(changes, "")
 
 
-def maps_of(rows: Sequence[Row]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Rows of tables.FREQUENCY as level to network to magnitudes [8, 8] = [vertical, horizontal]."""
+def maps_of(rows: Sequence[FrequencyRow]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Level to network to magnitudes [8, 8] = [vertical, horizontal]."""
     maps: dict[str, dict[str, NDArray[np.float64]]] = {}
     for row in rows:
         here = maps.setdefault(row["level"], {}).setdefault(row["network"], np.zeros((8, 8)))
@@ -239,11 +191,11 @@ def maps_of(rows: Sequence[Row]) -> dict[str, dict[str, NDArray[np.float64]]]:
     return maps
 
 
-@_calm
-def frequency_maps(rows: Sequence[Row]) -> bytes:
-    """Maps [8, 8] of each network per level on one grey logarithmic scale, and how both fine-tunes change it.
+@plain_style
+def frequency_maps(rows: Sequence[FrequencyRow]) -> bytes:
+    """Maps [8, 8] of each network per level on one grey logarithmic scale, and the change by both fine-tunes in percent.
 
-    The change is in percent of the original. rows: of tables.FREQUENCY (Figs. 3, 4, 6, 7 of the paper).
+    Figs. 3, 4, 6 and 7 of the paper.
     """
     maps = maps_of(rows)
     networks = [n for n in ("original", "switching", "gearnn") if any(n in here for here in maps.values())]
@@ -261,7 +213,7 @@ def frequency_maps(rows: Sequence[Row]) -> bytes:
     reach = max([0.1, *(float(np.abs(change).max()) for change in changes.values())])
     diverging = TwoSlopeNorm(0, -reach, reach)
     columns = len(networks) + len(changed)
-    figure = _figure(0.9 + 2.15 * len(maps))
+    figure = empty_figure(0.9 + 2.15 * len(maps))
     panels = figure.subplots(len(maps), columns, squeeze=False)
     for line, (level, here) in zip(panels, maps.items(), strict=True):
         for panel in line:
@@ -276,16 +228,10 @@ def frequency_maps(rows: Sequence[Row]) -> bytes:
         next(p for p in line if p.get_visible()).set_ylabel(f"{level}\nvertical frequency")
     for panel in panels[-1]:
         panel.set_xlabel("horizontal frequency")
-    bars = [
-        (ScalarMappable(grey, "Greys"), panels[:, : len(networks)], "mean |d loss / d DCT coefficient|, logarithmic")
-    ]
+    bars = [(ScalarMappable(grey, "Greys"), panels[:, : len(networks)], "mean |d loss / d DCT coefficient|, logarithmic")]
     if changed:
         bars.append(
-            (
-                ScalarMappable(diverging, "PuOr"),
-                panels[:, len(networks) :],
-                "change against the original, percent (logarithmic)",
-            )
+            (ScalarMappable(diverging, "PuOr"), panels[:, len(networks) :], "change against the original, percent (logarithmic)")
         )
     for shade, under, label in bars:
         bar = figure.colorbar(shade, ax=under, location="bottom", shrink=0.7, aspect=40, pad=0.03)
@@ -294,64 +240,28 @@ def frequency_maps(rows: Sequence[Row]) -> bytes:
         if shade.norm is diverging:
             ticks = np.array([-reach, -reach / 2, 0, reach / 2, reach])
             bar.set_ticks(list(ticks), labels=[_percent(p) for p in 100 * (2.0**ticks - 1)])
-    return _png(figure)
-
-
-@_calm
-def picture(
-    image: Image, label: Image, original: Image, adaptor: Image, class_names: Sequence[str], scores: tuple[float, float]
-) -> bytes:
-    """Input, label, and what the original and the adaptor see in it, side by side, with the classes that occur.
-
-    image: uint8 [H, W, 3]; the others uint8 [h, w] class ids, 255 not labelled; scores: percent mIoU of this image.
-    """
-    palette = np.full((256, 3), 235, dtype=np.uint8)
-    palette[: len(class_names)] = [_colour(index) for index in range(len(class_names))]
-    height, width = image.shape[:2]
-    found = [int(c) for c in np.unique(np.concatenate([label.ravel(), original.ravel(), adaptor.ravel()]))]
-    figure = _figure(0.35 + _WIDTH / 4 * height / width + 0.24 * math.ceil(len(found) / 8))
-    parts = {
-        "input": image,
-        "label": palette[label],
-        f"original, {scores[0]:.1f}%": palette[original],
-        f"adaptor, {scores[1]:.1f}%": palette[adaptor],
-    }
-    for panel, (title, pixels) in zip(figure.subplots(1, 4), parts.items(), strict=True):
-        panel.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
-        panel.set_title(title)
-        panel.axis("off")
-    handles = [
-        Patch(
-            facecolor=tuple(palette[c] / 255),
-            edgecolor="#666666",
-            linewidth=0.5,
-            label="not labelled" if c == IGNORED else class_names[c],
-        )
-        for c in found
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, handlelength=1.2)
-    return _png(figure, dpi=110)
+    return png_of(figure)
 
 
 _NETWORKS = {"original": "original", "switching": "full fine-tune", "gearnn": "adaptor"}
 
 
-def _style(method: str) -> dict[str, Any]:
+def _style(method: str) -> Style:
     plain = {"color": "black", "marker": ".", "linestyle": "-"}
     return {"markersize": 5, "linewidth": 1.3} | _STYLES.get(method, plain)
 
 
-def _legend_style(method: str, curve: bool, free: bool) -> dict[str, Any]:
+def _legend_style(method: str, curve: bool, free: bool) -> Style:
     style = _style(method)
     return style | ({"marker": ""} if free else {}) | ({} if curve or free else {"linestyle": ""})
 
 
 def _level_ticks(panel: Axes, levels: Sequence[str]) -> bool:
-    """At most eight levels named; whether they had to be turned."""
-    labels = [short_level(level) for level in levels]
+    """Label at most eight levels. Returns whether the labels are long and therefore rotated."""
+    labels = [short_name(parse_level(level)) for level in levels]
     step = math.ceil(len(levels) / 8)
     long = max(map(len, labels), default=0) > 5
-    turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor", "fontsize": 7.5} if long else {}
+    turned: Style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor", "fontsize": 7.5} if long else {}
     panel.set_xticks(range(0, len(levels), step), labels[::step], **turned)
     return long
 
@@ -364,7 +274,7 @@ def _map(
     title: str,
     printed: NDArray[np.float64] | None = None,
 ) -> None:
-    """One 8×8 map [vertical, horizontal]; `printed` (percent) stands in the cells."""
+    """One 8×8 map [vertical, horizontal]. printed: percentages to print in the cells."""
     panel.set_visible(True)
     shown = panel.imshow(values, cmap=colours, norm=norm)
     panel.set_title(title)
@@ -390,21 +300,13 @@ def _count(floats: float) -> str:
     return f"{floats:g}"
 
 
-def _colour(index: int) -> tuple[int, int, int]:
-    """The index-th class's RGB: hues a golden section apart, three degrees of light, for as many classes as there are."""
-    saturation, light = ((0.75, 0.80), (0.50, 0.95), (0.85, 0.50))[index % 3]
-    red, green, blue = colorsys.hsv_to_rgb(0.61 + index * (math.sqrt(5) - 1) / 2 % 1, saturation, light)
-    return round(255 * red), round(255 * green), round(255 * blue)
+def empty_figure(height: float) -> Figure:
+    """A figure as wide as the page's text, `height` in inches."""
+    return new_figure((WIDTH, height))
 
 
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure, dpi: int = 150) -> bytes:
+def png_of(figure: Figure, dpi: int = 150) -> bytes:
+    """PNG without a version in it: the same figure gives the same bytes."""
     out = io.BytesIO()
-    # no version: the same figure, the same bytes
     figure.savefig(out, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
     return out.getvalue()

@@ -1,0 +1,83 @@
+"""Checks of a job's configuration that need no cluster: they refuse it before Ray is started, within a few seconds.
+
+Paths and modules are only checked where this process starts the cluster itself, on this machine. On another cluster they may
+exist on its nodes alone, and the job's workers check them. Imports neither torch nor Ray, which take seconds.
+"""
+
+import importlib.util
+import os
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from gearnn_ray.config.command_line import from_mapping
+from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
+from gearnn_ray.config.serve import ServeConfig
+from gearnn_ray.config.split import DataConfig, SplitConfig
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.models.names import BUILT_IN, check_name, check_released_name, check_weights_path
+from gearnn_ray.store.releases import Store
+
+
+def check_split(config: SplitConfig) -> None:
+    """Raise UserError for a data set, network, weights file or store that the split job cannot use."""
+    check_name(config.model.name)
+    if starts_own_cluster():
+        _check_module(config.model.name)
+        if config.model.weights is not None:
+            check_weights_path(Path(config.model.weights))
+        _check_data(config)
+    Store(config.store).check_writable()
+
+
+def check_release_job(config: EvaluateConfig | SweepConfig) -> None:
+    """Raise UserError for a release, its data set or a store that an evaluation or a sweep cannot use."""
+    store = Store(config.store)
+    _, manifest = store.manifest(config.release)
+    check_released_name(manifest.model.name, config.trust)
+    if not manifest.config:
+        raise UserError(f"{config.release} does not record how it was made: name a release of jobs/split.py")
+    store.check_writable()
+    made_by = from_mapping(SplitConfig, manifest.config, f"the configuration in {config.release}")
+    if starts_own_cluster():
+        _check_module(manifest.model.name)
+        data: DataConfig = made_by.data.model_copy(update={"path": config.data.path or made_by.data.path})
+        _check_data(made_by.model_copy(update={"data": data}))
+
+
+def check_bundles(config: ServeConfig) -> None:
+    """Raise UserError for a release that is not in the store, or whose network is not trusted."""
+    store = Store(config.store)
+    for ref in config.bundles:
+        check_released_name(store.manifest(ref)[1].model.name, config.trust)
+
+
+def starts_own_cluster() -> bool:
+    """Whether the job will start a Ray on this machine: `ray_jobs.local_ray.address_to_join`, without importing Ray."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS", "")  # set in every submitted job too
+    # written by `ray start`, and removed by `ray stop`
+    running = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return address == "local" or (not address and not running.is_file())
+
+
+def _check_data(config: SplitConfig) -> None:
+    open_dataset(config.data.kind, config.data.path, **config.resolved_data_options())
+
+
+def _check_module(network: str) -> None:
+    """Raise UserError if the module of an import path does not exist. Imports no module."""
+    if network in BUILT_IN:
+        return
+    module = network.partition(":")[0]
+    first, *inner = module.split(".")
+    # Ray's workers also look in the working directory
+    spec = importlib.util.find_spec(first) or PathFinder.find_spec(first, [os.getcwd()])
+    for part in inner:
+        if spec is not None:
+            spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations or [])
+    if spec is None:
+        raise UserError(f"the network {network!r} is in the module {module}, which Python does not find: check the path")

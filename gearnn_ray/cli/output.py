@@ -1,0 +1,241 @@
+"""What a job prints at its end: tables and sentences for people, or one JSON object for machines."""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
+from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.reporting.summary import LayerChange, accuracy_figure, print_summary, weight_change_figure
+from gearnn_ray.store.releases import Store
+
+if TYPE_CHECKING:
+    from gearnn_ray.evaluation.findings import Outcome as Evaluated
+    from gearnn_ray.offline.pipeline import Outcome
+    from gearnn_ray.serving.service import Serving
+    from gearnn_ray.sweep.findings import Point
+    from gearnn_ray.sweep.pipeline import Outcome as Swept
+
+
+def show_split(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
+    """Put the figures of a release into its store, and print where everything is."""
+    store, figures = Store(config.store), _figures(config, outcome)
+    for path, png in figures.items():
+        store.put_figure(path, png)
+    if json_lines:
+        rows = [{**asdict(row), "gap_closed": row.gap_closed} for row in outcome.summary]
+        _print_json(
+            release=outcome.release, tag=outcome.tag, name=config.name, store=store.uri, summary=rows,
+            failed=dict(outcome.failed), figures=list(figures),
+        )  # fmt: skip
+        return
+    console = _console()
+    if outcome.summary:
+        console.print()
+        print_summary(outcome.summary, console)
+        for line in _remarks(config, outcome):
+            console.print(line, highlight=False)
+    _print_failures(console, outcome.failed)
+    if outcome.release is None:
+        console.print("\nNo level succeeded, so nothing was published.", highlight=False)
+        return
+    if outcome.tag != "latest":
+        console.print(
+            f"\nLevels are missing, so the release has the tag {outcome.tag} and {config.name}:latest stays as it was. To finish "
+            "it, run the same command again: it computes only what is missing.",
+            highlight=False,
+        )
+    python = "uv run python" if "UV" in os.environ else "python"
+    release = f"{config.name}:{outcome.tag}"
+    example = next((r.level for r in outcome.results if r.digest), outcome.results[0].level)
+    pull = (
+        f'{python} -c "import gearnn_ray; r = gearnn_ray.Store({store.uri!r}).pull({release!r}); '
+        f'print({{**r.base_state(), **r.adaptor_state({example!r})}}.keys())"'
+    )
+    places = [("bundle", f"{release} ({outcome.release[:19]}…) in {store.uri}"), ("pull it", pull)]
+    _print_places(console, [*places, *(("picture", f"{store.uri}/{path}") for path in figures)])
+
+
+def _remarks(config: SplitConfig, outcome: "Outcome") -> Iterator[str]:
+    """Sentences below the table of levels."""
+    if config.selection.is_joint:
+        sizes = {result.digest: result.bytes for result in outcome.results if result.digest}
+        yield (
+            f"One problem ({config.selection.problem}) selected the layers of all levels: {len(sizes)} adaptors, "
+            f"{sum(sizes.values()):,} bytes together."
+        )
+    if shares := [result.share_changed for result in outcome.results if result.full is not None]:
+        by_layer, by_weight = (f"{100 * min(each):.1f} to {max(each):.1%}" for each in zip(*shares, strict=True))
+        yield f"Full fine-tuning changed {by_weight} of the weights by more than 2e-4."
+        yield f"Layers whose average change exceeds 2e-4 hold {by_layer} of the weights."
+
+
+def _figures(config: SplitConfig, outcome: "Outcome") -> dict[str, bytes]:
+    """Figures of a release, by path in the store."""
+    trained = [r for r in outcome.results if not parse_level(r.level).is_clean]
+    if not trained:
+        return {}
+    changes = {
+        r.level: [LayerChange(s.layer, s.kind, s.index, s.mean_abs_change, s.layer in r.layers) for s in r.sensitivity]
+        for r in trained
+    }
+    folder = f"figures/{config.name}"
+    return {
+        f"{folder}/accuracy.png": accuracy_figure(outcome.summary, f"{config.name}: accuracy over distortion"),
+        f"{folder}/weight_change.png": weight_change_figure(changes, f"{config.name}: weight change per layer"),
+    }
+
+
+def show_evaluation(config: EvaluateConfig, outcome: "Evaluated", json_lines: bool) -> None:
+    """Print the tables of an evaluation, and where its report is."""
+    store = Store(config.store).uri
+    if json_lines:
+        _print_json(release=config.release, store=store, **asdict(outcome))
+        return
+    console = _console()
+    if outcome.accuracy:
+        metric = outcome.accuracy[0]["metric"]
+        console.print(f"\n{metric} in percent on the validation images, mean over seeds", style="bold", highlight=False)
+        for number, part in enumerate(_accuracy_tables(outcome.accuracy, console.width)):
+            if number:
+                console.print()
+            console.print(part, highlight=False)
+    if outcome.averages:
+        console.print("\nGearNN's adaptors on the average of each axis", style="bold", highlight=False)
+        console.print(_verdict_table(outcome.averages), highlight=False)
+    _print_failures(console, outcome.failed)
+    places = [("report", outcome.report), *(("table", path) for path in outcome.tables)]
+    places += [("figure", path) for path in outcome.figures]
+    _print_places(console, [(what, f"{store}/{path}") for what, path in places])
+
+
+def _accuracy_tables(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]:
+    """Levels by methods, in as many tables as `width` characters need. rows: of tables.ACCURACY."""
+    from gearnn_ray.evaluation.baselines import TITLES
+
+    values = defaultdict[tuple[str, str], list[float]](list)
+    for row in rows:
+        values[row["level"], row["method"]].append(row["value"])
+    levels = dict.fromkeys(row["level"] for row in rows)
+    methods = [method for method in TITLES if any(row["method"] == method for row in rows)]
+    while methods:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("level", no_wrap=True)
+        room = width - max(map(len, levels))
+        shown: list[str] = []
+        while methods and (not shown or room >= _column_width(methods[0])):
+            room -= _column_width(methods[0])
+            shown.append(methods.pop(0))
+            table.add_column(shown[-1].replace("-", "\n"), justify="right", vertical="bottom", no_wrap=True)
+        for level in levels:
+            cells = (values.get((level, method)) for method in shown)
+            table.add_row(level, *("-" if cell is None else f"{fmean(cell):.1f}" for cell in cells))
+        yield table
+
+
+def _column_width(method: str) -> int:
+    """In characters: the heading has one word per line, and columns are two characters apart."""
+    return 2 + max(len("100.0"), *map(len, method.split("-")))
+
+
+def _verdict_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per axis and baseline. rows: of tables.AVERAGES."""
+    from gearnn_ray.evaluation.statistics import verdict
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("axis", "levels", "GearNN", "against", "by points", "95% interval"):
+        table.add_column(head, justify="right" if head in ("levels", "by points") else "left", no_wrap=True)
+    for row in rows:
+        if row["method"] == "gearnn":
+            continue
+        table.add_row(
+            row["axis"],
+            str(row["levels"]),
+            verdict(row["low"], row["high"]),
+            row["method"],
+            f"{row['difference']:+.2f}",
+            f"{row['low']:+.2f} to {row['high']:+.2f}",
+        )
+    return table
+
+
+def show_sweep(config: SweepConfig, outcome: "Swept", json_lines: bool) -> None:
+    """Print a sweep's table, its recommendation, and where both are."""
+    store, name = Store(config.store).uri, config.release.partition("@")[0].partition(":")[0]
+    if json_lines:
+        points = [
+            {
+                "budget": point.budget, "floats": point.floats, "value": point.importance, "bytes": point.bytes,
+                "complete": point.complete, "score": point.score if point.results else None,
+                "levels": {result.level: result.adaptor for result in point.results},
+            }
+            for point in outcome.points
+        ]  # fmt: skip
+        _print_json(store=store, **asdict(outcome) | {"points": points})
+        return
+    console = _console()
+    if any(point.results for point in outcome.points):
+        console.print("\nScores with adaptors, in percent on the validation images", style="bold", highlight=False)
+        console.print(_sweep_table(outcome.points), highlight=False)
+    console.print(f"\n{outcome.sentence}", highlight=False, markup=False)
+    _print_failures(console, outcome.failed)
+    bundle = outcome.release and f"{name}:recommended ({outcome.release[:19]}…) in {store}"
+    figure, table = (path and f"{store}/{path}" for path in (outcome.figure, outcome.table))
+    places = (("bundle", bundle), ("table", table), ("figure", figure))
+    _print_places(console, [(what, place) for what, place in places if place])
+
+
+def _sweep_table(points: Sequence["Point"]) -> Table:
+    """A line per budget and importance measure."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    levels = list(dict.fromkeys(result.level for point in points for result in point.results))
+    several = len({point.importance for point in points}) > 1
+    for head in ("M", *(["importance"] if several else []), "floats", "bytes", *levels, "mean"):
+        table.add_column(head, justify="left" if head in ("M", "importance") else "right", no_wrap=True)
+    for point in points:
+        scores = {result.level: result.adaptor for result in point.results}
+        cells = [f"{score:.1f}" if (score := scores.get(level)) is not None else "-" for level in levels]
+        mean = f"{point.score:.2f}" if point.complete else "-"
+        about = [point.budget, *([point.importance] if several else []), f"{point.floats:,}", f"{point.bytes:,}"]
+        table.add_row(*about, *cells, mean)
+    return table
+
+
+def show_serving(serving: "Serving", json_lines: bool) -> None:
+    """Print what is served at which URL."""
+    if json_lines:
+        _print_json("serving", **asdict(serving))
+        return
+    for ref, bundle in serving.bundles.items():
+        digest, levels = bundle.digest or "", bundle.levels
+        print(f"serving {ref} ({digest[:19]}…) with {len(levels)} levels on {serving.url} (page)")
+    print(f"try it:   curl --data-binary @frame.jpg {serving.url}predict -o classes.png")
+    print(f"health:   {serving.url}health\nmetrics:  {' '.join(serving.metrics)}\nCtrl-C ends it", flush=True)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(soft_wrap=True)
+
+
+def _print_json(event: str = "result", **fields: object) -> None:
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def _print_failures(console: Console, failed: Mapping[str, str]) -> None:
+    for what, reason in failed.items():
+        console.print(f"\n{what} failed: {reason}", style="bold red", highlight=False, markup=False)
+
+
+def _print_places(console: Console, places: Iterable[tuple[str, str]]) -> None:
+    console.print()
+    for what, place in places:
+        console.print(f"{what + ':':<9} {place}", highlight=False, markup=False, soft_wrap=True)

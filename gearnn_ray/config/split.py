@@ -1,0 +1,199 @@
+"""The configuration of the split job: one typed, validated object, whose fields' docstrings are the help of its options.
+
+Everything that can be judged without looking at the data or the cluster is judged here. Knows nothing of Ray, files or
+command lines.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gearnn_ray.config.budget import Budget
+from gearnn_ray.config.checks import LevelNames, Section
+from gearnn_ray.config.recipe import Coupling, Criterion, Recipe
+from gearnn_ray.config.release_ref import SafeName
+from gearnn_ray.config.resources import ResourcesConfig
+from gearnn_ray.levels.level import parse_level
+
+
+class ScenesConfig(Section):
+    """The generated street scenes (data.kind scenes)."""
+
+    train: int = Field(192, ge=1)
+    """number of training images"""
+    val: int = Field(32, ge=1)
+    """number of validation images"""
+    height: int = Field(96, ge=48, le=2048)
+    """height of an image in pixels"""
+    width: int = Field(128, ge=48, le=2048)
+    """width of an image in pixels"""
+    seed: int = Field(0, ge=0)
+    """seed of the generator; another seed gives other scenes"""
+
+
+class DataConfig(Section):
+    """Images and labels."""
+
+    kind: Literal["scenes", "camvid", "cityscapes", "folder"] = "scenes"
+    """generated scenes, CamVid, Cityscapes, or a folder with train/images, train/labels, val/images, val/labels"""
+    path: str | None = None
+    """folder of the data set, as every worker sees it; generated scenes need none"""
+    num_classes: int | None = Field(None, ge=2, le=255)
+    """number of classes, only for kind folder"""
+    scenes: ScenesConfig = ScenesConfig()
+    cache: str = "~/.cache/gearnn_ray"
+    """folder where each node caches the distorted images"""
+
+
+class ModelConfig(Section):
+    """The network D."""
+
+    name: str = "drn_d_22"
+    """drn_d_22, drn_d_38, or a function that returns a network, as package.module:function"""
+    weights: str | None = None
+    """.safetensors, .pt or .pth file as every worker sees it; default: the network is first trained on the undistorted images"""
+    mean: tuple[float, float, float] | None = None
+    """RGB mean in [0, 1] that normalises the network's input; default: the one in the weights file, else ImageNet's"""
+    std: tuple[float, float, float] | None = None
+    """RGB standard deviation in [0, 1] that normalises the network's input; default: as for the mean"""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "ModelConfig":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("only one of model.mean and model.std is given: give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"model.std is {self.std}: every value must be above 0")
+        return self
+
+
+class SensitivityConfig(Section):
+    """How the sensitivity of layers is measured."""
+
+    epochs: float | None = Field(None, ge=0)
+    """epochs of full fine-tuning before layers are selected; may be fractional; 0: one step along the gradient at the base;
+    default: all epochs of the recipe"""
+
+
+class SelectionConfig(Coupling, Criterion):
+    """How important layers are, and the problem that selects among them."""
+
+    @property
+    def criterion(self) -> Criterion:
+        """How important a layer is to one level."""
+        return Criterion(**{name: getattr(self, name) for name in Criterion.model_fields})
+
+    @property
+    def coupling(self) -> Coupling:
+        """Whether levels are selected for alone or jointly."""
+        return Coupling(**{name: getattr(self, name) for name in Coupling.model_fields})
+
+
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "fast": {"sensitivity": {"epochs": 0.125}, "recipe": {"epochs": 3}},
+    "compact": {
+        "selection": {
+            "importance": "fisher",
+            "granularity": "module",
+            "against": "clean",
+            "storage_formats": ["float32", "bfloat16", "int8"],
+        }
+    },
+}
+"""Values that a preset gives to options of `SplitConfig` that are not given: fewer epochs, or more accuracy for each byte.
+docs/budget.md has what they cost and gain."""
+
+
+class SplitConfig(Section):
+    """GearNN's Algorithm 1 over a set of distortion levels."""
+
+    name: SafeName = "drn22-scenes-jpeg"
+    """name of the release in the store"""
+    store: str = "artifacts"
+    """where the release is stored: a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
+    task: Literal["segmentation"] = "segmentation"
+    """what the network predicts: segmentation, a class for each pixel"""
+    levels: LevelNames = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
+    """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
+    budget: Budget = "0.2%"
+    """M of Eq. (2), the size of each adaptor: a share of the model size such as 0.2%, a number of floats, or of bytes such as
+    127256B; with selection.problem one-memory the size of all adaptors together"""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """seed for the order and the crops of the images in every fine-tune"""
+    tags: tuple[SafeName, ...] = ()
+    """further tags of the release, beside latest"""
+    keep_full: bool = False
+    """also store the fully fine-tuned networks; the release lists their digests"""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    recipe: Recipe = Recipe()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    selection: SelectionConfig = SelectionConfig()
+    base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
+    """how the base is trained if no weights are given"""
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: object) -> object:
+        """Replace `preset`, which is no field, by the values that it stands for."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        given = dict(values)
+        name = given.pop("preset")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"the preset {name!r} is unknown: expected {' or '.join(PRESETS)}")
+        for section, settings in PRESETS[name].items():
+            own = given.get(section, {})
+            given[section] = {**settings, **own} if isinstance(own, dict) else own
+        return given
+
+    @field_validator("levels")
+    @classmethod
+    def _one_or_more(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        if not levels:
+            raise ValueError("no level is given: expected at least one, such as jpeg-10")
+        if set(levels) == {"clean"}:
+            raise ValueError("levels has only clean, where nothing is adapted: name at least one distorted level")
+        return levels
+
+    @model_validator(mode="after")
+    def _no_longer_than_the_recipe(self) -> "SplitConfig":
+        short = self.sensitivity.epochs
+        if short is not None and short > self.recipe.epochs:
+            raise ValueError(f"sensitivity.epochs is {short:g} and recipe.epochs {self.recipe.epochs}: expected at most as many")
+        if short is not None and self.keep_full:
+            raise ValueError("keep_full and sensitivity.epochs are both given: only whole fine-tunes can be kept, leave out one")
+        return self
+
+    @model_validator(mode="after")
+    def _an_image_for_every_worker(self) -> "SplitConfig":
+        # the base is trained by one process
+        workers, images = self.resources.workers_per_level, self.recipe.batch_size
+        if workers > images:
+            raise ValueError(
+                f"resources.workers_per_level is {workers} and recipe.batch_size {images}: expected at most one worker per "
+                "image of a step, lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_of_a_joint_problem(self) -> "SplitConfig":
+        selection, distorted = self.selection, [name for name in self.levels if not parse_level(name).is_clean]
+        unknown = next((name for name in selection.frequencies if name not in self.levels), None)
+        if unknown is not None:
+            raise ValueError(f"selection.frequencies has {unknown}, which levels has not: add it there or take it out here")
+        missing = next((n for n in distorted if selection.frequencies and n not in selection.frequencies), None)
+        if missing is not None:
+            raise ValueError(f"selection.frequencies lacks {missing}: give one for every distorted level, 0 is allowed")
+        if selection.is_joint and not sum(selection.frequencies.get(name, 1.0) for name in distorted):
+            raise ValueError(
+                f"selection.problem is {selection.problem} and no distorted level occurs: name one in levels, with a frequency "
+                "above 0"
+            )
+        return self
+
+    def resolved_data_options(self) -> dict[str, Any]:
+        """Options of the data set's kind, for `open_dataset`."""
+        if self.data.kind == "scenes":
+            return self.data.scenes.model_dump()
+        return {"num_classes": self.data.num_classes} if self.data.kind == "folder" else {}

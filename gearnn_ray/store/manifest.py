@@ -1,0 +1,178 @@
+"""The manifest of a release as a typed, frozen model, and its canonical JSON. The JSON omits entries that are None or empty and
+keeps unknown ones, so that a manifest that is read and published again has the same digest.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
+from pydantic_core import PydanticCustomError
+
+from gearnn_ray.config.recipe import StorageFormat
+from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.store.blobs import PATH_PART, Blob, Digest
+
+SCHEMA: Final = 2  # raise it when a reader of this number would misread a newer manifest
+
+_CLEAN = "clean"  # the undistorted level: the base itself, without an adaptor
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # of releases and tags
+
+
+class _Entry(BaseModel):
+    # NaN in a plain mapping stays NaN, so that `canonical_json` refuses it.
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, ser_json_inf_nan="constants")
+
+
+class NormalisationEntry(_Entry):
+    """Mean and standard deviation of the RGB channels, pixel values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class ModelEntry(_Entry):
+    """The network: `floats` counts its floating-point values, running statistics included."""
+
+    name: str
+    num_classes: NonNegativeInt
+    class_names: tuple[str, ...] = ()
+    floats: NonNegativeInt
+    task: str
+    normalisation: NormalisationEntry
+
+
+class ReferenceEntry(_Entry):
+    """The undistorted training images: most frequent size in pixels, mean Rec. 601 luma (0 to 255), and the spread of its ln."""
+
+    height: NonNegativeInt
+    width: NonNegativeInt
+    luma: float
+    luma_spread: float | None = None
+
+
+class DataEntry(_Entry):
+    """The data set: its name and the digests of its two splits."""
+
+    name: str | None = None
+    train: str | None = None
+    val: str | None = None
+    reference: ReferenceEntry | None = None
+
+
+class Scores(_Entry):
+    """Accuracy on the validation images in percent: base, full fine-tune and adaptor."""
+
+    metric: str | None = None
+    original: float | None = None
+    full: float | None = None
+    adaptor: float | None = None
+
+
+class ShareChanged(_Entry):
+    """Shares of the network's floats, 0 to 1, in layers whose mean change, or whose own change, exceeds 2e-4 (Fig. 5)."""
+
+    by_layer: float
+    by_weight: float
+
+
+class LevelEntry(_Entry):
+    """One published level; `clean` has no adaptor: its digest is None and it holds nothing. `luma` is the mean luma of its
+    training images, 0 to 255, and `qp` the mean quantiser of its H.264 pictures. `storage_formats` names, by tensor of the base,
+    every storage format other than float32. `full` is the fully fine-tuned network, if it was kept.
+    """
+
+    digest: Digest | None
+    bytes: NonNegativeInt
+    floats: NonNegativeInt
+    layers: tuple[str, ...]
+    scores: Scores
+    luma: float | None = None
+    qp: float | None = None
+    storage_formats: Mapping[str, StorageFormat] = Field(default_factory=dict)
+    share_above_2e_4: ShareChanged | None = None
+    full: Blob | None = None
+
+    @property
+    def adaptor_blob(self) -> Blob | None:
+        return None if self.digest is None else Blob(digest=self.digest, bytes=self.bytes)
+
+
+class BudgetEntry(_Entry):
+    """The budget M: as it was asked for ("0.2%"), and in floats."""
+
+    asked: str | None = None
+    floats: NonNegativeInt | None = None
+
+
+class ExecutionEntry(_Entry):
+    """What decides the bits of a fine-tune beside its inputs."""
+
+    device: str
+    precision: str
+    threads: NonNegativeInt
+
+
+LevelName = Annotated[str, StringConstraints(pattern=f"^{PATH_PART}$")]
+
+
+def _check_levels(levels: Mapping[str, LevelEntry]) -> Mapping[str, LevelEntry]:
+    for name, entry in levels.items():
+        empty = not (entry.digest or entry.bytes or entry.floats or entry.layers or entry.storage_formats)
+        if not empty if name == _CLEAN else entry.digest is None:
+            rule = f"{name}: {_CLEAN} has no digest and holds nothing, every other level has an adaptor"
+            raise PydanticCustomError("adaptor", "{rule}", {"rule": rule})
+    return levels
+
+
+class Manifest(_Entry):
+    """One release. `Store.publish` sets `created` (UTC, ISO 8601); `config` is the configuration of the split job."""
+
+    schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    created: str | None = None
+    model: ModelEntry
+    data: DataEntry | None = None
+    base: Blob
+    levels: Annotated[Mapping[LevelName, LevelEntry], AfterValidator(_check_levels)]
+    budget: BudgetEntry
+    recipe: Mapping[str, object]
+    seed: int | None = None
+    execution: ExecutionEntry | None = None
+    config: Mapping[str, object] | None = None
+    versions: Mapping[str, str]
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """Every blob that the release names, each once: base, adaptors and full fine-tunes."""
+        named = [self.base]
+        for entry in self.levels.values():
+            named += [blob for blob in (entry.adaptor_blob, entry.full) if blob is not None]
+        return tuple({(blob.digest, blob.bytes): blob for blob in named}.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, in a new dict."""
+        return {"schema": SCHEMA, **self.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
+
+
+def read_manifest(data: bytes, digest: str) -> Manifest:
+    """The manifest in a file. Raises CorruptStoreError naming the digest and the invalid entry, UserError for another schema."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise CorruptStoreError(f"The manifest {digest} is not JSON: {error}.") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            f"The manifest {digest} was written with schema {schema!r}, and this version of gearnn_ray reads schema "
+            f"{SCHEMA}. Publish the release again with this version, or read it with the version that wrote it."
+        )
+    try:
+        manifest = Manifest.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
+        raise CorruptStoreError(f"The manifest {digest} is not valid at {place}: {first['msg']}. Found {found}.") from error
+    if manifest.created is None:
+        raise CorruptStoreError(f"The manifest {digest} is not valid at created: a published manifest has a time.")
+    return manifest

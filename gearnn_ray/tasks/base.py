@@ -1,0 +1,112 @@
+"""What differs between segmentation and other tasks: one protocol, which every other room goes through.
+
+A task knows targets, losses and metrics, but no levels, layers, store or Ray. It sees the network through a `Forward`. Shapes:
+x_BCHW pixel values from 0 to 255 (uint8 or float32), weights_RN how often resample R holds image N.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Image = NDArray[np.uint8]  # RGB [H, W, 3]
+Forward = Callable[[Tensor], Any]  # x_BCHW to the network's raw output, for example a `training.predict.Predictor`
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of a loss on this process: the loss is the quotient of both sums over all processes."""
+
+    sum: Tensor  # differentiable scalar
+    count: Tensor  # number of items (pixels, boxes) in the sum: a scalar without gradient
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of equal size and their targets, in the form that the task's losses take."""
+
+    images: Tensor  # uint8 [B, 3, H, W]
+    targets: Any
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+
+
+class Task(Protocol):
+    """A vision task. `name` and `version` stand in manifests and stage keys; `version` is raised when the same data would give
+    other losses or scores. Metrics are percentages from 0 to 100; the first one is optimised.
+    """
+
+    name: str
+    version: int
+    metrics: tuple[str, ...]
+
+    def check(self, image: Image, target: Any, num_classes: int, where: str) -> None:
+        """Raise UserError, naming the sample (`where`), unless the target fits the image and the classes."""
+        ...
+
+    def augment(self, image: Image, target: Any, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Any]:
+        """The training crop (height, width) of one sample. draws: three numbers in [0, 1) for top, left and flip (below 0.5)."""
+        ...
+
+    def collate(self, samples: Sequence[tuple[Image, Any]]) -> Batch:
+        """Samples of equal size as one batch on the CPU."""
+        ...
+
+    def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of the training loss by name; each is 0 where its count is 0."""
+        ...
+
+    def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
+        """The loss of stability training (Zheng et al. 2016): the task's own, and `alpha` times the distance of the answers."""
+        ...
+
+    def outputs(self, raw: Any) -> Any:
+        """What a network returned, in the task's one form; iterating over it gives the predictions of the single images."""
+        ...
+
+    def at_frame_size(self, outputs: Any, height: int, width: int) -> Any:
+        """Outputs in pixels of frames of this size."""
+        ...
+
+    def evidence(self, prediction: Any, target: Any) -> dict[str, Tensor]:
+        """What metrics are computed from, of one image: small tensors on the CPU, the same shapes for every image."""
+        ...
+
+    def aggregate(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[R, metrics] in percent, from the evidence of N images ([N, ...] each) under R weightings of the images."""
+        ...
+
+    def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
+        """[N, ...] that depends on the targets alone: equal for two methods judged on the same images."""
+        ...
+
+    def answer(self, prediction: Any) -> NDArray[Any]:
+        """What a person is shown of one image's prediction."""
+        ...
+
+    def close(self, a: Any, b: Any) -> bool:
+        """Whether two outputs of the same images are the same but for rounding."""
+        ...
+
+
+def loss_of(terms: Mapping[str, LossTerm]) -> Tensor:
+    """Σ_k sum_k / count_k, a differentiable scalar; a term without items is 0 (not NaN)."""
+    quotients = [term.sum / term.count.clamp(min=1) for term in terms.values()]
+    return torch.stack(quotients).sum() if len(quotients) > 1 else quotients[0]
+
+
+def score(task: Task, evidence: Mapping[str, Tensor]) -> float:
+    """The task's first metric over all images, in percent."""
+    images = len(next(iter(evidence.values())))
+    return float(task.aggregate(evidence, np.ones((1, images)))[0, 0])
+
+
+def scores_of_images(task: Task, evidence: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """The first metric of each image alone [N], in percent."""
+    images = len(next(iter(evidence.values())))
+    return task.aggregate(evidence, np.eye(images))[:, 0]

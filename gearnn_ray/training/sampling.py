@@ -1,0 +1,125 @@
+"""Training batches: images, their levels, and the share of each worker. An epoch is a pure function of its seed."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gearnn_ray.tasks.base import Batch, Image, Task
+
+
+class Subset(Sequence[Image]):
+    """Some images of a sequence, by position."""
+
+    def __init__(self, images: Sequence[Image], positions: Sequence[int]) -> None:
+        self._images, self._positions = images, positions
+        shapes = getattr(images, "shapes", None)
+        self.shapes = [shapes[i] if shapes else images[i].shape for i in positions]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._images[self._positions[index]]
+
+
+class Mixture(Sequence[Image]):
+    """The same images at several levels, taken in turn. crop: side of the crop in pixels, limited by each level's own images."""
+
+    def __init__(self, levels: Sequence[Sequence[Image]], crop: int) -> None:
+        self.levels, self.crop = tuple(levels), crop
+        shapes = [_shapes(level) for level in self.levels]
+        self.shapes = [shapes[index % len(shapes)][index] for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.levels[index % len(self.levels)][index]
+
+
+class _Drawn(Sequence[Image]):
+    """Every image at a level of its own."""
+
+    def __init__(self, levels: Sequence[Sequence[Image]], drawn: Mapping[int, int], positions: Sequence[int]) -> None:
+        self._levels, self._drawn, self._positions = levels, drawn, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        position = self._positions[index]
+        return self._levels[self._drawn[position]][position]
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Whole batches of an epoch, at least one."""
+    return max(1, images // batch_size)
+
+
+def crop_size(images: Sequence[Image], crop: int) -> tuple[int, int]:
+    """Height and width of the training crop: `crop`, or less where the smallest image is smaller."""
+    shapes = _shapes(images)
+    return min(crop, *(s[0] for s in shapes)), min(crop, *(s[1] for s in shapes))
+
+
+def training_batches(
+    task: Task,
+    images: Sequence[Image],
+    targets: Sequence[Any],
+    batch_size: int,
+    crop: tuple[int, int],
+    seed: Sequence[int],
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """One epoch: every image once in random order, augmented; an incomplete last batch is left out, but a set smaller than one
+    batch makes one. Images of a `Mixture` are drawn at a random level each. A pure function of `seed`: worker `rank` of
+    `world_size` gets its share of each batch, augmented as it would be alone. crop: height and width in pixels (`crop_size`),
+    unused by a mixture.
+    """
+    if isinstance(images, Mixture):
+        yield from _mixed_batches(task, images, targets, batch_size, seed, rank, world_size)
+        return
+    rng = np.random.default_rng(list(seed))
+    order = rng.permutation(len(images))
+    draws_N3 = rng.random((len(images), 3))
+    for start in range(0, steps_per_epoch(len(images), batch_size) * batch_size, batch_size):
+        share = range(start + rank, min(start + batch_size, len(order)), world_size)
+        samples = ((images[order[position]], targets[order[position]], draws_N3[position]) for position in share)
+        yield task.collate([task.augment(image, target, crop, draws) for image, target, draws in samples])
+
+
+def _mixed_batches(
+    task: Task, images: Mixture, targets: Sequence[Any], batch_size: int, seed: Sequence[int], rank: int, world_size: int
+) -> Iterator[Batch]:
+    """As many steps as with one level. A batch has frames of one size; each size gets steps in proportion to its levels."""
+    sizes: dict[tuple[Any, ...], list[int]] = {}
+    for index, level in enumerate(images.levels):
+        sizes.setdefault(tuple(_shapes(level)), []).append(index)
+    rng = np.random.default_rng([*seed, 1])  # not the draws that order and crop
+    order = rng.permutation(len(images))
+    steps = steps_per_epoch(len(images), batch_size)
+    # every level gets its share of the steps, whatever its size; which get one more, or any where steps are few, is drawn
+    rounds = [rng.permutation(len(images.levels)) for _ in range(math.ceil(steps / len(images.levels)))]
+    dealt = np.concatenate(rounds)[:steps]
+    group_of = {index: group for group in sizes.values() for index in group}
+    for step in range(steps):
+        positions = [int(p) for p in order[step * batch_size : (step + 1) * batch_size]]
+        group = group_of[int(dealt[step])]
+        drawn = {position: group[int(rng.integers(len(group)))] for position in positions}
+        yield from training_batches(
+            task,
+            _Drawn(images.levels, drawn, positions),
+            Subset(targets, positions),
+            len(positions),
+            crop_size(images.levels[group[0]], images.crop),  # of all of a level's images, whichever are drawn
+            (*seed, 2 + step),
+            rank,
+            world_size,
+        )
+
+
+def _shapes(images: Sequence[Image]) -> list[tuple[int, ...]]:
+    return list(getattr(images, "shapes", None) or (image.shape for image in images))
