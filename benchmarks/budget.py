@@ -1,41 +1,49 @@
-"""What a byte buys: every variant of selection and recipe, and rivals of equal size, under every budget, seed by seed.
+"""Accuracy per byte: every variant of selection and recipe, and baselines of equal size, under every budget and seed.
 
     uv run benchmarks/budget.py docs/results/budget.yaml --data CAMVID --store artifacts --out budget.parquet
 
-The file names a release, levels, budgets with how many seeds each gets, variants (each with `selection`, `recipe` and
-`sensitivity_epochs` where they differ from the release's; `neighbours`, where a level's adaptor is to begin at another's, in
-the same layers) and rivals (methods of an evaluation, each with its learning rate). One task per fine-tune on Ray; what the
-store has is not made again, so that the same command goes on after a crash. Prints scores (mean ± standard deviation over
-seeds), and what of the first variant's layers each has chosen (Jaccard index) in how many epochs of fine-tuning.
+The study names a release, levels, budgets with their number of seeds, variants, and baselines. A variant has `selection`,
+`recipe` and `sensitivity_epochs` where they differ from the release's; `neighbours` names, for each level, another level whose
+adaptor its own one starts from, in the same layers. A baseline is a method of an evaluation with its learning rate. Every
+fine-tune is one task on Ray. Results in the store are reused, so that the same command continues after a crash. Prints scores
+(mean ± standard deviation over seeds), and the overlap of each variant's layers with the first variant's (Jaccard index).
 """
 
 import argparse
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import yaml
 
 from gearnn_ray.adaptors.adaptor import put_adaptor
 from gearnn_ray.adaptors.storage_formats import decode
+from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.recipe import Criterion
-from gearnn_ray.config.schema import ReleaseDataConfig, budget_floats
-from gearnn_ray.evaluation import runs as evaluation
-from gearnn_ray.offline import level_run
-from gearnn_ray.offline.job_spec import JobSpec, training_data, validation_data
-from gearnn_ray.offline.release_context import make_images, open_release_context
-from gearnn_ray.ray_jobs.cluster import EventBoard, EventRelay, cluster, discard
+from gearnn_ray.config.release_jobs import ReleaseDataConfig, SweepConfig
+from gearnn_ray.config.resources import ResourcesConfig
+from gearnn_ray.core.events import Emit
+from gearnn_ray.evaluation.measurements import evaluate_weights
+from gearnn_ray.evaluation.records import TuningResult
+from gearnn_ray.evaluation.runs import WeightsSpec, make_weights
+from gearnn_ray.offline.job_spec import JobSpec
+from gearnn_ray.offline.level_run import LevelRun, fine_tune_fully, measure_level, run_level
+from gearnn_ray.offline.pipeline import prepare_images
+from gearnn_ray.offline.release_context import open_release_context
+from gearnn_ray.ray_jobs.board import discard
+from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.summary import figure_png, new_figure
 from gearnn_ray.store.releases import Store
-from gearnn_ray.training.trainer import evaluate, fine_tune, prepare_process
+from gearnn_ray.tasks.base import score
+from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.trainer import fine_tune
 
 
 @dataclass(frozen=True)
@@ -53,59 +61,151 @@ class Row:
     epochs: float = 0.0
 
 
-@ray.remote(num_cpus=1)
-def control(spec: JobSpec) -> None:
-    prepare_process(1)
-    level_run.fine_tune_fully(spec, "clean", discard)
+# ── what workers do ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@ray.remote(num_cpus=1)
-def sense(spec: JobSpec, level: str, criteria: list[Criterion], _: Any) -> None:
-    prepare_process(1)
-    level_run.sense_level(spec, level, criteria, discard)
+def measure(spec: JobSpec, level: str, criteria: Sequence[Criterion], emit: Emit) -> None:
+    measure_level(spec, level, emit, criteria)
 
 
-@ray.remote(num_cpus=1)
-def adapt(spec: JobSpec, level: str, name: str, budget: str, sensed: Any) -> Row:
-    prepare_process(1)
-    r = level_run.run_level(spec, level, discard)
+def adapt(spec: JobSpec, level: str, name: str, budget: str, emit: Emit) -> Row:
+    r = run_level(spec, level, emit)
     assert r.adaptor is not None
     first = spec.recipe.epochs if spec.sensitivity_epochs is None else spec.sensitivity_epochs
-    # a pass over the images for the gradients is counted as an epoch, though it moves nothing
+    # the pass over the images that computes gradients is counted as an epoch, although it changes nothing
     epochs = first + spec.recipe.epochs + (first == 0 or spec.criterion.needs_gradients)
     return Row(name, budget, level, spec.seed, r.adaptor, r.floats, r.bytes, r.original, r.full, r.layers, epochs)
 
 
-@ray.remote(num_cpus=1)
-def adapt_neighbours(spec: JobSpec, level: str, origin: JobSpec, neighbour: str, name: str, budget: str, _: Row) -> Row:
-    """A level's adaptor that begins at its neighbour's, which is there, in the same layers: no full fine-tune of its own."""
-    prepare_process(1)
-    r = level_run.run_level(origin, neighbour, discard)
-    assert r.digest is not None
-    run = level_run.LevelRun(spec, level, discard)
+def adapt_neighbours(spec: JobSpec, level: str, origin: JobSpec, neighbour: str, name: str, budget: str, emit: Emit) -> Row:
+    """A level's adaptor that starts from its neighbour's, in the same layers, without a full fine-tune of its own."""
+    r = run_level(origin, neighbour, emit)
+    digest = r.digest
+    assert digest is not None
+    run, task, normalisation = LevelRun(spec, level, emit), spec.task, spec.network.normalisation
+    key = spec.key(
+        "start at neighbour", level=level, train=spec.data.train.digest, val=spec.data.val.digest,
+        recipe=spec.recipe.inputs(), seed=spec.seed, chosen=r.layers, start=digest,
+    )  # fmt: skip
 
-    def tune(_: str) -> dict[str, Any]:
-        model, normalisation = run.network(), spec.network.normalisation
-        base = run.store.get_state(spec.base)
-        put_adaptor(model, base, decode(base, run.store.get_state(cast(str, r.digest))))
-        images, labels = training_data(spec, level)
-        fine_tune(model, images, labels, spec.recipe, normalisation, chosen=r.layers, seed=spec.seed)
-        return {"score": evaluate(model, *validation_data(spec, level), normalisation, spec.recipe.precision)}
+    def train() -> TuningResult:
+        model, store = run.network(), run.cache.store
+        base = store.get_state(spec.base)
+        put_adaptor(model, base, decode(base, store.get_state(digest)))
+        fine_tune(
+            task, model, *spec.training_data(level), spec.recipe, normalisation, spec.execution.precision,
+            chosen=r.layers, seed=spec.seed,
+        )  # fmt: skip
+        predictor = Predictor(model, normalisation, spec.execution.precision)
+        return TuningResult(score(task, collect_evidence(task, model, [predictor], *spec.validation_data(level))[0]))
 
-    score = run.stage("partial", run.key("partial", chosen=r.layers, start=r.digest), tune)["score"]
-    original = run.stage("original", run.key("original"), run.judge_original)["score"]
-    return Row(
-        name, budget, level, spec.seed, score, r.floats, r.bytes, original, None, r.layers, float(spec.recipe.epochs)
-    )
+    result, original = run.cache.result(TuningResult, key, train).score, run.original().score
+    assert result is not None
+    epochs = float(spec.recipe.epochs)
+    return Row(name, budget, level, spec.seed, result, r.floats, r.bytes, original, None, r.layers, epochs)
 
 
-@ray.remote(num_cpus=1)
-def baseline(spec: JobSpec, making: evaluation.Making, name: str, budget: str) -> Row:
-    prepare_process(1)
-    weights = evaluation.make_weights(spec, making, discard)
-    judged = evaluation.judge(spec, making.level, [None, weights.digest], discard)
-    scores = judged[weights.digest].score, judged[None].score
-    return Row(name, budget, making.level, making.seed, scores[0], weights.floats, 4 * weights.floats, scores[1], None)
+def baseline(spec: JobSpec, wanted: WeightsSpec, name: str, budget: str, emit: Emit) -> Row:
+    weights = make_weights(spec, wanted, emit)
+    found = evaluate_weights(spec, wanted.level, [None, weights.digest], emit)
+    own, original, size = found[weights.digest].score, found[None].score, weights.floats
+    return Row(name, budget, wanted.level, wanted.seed, own, size, 4 * size, original, None)
+
+
+# ── what the driver does ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Study:
+    """The runs of a study file."""
+
+    def __init__(self, study: dict[str, Any], release: JobSpec, floats: int) -> None:
+        self.study, self.release, self.floats = study, release, floats
+        self.variants: dict[str, JobSpec] = {}
+        self.neighbours: dict[str, Mapping[str, str]] = {}
+        for name, options in study["variants"].items():
+            options = options or {}
+            recipe = self._recipe(options.get("recipe", {}))
+            epochs = options.get("sensitivity_epochs")
+            self.variants[name] = replace(
+                release,
+                recipe=recipe,
+                criterion=Criterion(**options.get("selection", {})),
+                sensitivity_epochs=None if epochs is None else float(epochs),
+            )
+            if "neighbours" in options:
+                self.neighbours[name] = options["neighbours"]
+
+    def run(self, tasks: TaskRunner) -> list[Row]:
+        """Every row, in waves: what variants share first, so that no two tasks compute it at once."""
+        shared: dict[tuple[Any, ...], list[JobSpec]] = defaultdict(list)
+        seeds = range(max(self.study["budgets"].values()))
+        for (name, spec), seed in itertools.product(self.variants.items(), seeds):
+            if name not in self.neighbours:
+                shared[spec.recipe, spec.sensitivity_epochs, seed].append(replace(spec, seed=seed))
+        controls = [next((spec for spec in specs if spec.criterion.against == "clean"), None) for specs in shared.values()]
+        tasks.all(fine_tune_fully, {f"control {n}": (spec, "clean") for n, spec in enumerate(controls) if spec})
+        tasks.all(
+            measure,
+            {
+                f"{level} {number}": (specs[0], level, [spec.criterion for spec in specs])
+                for number, specs in enumerate(shared.values())
+                for level in self.study["levels"]
+            },
+        )
+        rows: list[Row] = []
+        started = time.perf_counter()
+
+        def note(row: Row | None) -> None:
+            if row is not None:
+                rows.append(row)
+                minutes = (time.perf_counter() - started) / 60
+                print(f"{minutes:6.1f} min: {row.variant} {row.budget} {row.level} seed {row.seed}: "
+                      f"{row.score:.2f} in {row.bytes:,} bytes", flush=True)  # fmt: skip
+
+        for calls in (self._runs(), self._runs_at_neighbours()):
+            for label, function, arguments in calls:
+                tasks.start(label, function, *arguments, then=note)
+            tasks.settle()
+        return rows
+
+    def _recipe(self, changes: Mapping[str, Any]) -> Any:
+        return self.release.recipe.model_copy(update={**self.study.get("recipe", {}), **changes})
+
+    def _cells(self) -> Iterator[tuple[str, str, int]]:
+        """Budget, level and seed."""
+        for (budget, seeds), level in itertools.product(self.study["budgets"].items(), self.study["levels"]):
+            for seed in range(seeds):
+                yield budget, level, seed
+
+    def _spec(self, name: str, budget: str, seed: int) -> JobSpec:
+        return replace(self.variants[name], budget=budget_floats(budget, self.floats), seed=seed)
+
+    def _runs(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        first, smallest = next(iter(self.variants)), next(iter(self.study["budgets"]))
+        for budget, level, seed in self._cells():
+            for name in self.variants:
+                if name not in self.neighbours:
+                    own = self._spec(name, budget, seed)
+                    yield f"{name} {budget} {level} {seed}", adapt, (own, level, name, budget)
+            for name, options in self.study.get("baselines", {}).items():
+                method = options["method"]
+                if method in ("bn-tuned", "bn-statistics") and budget != smallest:
+                    continue  # its size does not depend on the budget
+                wanted = WeightsSpec(
+                    method, level, seed=seed, learning_rate=options["learning_rate"],
+                    budget=self._spec(first, budget, seed).budget if method in ("auto-rgn", "random", "first-block") else 0,
+                    draw=seed if method == "random" else 0,
+                )  # fmt: skip
+                own = replace(self.release, recipe=self._recipe({}))
+                yield f"{name} {budget} {level} {seed}", baseline, (own, wanted, name, budget)
+
+    def _runs_at_neighbours(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        """After the runs of the first variant, whose adaptors they start from."""
+        first = next(iter(self.variants))
+        for (budget, level, seed), name in itertools.product(self._cells(), self.neighbours):
+            own, origin = (self._spec(each, budget, seed) for each in (name, first))
+            arguments = (own, level, origin, self.neighbours[name][level], name, budget)
+            yield f"{name} {budget} {level} {seed}", adapt_neighbours, arguments
 
 
 def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], baselines: Collection[str]) -> bytes:
@@ -126,15 +226,15 @@ def figure(rows: Sequence[Row], names: Sequence[str], levels: Sequence[str], bas
         mine = [row for row in rows if row.level == level]
         wholes = [row.full for row in mine if row.full is not None]
         lines = {"original": mine[0].original} | ({"whole network": fmean(wholes)} if wholes else {})
-        # what lies far below says no more about the others than that
+        # outliers far below would squeeze the others together
         scores = sorted(row.score for row in mine)
         lowest = max(scores[0], scores[len(scores) // 10] - 3) - 0.5
         axis.set_ylim(lowest, max(scores[-1], *lines.values()) + 1)
-        for what, score in lines.items():
-            if score < lowest:
+        for what, at in lines.items():
+            if at < lowest:
                 continue
-            axis.axhline(score, color="grey", linewidth=0.8, linestyle=":")
-            axis.annotate(what, (1, score), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+            axis.axhline(at, color="grey", linewidth=0.8, linestyle=":")
+            axis.annotate(what, (1, at), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         axis.set(xscale="log", title=level, xlabel="adaptor, kB")
         sizes = sorted({round(row.bytes / 1000, -1 if row.bytes > 20_000 else 1) for row in mine})
         ticks = [size for last, size in zip([0.0, *sizes], sizes, strict=False) if size > 1.3 * last]
@@ -152,125 +252,80 @@ def spread(scores: Mapping[int, float | None]) -> str:
     return (f"{fmean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")) if known else "-"
 
 
-def jaccard(row: Row) -> float:
-    """Of the layers chosen and those of the first variant under the same budget, level and seed."""
-    others = of_first[row.budget, row.level, row.seed]
-    return len(others & set(row.layers)) / max(1, len(others | set(row.layers)))
+def print_line(head: str, cells: Sequence[str]) -> None:
+    print(" ".join([f"{head:<45}", *(f"{cell:>20}" for cell in cells)]))
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("study", type=Path)
-parser.add_argument("--data", help="folder of the data set")
-parser.add_argument("--cache", default="~/.cache/gearnn_ray")
-parser.add_argument("--store", default="artifacts")
-parser.add_argument("--out", type=Path, help="Parquet file of all rows")
-parser.add_argument("--figure", type=Path, help="PNG of scores over bytes")
-options = parser.parse_args()
-study = yaml.safe_load(options.study.read_text())
+def print_tables(study: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Scores, whole networks, and the overlap of layers."""
+    levels, budgets, variants = study["levels"], study["budgets"], study["variants"]
+    found = defaultdict[tuple[str, str, str], list[Row]](list)
+    for row in rows:
+        found[row.variant, row.budget, row.level].append(row)
+    print()
+    print_line(f"{'variant':<28}{'M':>7}{'bytes':>10}", levels)
+    for name, budget in itertools.product((*variants, *study.get("baselines", {})), budgets):
+        cells = [found.get((name, budget, level), []) for level in levels]
+        if any(cells):
+            size = fmean(row.bytes for cell in cells for row in cell)
+            texts = [spread({row.seed: row.score for row in cell}) for cell in cells]
+            print_line(f"{name:<28}{budget:>7}{size:>10,.0f}", texts)
+    print()
+    print_line("whole network", levels)
+    originals = {row.level: row.original for row in rows}
+    print_line("original", [f"{originals[level]:.2f}" for level in levels])
+    printed = set[tuple[str, ...]]()
+    for name in variants:
+        wholes = tuple(
+            spread({row.seed: row.full for row in rows if (row.variant, row.level) == (name, level)}) for level in levels
+        )
+        if wholes not in printed and set(wholes) != {"-"}:  # variants with one recipe have the same
+            print_line(name, wholes)
+        printed.add(wholes)
+    first = next(iter(variants))
+    of_first = {(row.budget, row.level, row.seed): set(row.layers) for row in rows if row.variant == first}
 
-rows: list[Row] = []
-with cluster():
-    relay = EventRelay(cast(Any, EventBoard).remote(), discard)
-    release = open_release_context(
-        Store(options.store), study["release"], ReleaseDataConfig(path=options.data, cache=options.cache), relay
+    def jaccard(row: Row) -> float:
+        others = of_first[row.budget, row.level, row.seed]
+        return len(others & set(row.layers)) / max(1, len(others | set(row.layers)))
+
+    print()
+    print_line(f"{f'layers in common with {first}':<35}{'epochs':>10}", levels)
+    for name, budget in itertools.product(variants, budgets):
+        cells = [found.get((name, budget, level), []) for level in levels]
+        if any(cells):
+            epochs = fmean(row.epochs for cell in cells for row in cell)
+            texts = [f"{fmean(map(jaccard, cell)):.2f}" if cell else "-" for cell in cells]
+            print_line(f"{name:<28}{budget:>7}{epochs:>10.3g}", texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--data", help="folder of the data set")
+    parser.add_argument("--cache", default="~/.cache/gearnn_ray")
+    parser.add_argument("--store", default="artifacts")
+    parser.add_argument("--out", type=Path, help="Parquet file of all rows")
+    parser.add_argument("--figure", type=Path, help="PNG of scores over bytes")
+    options = parser.parse_args()
+    study = yaml.safe_load(options.study.read_text())
+    config = SweepConfig(
+        release=study["release"], store=options.store, data=ReleaseDataConfig(path=options.data, cache=options.cache)
     )
-    make_images(release.spec, study["levels"], relay)
-    variants: dict[str, JobSpec] = {}
-    for name, told in study["variants"].items():
-        told = told or {}
-        recipe = release.spec.recipe.model_copy(update={**study.get("recipe", {}), **told.get("recipe", {})})
-        own = replace(release.spec, recipe=recipe, criterion=Criterion(**told.get("selection", {})))
-        epochs = told.get("sensitivity_epochs")
-        variants[name] = replace(own, sensitivity_epochs=None if epochs is None else float(epochs))
-    running: list[Any] = []
-    controls = dict[Any, Any]()  # of each recipe and seed one, for all levels
-    begun = dict[tuple[str, str, int], Any]()  # neighbours' adaptors
-    for seed, level in itertools.product(range(max(study["budgets"].values())), study["levels"]):
-        # what variants share is made once: their tasks wait for it
-        shared = defaultdict[Any, list[JobSpec]](list)
-        for name, spec in variants.items():
-            if "neighbours" in (study["variants"][name] or {}):
-                continue
-            shared[spec.recipe, spec.sensitivity_epochs].append(replace(spec, seed=seed))
-        # weights that any of them looks at again are kept from the start
-        sensed = dict[Any, Any]()
-        for key, works in shared.items():
-            against = next((spec for spec in works if spec.criterion.against == "clean"), None)
-            if against and (key, seed) not in controls:
-                controls[key, seed] = control.remote(against)
-            criteria = [spec.criterion for spec in works]
-            sensed[key] = sense.remote(works[0], level, criteria, controls.get((key, seed)))
-        for budget in (budget for budget, seeds in study["budgets"].items() if seed < seeds):
-            floats = budget_floats(budget, release.facts.floats)
-            for name, spec in variants.items():
-                own = replace(spec, budget=floats, seed=seed)
-                if near := (study["variants"][name] or {}).get("neighbours"):
-                    origin = replace(next(iter(variants.values())), budget=floats, seed=seed)
-                    if (near[level], budget, seed) not in begun:
-                        begun[near[level], budget, seed] = adapt.remote(origin, near[level], name, budget, None)
-                    first = begun[near[level], budget, seed]
-                    running.append(adapt_neighbours.remote(own, level, origin, near[level], name, budget, first))
-                    continue
-                running.append(adapt.remote(own, level, name, budget, sensed[spec.recipe, spec.sensitivity_epochs]))
-            for name, told in study.get("rivals", {}).items():
-                if told["method"] in ("bn-tuned", "bn-statistics") and budget != next(iter(study["budgets"])):
-                    continue  # of one size, whatever the budget
-                own = replace(release.spec, recipe=release.spec.recipe.model_copy(update=study.get("recipe", {})))
-                making = evaluation.Making(
-                    told["method"], level, seed=seed, learning_rate=told["learning_rate"],
-                    budget=floats if told["method"] in ("auto-rgn", "random", "first-block") else 0,
-                    draw=seed if told["method"] == "random" else 0,
-                )  # fmt: skip
-                running.append(baseline.remote(own, making, name, budget))
-    started, left = time.perf_counter(), list(running)
-    while left:
-        (done,), left = ray.wait(left)
-        row = ray.get(done)
-        rows.append(row)
-        minutes = (time.perf_counter() - started) / 60
-        print(f"{minutes:6.1f} min, {len(left):3d} left: {row.variant} {row.budget} {row.level} seed {row.seed}: "
-              f"{row.score:.2f} in {row.bytes:,} bytes", flush=True)  # fmt: skip
+    with job_tasks(ResourcesConfig(), discard) as tasks:
+        release = open_release_context(Store(config.store), config, tasks)
+        spec, levels = release.spec, dict.fromkeys((*study["levels"], "clean"))
+        prepare_images(spec.data, spec.network.task, tuple(levels), spec.cache, tasks, discard)
+        rows = Study(study, spec, release.facts.floats).run(tasks)
+    for label, reason in tasks.failed.items():
+        print(f"{label} failed: {reason}")
+    if options.out:
+        pq.write_table(pa.Table.from_pylist([{**asdict(row), "layers": list(row.layers)} for row in rows]), options.out)
+    if options.figure:
+        baselines = study.get("baselines", {})
+        options.figure.write_bytes(figure(rows, [*study["variants"], *baselines], study["levels"], baselines))
+    print_tables(study, rows)
 
-if options.out:
-    pq.write_table(pa.Table.from_pylist([{**asdict(row), "layers": list(row.layers)} for row in rows]), options.out)
-names = list(dict.fromkeys((*study["variants"], *study.get("rivals", {}))))
-if options.figure:
-    options.figure.write_bytes(figure(rows, names, study["levels"], study.get("rivals", {})))
-found = defaultdict[tuple[str, str, str], list[Row]](list)
-for row in rows:
-    found[row.variant, row.budget, row.level].append(row)
-first = next(iter(study["variants"]))
-of_first = {(row.budget, row.level, row.seed): set(row.layers) for row in rows if row.variant == first}
-print("\n" + " ".join([f"{'variant':<28}{'M':>7}{'bytes':>10}", *(f"{level:>20}" for level in study["levels"])]))
-for name, budget in itertools.product(names, study["budgets"]):
-    cells = [found.get((name, budget, level), []) for level in study["levels"]]
-    if not any(cells):
-        continue
-    texts = [spread({row.seed: row.score for row in cell}) for cell in cells]
-    size = fmean(row.bytes for cell in cells for row in cell)
-    print(" ".join([f"{name:<28}{budget:>7}{size:>10,.0f}", *(f"{text:>20}" for text in texts)]))
 
-print("\n" + " ".join([f"{'whole network':<45}", *(f"{level:>20}" for level in study["levels"])]))
-originals = {row.level: row.original for row in rows}
-print(" ".join([f"{'original':<45}", *(f"{originals[level]:>20.2f}" for level in study["levels"])]))
-said = set[tuple[str, ...]]()
-for name in study["variants"]:
-    texts = [
-        spread({row.seed: row.full for row in rows if (row.variant, row.level) == (name, level)})
-        for level in study["levels"]
-    ]
-    if tuple(texts) not in said and set(texts) != {"-"}:  # of one recipe they are the same
-        print(" ".join([f"{name:<45}", *(f"{text:>20}" for text in texts)]))
-    said.add(tuple(texts))
-
-print(
-    "\n"
-    + " ".join(
-        [f"{f'layers in common with {first}':<35}{'epochs':>10}", *(f"{level:>20}" for level in study["levels"])]
-    )
-)
-for name, budget in itertools.product(study["variants"], study["budgets"]):
-    cells = [found.get((name, budget, level), []) for level in study["levels"]]
-    epochs = fmean(row.epochs for cell in cells for row in cell)
-    texts = [f"{fmean(jaccard(row) for row in cell):.2f}" if cell else "-" for cell in cells]
-    print(" ".join([f"{name:<28}{budget:>7}{epochs:>10.3g}", *(f"{text:>20}" for text in texts)]))
+if __name__ == "__main__":
+    main()

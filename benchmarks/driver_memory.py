@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
-"""Peak memory of the driver over the number of levels: weights do not pass through it, so it must not grow with them.
+"""Peak memory of the driver by number of levels. Weights do not pass through the driver: it must not grow with the levels.
 
     uv run benchmarks/driver_memory.py
 
-Runs the job for DRN-D-22 (61 MiB of weights) on a few small generated scenes with 2 and with 12 levels, each in a process of
-its own, and prints that process's peak resident memory.
+Runs the split job for DRN-D-22 (61 MiB of weights) on a few small generated scenes, with 2 and with 12 levels, each in its own
+process, and prints the peak resident memory of that process.
 """
 
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 SIZES = (2, 12)
 MODEL_MIB = 15_899_449 * 4 / 2**20
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What the fan-out costs: the job's wall time over the same tasks in a bare loop, divided by the slots.
+"""The cost of the fan-out: wall time of the split job, over the time of the same stages in a loop divided by the slots.
 
     uv run benchmarks/fanout.py --camvid PATH --weights FILE
 
-The tasks are those of the real job (judge the base, fine-tune, select, fine-tune partially, judge twice) for ten JPEG levels
-over every n-th CamVid frame at full size, with the real recipe but fewer epochs. In one run, one after the other:
+The stages are those of the job (evaluate the base, fine-tune, select, fine-tune partially, evaluate twice) for ten JPEG levels
+of every n-th CamVid frame at full size, with the default recipe but fewer epochs. In one run, one after the other:
 
-    bare     `stages.run_level` for each level in a loop, one process, one thread, no Ray
-    job      `pipeline.split` with two slots; its clock starts when Ray is up and the images are cached
-    trainer  each level as one TorchTrainer run of one worker, two at a time (for the record)
+    bare     `level_run.run_level` for each level in a loop: one process, one thread, no Ray
+    job      `pipeline.split` with two slots; the time starts when Ray runs and the images are cached
+    trainer  each level as a TorchTrainer run of one worker, two at a time
 
-Ratio = job seconds / (bare seconds / 2). Every store is fresh, so nothing is reused.
+Ratio = job seconds / (bare seconds / 2). Every part has a new store, so that nothing is reused.
 """
 
 import argparse
@@ -20,10 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 LEVELS = tuple(f"jpeg-{q}" for q in range(10, 101, 10))
 
@@ -40,61 +37,59 @@ def subset(camvid: Path, out: Path, train: int, val: int) -> None:
 
 def config(arguments: argparse.Namespace, store: Path):  # type: ignore[no-untyped-def]
     from gearnn_ray.config.recipe import Recipe
-    from gearnn_ray.config.schema import DataConfig, ModelConfig, SplitConfig
+    from gearnn_ray.config.split import DataConfig, ModelConfig, SplitConfig
 
     return SplitConfig(
         name="fanout", store=str(store), levels=LEVELS[: arguments.levels],
-        data=DataConfig(kind="camvid", path=str(arguments.spec / "camvid"), cache=str(arguments.spec / "cache")),
+        data=DataConfig(kind="camvid", path=str(arguments.work / "camvid"), cache=str(arguments.work / "cache")),
         model=ModelConfig(name="drn_d_22", weights=arguments.weights), recipe=Recipe(epochs=arguments.epochs),
     )  # fmt: skip
 
 
 def bare(arguments: argparse.Namespace) -> float:
-    """Runs in a process of its own; prints the seconds of the loop."""
-    from gearnn_ray.config.schema import budget_floats, normalisation_values
+    """Seconds of the loop. Called in a process of its own."""
+    from gearnn_ray.config.budget import budget_floats
     from gearnn_ray.data.dataset import open_dataset
-    from gearnn_ray.models.registry import read_weights
-    from gearnn_ray.offline.base import check_network, publish_given_base
-    from gearnn_ray.offline.job_spec import JobSpec, Network, prepare_images
+    from gearnn_ray.offline.base import check_network, network_of, publish_given_base
+    from gearnn_ray.offline.execution import decide, look_at_processor
+    from gearnn_ray.offline.job_spec import JobSpec
     from gearnn_ray.offline.level_run import run_level
-    from gearnn_ray.tasks.segmentation import Normalisation
-    from gearnn_ray.training.trainer import prepare_process
+    from gearnn_ray.training.precision import prepare_process
 
     prepare_process(1)
-    told = config(arguments, arguments.spec / "bare")
-    data = open_dataset("camvid", told.data.path)
-    about = dict(read_weights(arguments.weights).about)
-    network = Network("drn_d_22", data.num_classes, Normalisation(*normalisation_values(told.model, about)))
+    split = config(arguments, arguments.work / "bare")
+    data = open_dataset("camvid", split.data.path)
+    network = network_of(split.model, data.num_classes, split.task)
     facts = check_network(network, arguments.weights)
     spec = JobSpec(
-        store=told.store, cache=told.data.cache, network=network, data=data, recipe=told.recipe,
-        budget=budget_floats(told.budget, facts.floats), seed=0,
+        store=split.store, cache=split.data.cache, network=network, data=data, recipe=split.recipe, seed=0,
+        base=publish_given_base(split.store, network, arguments.weights).digest,
+        budget=budget_floats(split.budget, facts.floats),
+        execution=decide(split.recipe, split.base_recipe, split.resources, [look_at_processor(2)]).levels,
     )  # fmt: skip
-    for level in told.levels:
-        for part in ("train", "val"):
-            prepare_images(spec, level, part)
-    spec = replace(spec, base=publish_given_base(spec, arguments.weights).digest)
+    for level in split.levels:
+        for read in (spec.training_data, spec.validation_data):
+            read(level)
     started = time.perf_counter()
-    for level in told.levels:
+    for level in split.levels:
         run_level(spec, level, lambda _: None)
     return time.perf_counter() - started
 
 
 def job(arguments: argparse.Namespace, trainer: bool) -> float:
-    """Runs in a process of its own; seconds of the job after Ray is up."""
-    import ray
-
+    """Seconds of the job, without the start of Ray. Called in a process of its own."""
     from gearnn_ray.offline import pipeline
+    from gearnn_ray.ray_jobs import run_tasks
+    from gearnn_ray.ray_jobs.local_ray import local_ray
 
-    told = config(arguments, arguments.spec / ("trainer" if trainer else "job"))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    if trainer:  # the pipeline's own code for several workers, with one
-        pipeline.spreads_over_workers = lambda resources: True  # type: ignore[assignment]
-    started = time.perf_counter()
-    outcome = pipeline.split(told, lambda _: None)
-    seconds = time.perf_counter() - started
+    split = config(arguments, arguments.work / ("trainer" if trainer else "job"))
+    if trainer:  # the way of several workers, with one
+        run_tasks.spreads_over_workers = lambda resources: True
+    with local_ray(num_cpus=2, log_to_driver=False, logging_level="error"):
+        started = time.perf_counter()
+        outcome = pipeline.split(split, lambda _: None)
+        seconds = time.perf_counter() - started
     assert not outcome.failed, outcome.failed
-    ray.shutdown()
     return seconds
 
 
@@ -119,16 +114,7 @@ def main() -> None:
         seconds: dict[str, float] = {}
         for part in ("bare", "job") if arguments.without_trainer else ("bare", "job", "trainer"):
             command = [sys.executable, __file__, "--camvid", str(arguments.camvid), "--weights", arguments.weights]
-            command += [
-                "--epochs",
-                str(arguments.epochs),
-                "--levels",
-                str(arguments.levels),
-                "--work",
-                folder,
-                "--part",
-                part,
-            ]
+            command += ["--epochs", str(arguments.epochs), "--levels", str(arguments.levels), "--work", folder, "--part", part]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             seconds[part] = float(done.stdout.split()[-1])
             ratio = seconds[part] / (seconds["bare"] / 2)

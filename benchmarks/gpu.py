@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""DRN-D-22 fine-tuning on one GPU: images per second full and partial, alone and several sharing it, beside the bf16 floor.
+"""Fine-tuning DRN-D-22 on one GPU: images per second, full and partial, by number of fine-tunes that share the GPU.
 
     uv run benchmarks/gpu.py            (needs a CUDA device; --device cpu --steps 2 --crops 64 only shows that it runs)
 
-Each process fine-tunes its own network on random 480x360 images with the job's own `fine_tune`; all start together and the
-figure is images of all processes over the time from the common start to the last one's end. The floor is the arithmetic of a
-full step (counted by torch's FlopCounterMode) at the rate of a large bf16 matrix product measured in the same run. Also
-checked: the same fine-tune twice, and one that goes on from its checkpoint, end with the same bits.
+Each process fine-tunes its own network on random 480x360 images with the job's `fine_tune`. All start together; the speed is the
+number of images of all processes over the time from the common start until the last one ends. The bound is the arithmetic of a
+step (counted by torch's FlopCounterMode) at the rate of a large bf16 matrix product, measured in the same run. The command also
+checks that the same fine-tune twice, and one that continues from its checkpoint, end with the same bits.
 """
 
 import argparse
@@ -22,14 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.models.layers import network_state, same_bits
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.tasks.segmentation import Normalisation
-from gearnn_ray.training.trainer import fine_tune, prepare_process
+from gearnn_ray.tasks import task_by_name
+from gearnn_ray.training.precision import fastest_precision, prepare_process
+from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.training.trainer import fine_tune
 
 CLASSES, BATCH = 11, 8
-NORMALISATION = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31))
+NORMALISATION, TASK = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31)), task_by_name("segmentation")
 
 
-def pictures(count: int, batch: int) -> tuple[list[Any], list[Any]]:
+def pictures(count: int) -> tuple[list[Any], list[Any]]:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (360, 480, 3), dtype=np.uint8) for _ in range(min(count, 64))]
     labels = [rng.integers(0, CLASSES, (360, 480), dtype=np.uint8) for _ in range(min(count, 64))]
@@ -42,26 +44,23 @@ def worker(device: str, partial: bool, crop: int, batch: int, steps: int, barrie
     recipe = Recipe(epochs=1, batch_size=batch, crop=crop)
     model = build_model("drn_d_22", CLASSES).to(device)
     chosen = smallest_layers() if partial else None
-    images, labels = pictures(steps * batch, batch)
-    fine_tune(model, images[: 3 * batch], labels[: 3 * batch], recipe, NORMALISATION, chosen=chosen, seed=0)
+    images, labels = pictures(steps * batch)
+    precision = fastest_precision(torch.device(device))
+    warm_up = slice(3 * batch)
+    fine_tune(TASK, model, images[warm_up], labels[warm_up], recipe, NORMALISATION, precision, chosen=chosen, seed=0)
     barrier.wait()
     started = time.time()
-    fine_tune(model, images, labels, recipe, NORMALISATION, chosen=chosen, seed=1)
+    fine_tune(TASK, model, images, labels, recipe, NORMALISATION, precision, chosen=chosen, seed=1)
     if device == "cuda":
         torch.cuda.synchronize()
     out.put((started, time.time(), torch.cuda.max_memory_allocated() if device == "cuda" else 0))
 
 
-def images_per_second(
-    device: str, partial: bool, crop: int, batch: int, steps: int, processes: int
-) -> tuple[float, float]:
+def images_per_second(device: str, partial: bool, crop: int, batch: int, steps: int, processes: int) -> tuple[float, float]:
     """(images/s of all processes together, GiB of GPU memory of one)."""
     context = mp.get_context("spawn")
     barrier, out = context.Barrier(processes), context.Queue()
-    running = [
-        context.Process(target=worker, args=(device, partial, crop, batch, steps, barrier, out))
-        for _ in range(processes)
-    ]
+    running = [context.Process(target=worker, args=(device, partial, crop, batch, steps, barrier, out)) for _ in range(processes)]
     for process in running:
         process.start()
     results = [out.get(timeout=400) for _ in running]
@@ -98,9 +97,9 @@ def step_flops(partial: bool, crop: int) -> float:
 
 
 def same_twice(device: str, crop: int) -> tuple[bool, bool]:
-    """Bit-equality of two equal fine-tunes, and of one interrupted after its first epoch with one that was not."""
-    recipe = Recipe(epochs=2, batch_size=4, crop=crop)
-    images, labels = pictures(12, 4)
+    """Whether two equal fine-tunes have the same bits, and whether one that continues after its first epoch has them too."""
+    recipe, precision = Recipe(epochs=2, batch_size=4, crop=crop), fastest_precision(torch.device(device))
+    images, labels = pictures(12)
     torch.manual_seed(0)
     start = network_state(build_model("drn_d_22", CLASSES))
 
@@ -116,7 +115,7 @@ def same_twice(device: str, crop: int) -> tuple[bool, bool]:
     def run(checkpoint: Any) -> dict[str, Any]:
         model = build_model("drn_d_22", CLASSES).to(device)
         model.load_state_dict(start)
-        fine_tune(model, images, labels, recipe, NORMALISATION, chosen=None, seed=5, checkpoint=checkpoint)
+        fine_tune(TASK, model, images, labels, recipe, NORMALISATION, precision, chosen=None, seed=5, checkpoint=checkpoint)
         return network_state(model)
 
     memory = Memory()
@@ -138,9 +137,7 @@ def main() -> None:
     print("same fine-tune twice, and resumed: bit-identical", same_twice(device, min(arguments.crops)), flush=True)
     rate = matmul_rate(device, 8192 if device == "cuda" else 512)
     print(f"bf16 matrix product: {rate / 1e12:.0f} TFLOP/s")
-    print(
-        "| crop | batch | what | GFLOP/image | floor images/s | fine-tunes | images/s | of the floor | of one | GiB each |"
-    )
+    print("| crop | batch | what | GFLOP/image | bound images/s | fine-tunes | images/s | of the bound | of one | GiB each |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for crop in arguments.crops:
         for partial in (False, True):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Latency of the service over HTTP with mixed levels, against the same service with constant weights, in turns.
+"""Latency of the service over HTTP with mixed levels, beside the same service with constant weights. Both take turns.
 
     uv run benchmarks/http_latency.py [--store STORE --release NAME:TAG] [--size 180 240]
 
 Starts jobs/serve.py on loopback with two bundles: the release, and its base alone. Eight clients send JPEG files of ten
-qualities, each the next one as soon as it is answered; bundle after bundle, several turns.
+qualities, each the next one as soon as the last one is answered; the bundles take turns.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from serving import service
 
 from gearnn_ray import Release, Store
 from gearnn_ray.data.scenes import ScenesSplit
-from gearnn_ray.store.releases import SCHEMA
+from gearnn_ray.store.manifest import Manifest
 
 CLIENTS = 8
 
@@ -35,25 +35,18 @@ def publish(store: Store, name: str, release: Release, levels: tuple[str, ...]) 
         state = release.adaptor_state(level)
         blob = store.put_state(state)
         floats = sum(tensor.numel() for tensor in state.values())
-        entries[level] = {
-            "digest": blob.digest,
-            "bytes": blob.bytes,
-            "floats": floats,
-            "layers": [*state],
-            "scores": {},
-        }
+        entries[level] = {"digest": blob.digest, "bytes": blob.bytes, "floats": floats, "layers": [*state], "scores": {}}
     manifest = {
-        "schema": SCHEMA,
         "name": name,
-        "model": {"floats": 0, "task": "segmentation", **release.manifest["model"]},
-        "data": release.manifest.get("data", {}),
-        "base": {"digest": base.digest, "bytes": base.bytes},
+        "model": release.content.model,
+        "data": release.content.data,
+        "base": base,
         "levels": entries,
         "budget": {},
         "recipe": {},
         "versions": {},
     }
-    store.publish(manifest, {})
+    store.publish(Manifest.model_validate(manifest), {})
 
 
 def frames(height: int, width: int) -> list[bytes]:
@@ -112,9 +105,7 @@ def main() -> None:
                 for bundle in took:
                     seconds = load(port, bundle, files, arguments.each if turn else 2)
                     took[bundle] += seconds if turn else []
-    print(
-        f"{CLIENTS} clients, JPEG files {arguments.size[0]}x{arguments.size[1]} of {len(JPEG)} qualities, {len(levels)} levels"
-    )
+    print(f"{CLIENTS} clients, JPEG files {arguments.size[0]}x{arguments.size[1]} of {len(JPEG)} qualities, {len(levels)} levels")
     print(f"{'bundle':18}{'requests':>9}{'p50 ms':>9}{'p90 ms':>9}{'p99 ms':>9}")
     p99 = {}
     for bundle, seconds in took.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images per second of a mixed batch, against the same network with constant weights and against other ways, in turns.
+"""Images per second of a batch with mixed levels, beside constant weights and other implementations. The ways take turns.
 
 uv run --group benchmarks benchmarks/mixed_batch.py [--store STORE --release NAME:TAG] [--compile] [--device cuda]
 """
@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 
 from gearnn_ray import build_model
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
-from gearnn_ray.training.trainer import prepare_process
+from gearnn_ray.training.precision import prepare_process
 
 BATCH = 16
 
@@ -27,7 +27,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--size", type=int, nargs=2, default=(180, 240), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="the compiled networks, not the eager ones")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled networks instead of the eager ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
         for turn in range(arguments.rounds + 1):
             for way, run in ways.items():
                 if len(seconds[way]) > 1 and seconds[way][-1] > 4 * seconds["constant weights"][-1]:
-                    continue  # two turns of a slow way will do
+                    continue  # two turns of a slow way are enough
                 start = time.perf_counter()
                 run()
                 if device.type == "cuda":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What verifying a release costs: `Store.pull` beside reading the same files and hashing them, turn and turn about.
+"""The cost of verifying a release: `Store.pull`, beside reading and hashing the same files. Both take turns.
 
     uv run benchmarks/pull.py [--store STORE --release NAME:TAG]
 
-Without a store, one is made for the occasion: DRN-D-22 and ten adaptors of 0.2% of it. The files lie in the page cache, so
-that what is compared is the work and not the disk. Both keep what they read, as who pulls a release does: memory given back by
-a former round would flatter the next. The aim is 1.2 times at most.
+Without a store, the command makes one: DRN-D-22 and ten adaptors of 0.2% of it. The files are in the page cache, so that the
+work is compared and not the disk. Both keep what they read, because memory that an earlier round gives back would speed up the
+next one. The aim is at most 1.2 times.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import torch
 from gearnn_ray import Store
 from gearnn_ray.models.layers import model_size, network_state
 from gearnn_ray.models.registry import build_model
+from gearnn_ray.store.manifest import Manifest
 
 CLASSES, LEVELS = 11, 10
 
 
 def make_release(store: Store) -> str:
-    """Publish DRN-D-22 with adaptors whose numbers are made up."""
+    """Publish DRN-D-22 with adaptors of arbitrary values."""
     torch.manual_seed(0)
     model = build_model("drn_d_22", CLASSES)
     state = network_state(model)
@@ -40,24 +41,23 @@ def make_release(store: Store) -> str:
         }  # fmt: skip
     base = store.put_state(state)
     manifest = {
-        "schema": 1,
         "name": "benchmark",
         "model": {
             "name": "drn_d_22", "num_classes": CLASSES, "floats": model_size(model), "task": "segmentation",
-            "normalisation": {},
+            "normalisation": {"mean": [0.5] * 3, "std": [0.25] * 3},
         },
-        "base": {"digest": base.digest, "bytes": base.bytes},
+        "base": base,
         "levels": levels,
         "budget": {},
         "recipe": {},
         "versions": {},
     }  # fmt: skip
-    store.publish(manifest, {})
+    store.publish(Manifest.model_validate(manifest), {})
     return "benchmark"
 
 
 def files_of(store: Path, manifest: dict[str, Any], digest: str) -> list[Path]:
-    """The files that a pull reads, its tag left out."""
+    """The files that a pull reads, except the tag."""
     blobs = [manifest["base"]["digest"], *(entry["digest"] for entry in manifest["levels"].values())]
     named = [store / "blobs/sha256" / each.removeprefix("sha256:") for each in dict.fromkeys(blobs) if each]
     return [store / "manifests" / f"{digest.removeprefix('sha256:')}.json", *named]
@@ -84,9 +84,9 @@ def main() -> None:
 
         seconds: dict[str, list[float]] = {"read and hash": [], "pull": []}
         for _ in range(arguments.repeats):
-            for what, spec in (("read and hash", read_and_hash), ("pull", lambda: kept.append(store.pull(reference)))):
+            for what, work in (("read and hash", read_and_hash), ("pull", lambda: kept.append(store.pull(reference)))):
                 started = time.perf_counter()
-                spec()
+                work()
                 seconds[what].append(time.perf_counter() - started)
         size = sum(file.stat().st_size for file in files)
         print(f"{len(files)} files, {size:,} bytes, median of {arguments.repeats}")

@@ -1,4 +1,4 @@
-"""A release to measure with where none is at hand: DRN-D-22 with untrained weights, and adaptors of the true size and layers."""
+"""A synthetic release for measurements: DRN-D-22 with untrained weights, and adaptors of the size and layers of real ones."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gearnn_ray import Release, Store, build_model, model_size
 from gearnn_ray.models.layers import layers_of, network_state, tensors_of
+from gearnn_ray.store.manifest import Manifest
 
 CLASSES = 11
 JPEG = tuple(f"jpeg-{quality}" for quality in range(10, 101, 10))
@@ -15,9 +16,9 @@ SHARE = 0.002  # of the network: the paper's budget
 
 
 def made_up(levels: Sequence[str]) -> Release:
-    """`clean` and these levels, each with other values for the same layers: the smallest that fit 0.2%, all BatchNorm among them.
+    """`clean` and these levels, each with its own values for the same layers: the smallest that fit 0.2%, with all BatchNorm.
 
-    The costliest choice there is for a mixed batch: the first two convolutions, at the image's full size, are in it.
+    This is the costliest choice for a mixed batch: it has the first two convolutions, which run at the image's full size.
     """
     torch.manual_seed(0)
     model = build_model("drn_d_22", CLASSES)
@@ -28,16 +29,19 @@ def made_up(levels: Sequence[str]) -> Release:
             chosen.add(layer.name)
     names = tensors_of(layers, chosen)
     adaptors = {level: {name: _moved(base[name]) for name in names} for level in levels}
-    manifest = {
+    digests = {level: f"sha256:{number:064x}" for number, level in enumerate(levels, 1)}
+    entry = {"bytes": 1, "floats": 1, "layers": names, "scores": {}}
+    content = {
         "name": "made-up",
         "model": {
-            "name": "drn_d_22",
-            "num_classes": CLASSES,
+            "name": "drn_d_22", "num_classes": CLASSES, "floats": model_size(model), "task": "segmentation",
             "normalisation": {"mean": [0.41, 0.42, 0.43], "std": [0.3, 0.31, 0.31]},
         },
-        "levels": {level: {} for level in levels},
-    }
-    return Release(manifest, "sha256:" + "0" * 64, base, {"clean": {}, **adaptors})
+        "base": {"digest": "sha256:" + "0" * 64, "bytes": 1},
+        "levels": {level: {"digest": digest, **entry} for level, digest in digests.items()},
+        "budget": {"floats": budget}, "recipe": {}, "versions": {},
+    }  # fmt: skip
+    return Release(Manifest.model_validate(content), "sha256:" + "0" * 64, base, {"clean": {}, **adaptors})
 
 
 def _moved(tensor: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def _moved(tensor: Tensor) -> Tensor:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", help="measure with a release of this store in place of a made-up one")
+    parser.add_argument("--store", help="measure with a release of this store, not with a synthetic one")
     parser.add_argument("--release", help="name:tag")
 
 

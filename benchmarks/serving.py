@@ -1,4 +1,4 @@
-"""A real `jobs/serve.py` on loopback, to measure from outside."""
+"""`jobs/serve.py` as a process of its own on loopback, for benchmarks that send requests."""
 
 import json
 import os

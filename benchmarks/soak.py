@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Mixed load on the service for half an hour: does its memory stay flat, is every answer what it should be?
+"""Mixed load on the service for half an hour: its memory must not grow, and every answer must be the expected one.
 
     uv run benchmarks/soak.py [--store STORE --release NAME:TAG] [--minutes 30] [--size 180 240]
 
-Eight clients send JPEG files of ten qualities, PNG files, raw frames of several sizes, logits now and then, and one request in
-ten that must be refused. Every answer is compared with the first one to the same request, where levels do not depend on a stream.
+Eight clients send JPEG files of ten qualities, PNG files and raw frames of several sizes, and some requests for logits. One
+request in ten must be refused. Every answer is compared with the first one to the same request.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from serving import service
 from gearnn_ray import Store
 
 CLIENTS = 8
-EVERY = 30.0  # seconds between looks at the memory
+EVERY = 30.0  # seconds between measurements of the memory
 
 
 def requests(height: int, width: int) -> list[tuple[str, bytes, dict[str, str], int]]:
-    """What is sent: a name, the body, headers, and the status that must come back."""
+    """The requests: a name, the body, headers, and the expected status."""
     made = [(f"jpeg of quality {10 * i + 10}", file, {}, 200) for i, file in enumerate(frames(height, width))]
     image = Image.open(io.BytesIO(made[-1][1])).convert("RGB")
     for scale in (1.0, 0.75, 0.5):
@@ -66,7 +66,7 @@ def same(a: bytes, b: bytes) -> bool:
 
 
 def memory() -> float:
-    """MiB that the replicas of our service hold for themselves."""
+    """Memory in MiB that only the replicas of the service hold."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # some come and go

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a partial fine-tune step costs beside a full one: DRN-D-22, the recipe's batch and crop, one thread, interleaved.
+"""Time of a partial fine-tune's step beside a full one's: DRN-D-22, the recipe's batch and crop, one thread. Both take turns.
 
     uv run benchmarks/step.py [--store STORE --release NAME:TAG --level LEVEL]
 
-Without a release the chosen layers are the smallest that fit M = 0.2%, the first convolution among them: the costliest
-choice there is, because gradients must run back to the input.
+Without a release the selected layers are the smallest that fit M = 0.2%. The first convolution is one of them, which makes it
+the costliest choice: gradients must be computed back to the input.
 """
 
 import argparse
@@ -17,8 +17,10 @@ from gearnn_ray import Store
 from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.models.layers import layers_of
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.tasks.segmentation import Normalisation
-from gearnn_ray.training.trainer import fine_tune, prepare_process
+from gearnn_ray.tasks import task_by_name
+from gearnn_ray.training.precision import fastest_precision, prepare_process
+from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.training.trainer import fine_tune
 
 CLASSES, BUDGET, STEPS = 11, 31_814, 4
 
@@ -51,7 +53,8 @@ def main() -> None:
     count = STEPS * recipe.batch_size
     images = [rng.integers(0, 256, (360, 480, 3), dtype=np.uint8) for _ in range(count)]
     labels = [rng.integers(0, CLASSES, (360, 480), dtype=np.uint8) for _ in range(count)]
-    normalisation = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31))
+    normalisation, task = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31)), task_by_name("segmentation")
+    precision = fastest_precision(torch.device("cpu"))
     seconds: dict[str, list[float]] = {"full": [], "partial": []}
     model = build_model("drn_d_22", CLASSES)
     for repeat in range(arguments.repeats + 1):
@@ -60,12 +63,13 @@ def main() -> None:
                 parameter.requires_grad_(True)
             model.up.weight.requires_grad_(False)
             outcome = fine_tune(
-                model, images, labels, recipe, normalisation, chosen=None if what == "full" else chosen, seed=repeat
-            )
+                task, model, images, labels, recipe, normalisation, precision,
+                chosen=None if what == "full" else chosen, seed=repeat,
+            )  # fmt: skip
             if repeat:  # the first one of each warms up
                 seconds[what].append(outcome.seconds / STEPS)
     full, partial = (statistics.median(seconds[what]) for what in seconds)
-    print(f"{outcome.precision}, one of {torch.get_num_threads()} threads, {len(chosen)} layers chosen")
+    print(f"{precision}, {torch.get_num_threads()} thread, {len(chosen)} layers selected")
     print(f"full step    {full:.3f} s (from {min(seconds['full']):.3f} to {max(seconds['full']):.3f})")
     print(f"partial step {partial:.3f} s (from {min(seconds['partial']):.3f} to {max(seconds['partial']):.3f})")
     print(f"partial / full {partial / full:.2f}")

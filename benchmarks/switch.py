@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What it costs to switch to another level, ten ways of holding ten levels, and to hold them under codes; in turns, one run.
+"""Time to switch to another level in several ways, and the cost of adaptors in smaller storage formats. The ways take turns.
 
 uv run --group benchmarks benchmarks/switch.py [--store STORE --release NAME:TAG]
 """
@@ -21,7 +21,7 @@ from gearnn_ray import Release, build_model
 from gearnn_ray.adaptors import storage_formats
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.modules import AdaptiveConv
-from gearnn_ray.training.trainer import prepare_process
+from gearnn_ray.training.precision import prepare_process
 
 ROUNDS = 400  # of the fast ways; a slow one gets what fits a few seconds
 PASSES = 5  # of one size and one way of using levels
@@ -65,9 +65,7 @@ def main() -> None:
             "load_state_dict of the network": lambda level: network.load_state_dict(states[level]),
             "PEFT set_adapter (LoRA, rank 1)": lora.set_adapter,
             "whole networks in memory": whole.__getitem__,
-            "whole networks from disk": lambda level: network.load_state_dict(
-                safetensors.torch.load_file(files[level])
-            ),
+            "whole networks from disk": lambda level: network.load_state_dict(safetensors.torch.load_file(files[level])),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(ROUNDS):
@@ -78,61 +76,53 @@ def main() -> None:
                 start = time.perf_counter()
                 switch(level)
                 seconds[way].append(time.perf_counter() - start)
-    print(
-        f"{len(levels) + 1} levels on {adaptive.device}; AdaptiveModel holds the base + {extra(adaptive, release):.2%}"
-    )
+    print(f"{len(levels) + 1} levels on {adaptive.device}; AdaptiveModel holds the base + {extra(adaptive, release):.2%}")
     print(f"{'way':36}{'p50 µs':>12}{'p99 µs':>12}")
     for way, took in seconds.items():
         p99 = statistics.quantiles(took, n=100)[98]
         print(f"{way:36}{1e6 * statistics.median(took):12.1f}{1e6 * p99:12.1f}")
-    compare_codes(adaptive, release, levels)
+    compare_storage_formats(adaptive, release, levels)
 
 
 def extra(model: AdaptiveModel, release: Release) -> float:
-    """What a model holds above the base, as a share of it."""
+    """Memory of a model beyond the base, as a share of the base."""
     return model.weight_bytes / sum(t.nbytes for t in release.base_state().values()) - 1
 
 
-def stored_variants(release: Release) -> Release:
-    """The release under the smallest codes that a split job offers: int8, and bfloat16 for running statistics."""
+def in_smallest_formats(release: Release) -> Release:
+    """The release in the smallest storage formats that a split job offers: int8, and bfloat16 for running statistics."""
     base, stored = release.base_state(), {}
     for level in release.levels:
         adaptor = release.adaptor_state(level)
         smallest = {name: "bfloat16" if ".running_" in name else "int8" for name in adaptor}
-        applying = {
-            name: storage_format
-            for name, storage_format in smallest.items()
-            if storage_formats.applies(storage_format, base[name].shape)
-        }
+        applying = {name: each for name, each in smallest.items() if storage_formats.applies(each, base[name].shape)}
         stored[level] = storage_formats.encode(base, adaptor, applying)
-    return Release(release.manifest, release.digest, base, stored)
+    return Release(release.content, release.digest, base, stored)
 
 
-def compare_codes(plain: AdaptiveModel, release: Release, levels: list[str]) -> None:
-    """One thread's CPU time of a pass with the adaptors coded over that of one as they are released, and what is held."""
-    models = {"released": plain, "coded": AdaptiveModel(stored_variants(release))}
+def compare_storage_formats(plain: AdaptiveModel, release: Release, levels: list[str]) -> None:
+    """CPU time of a pass in one thread with adaptors in the smallest formats, over that as released; and the memory of both."""
+    models = {"released": plain, "smallest": AdaptiveModel(in_smallest_formats(release))}
     convolutions = [[m for m in model.modules() if isinstance(m, AdaptiveConv)] for model in models.values()]
     for ours, its in zip(*convolutions, strict=True):  # the same kernels in both
         its.eager_method = ours.eager_method
-    for storage_format, model in models.items():
-        print(f"adaptors as {storage_format}: the base + {extra(model, release):.2%}", end="")
+    for name, model in models.items():
+        print(f"adaptors, {name} formats: the base + {extra(model, release):.2%}", end="")
         model.set_level(levels[0])
         model(torch.randn(1, 3, *SIZES[-1]))
-        print(f", with one set by set_level {extra(model, release):.2%}")
-    print(f"{'a pass as stored_variants / as released':36}{'set_level':>12}{'given':>12}{'two levels':>12}")
+        print(f", after set_level {extra(model, release):.2%}")
+    print(f"{'a pass, smallest / released formats':36}{'set_level':>12}{'given':>12}{'two levels':>12}")
     for size in SIZES:
         shares = []
         for given in (None, levels[:1], levels[:2]):
             images = torch.randn(len(given or "1"), 3, *size)
-            took: dict[str, list[float]] = {storage_format: [] for storage_format in models}
+            took: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(PASSES + 1):
-                for storage_format in sorted(models, reverse=bool(turn % 2)):
+                for name in sorted(models, reverse=bool(turn % 2)):
                     start = time.thread_time()
-                    models[storage_format](images, given)
-                    took[storage_format].append(time.thread_time() - start)
-            shares.append(
-                statistics.median(c / f for c, f in zip(took["coded"][1:], took["released"][1:], strict=True))
-            )
+                    models[name](images, given)
+                    took[name].append(time.thread_time() - start)
+            shares.append(statistics.median(s / r for s, r in zip(took["smallest"][1:], took["released"][1:], strict=True)))
         print(f"{f'{size[0]} x {size[1]}':36}" + "".join(f"{share:12.3f}" for share in shares))
 
 
