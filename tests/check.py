@@ -4,6 +4,7 @@ It knows nothing about the project but that its tests come in kinds: each tool r
 `pyproject.toml`.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
+# where it is set, each of the hundreds of processes compiles torch and Ray again, which doubles the time of the suite
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def start(*check: str, out: IO[str] | None = None) -> "subprocess.Popen[str]":

@@ -27,7 +27,7 @@ SEGMENTATION = task_by_name("segmentation")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("apart"):
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 
 

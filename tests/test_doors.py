@@ -1,7 +1,8 @@
 """Every port of a Ray that a job starts is on loopback, and no port answers a request without the Ray's token.
 
-The jobs are real processes, in an environment that switches both guards off where it can. The test sends to each port the
-requests of Ray's own clients, and a pickle that creates a file where it is loaded. Training waits at a gate meanwhile.
+The jobs are real processes, in an environment that switches both guards off where it can (the split job: in one that sets
+nothing). The test sends to each port the requests of Ray's own clients, and a pickle that creates a file where it is loaded.
+Training waits at a gate meanwhile.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from tests import served, tiny
 from tests.conftest import ROOT
 from tests.nets import Small
 
-pytestmark = [pytest.mark.apart, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 KNOWN = "known-to-everybody"  # a token
 # variables that would switch the guards off; a Ray that a job starts must not depend on them
@@ -229,14 +230,13 @@ def assert_closed(pid: int, work: Path, marks: Path) -> None:
 # ── the tests ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("environment", [OPEN, QUIET], ids=["open", "quiet"])
-def test_the_service(environment: dict[str, str], work: Path, tmp_path: Path) -> None:
+def test_the_service(work: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     served.publish(Store(store))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     arguments = ["--store", str(store), "--bundles", "tiny", "--trust", "tests", "--port", port]
-    with running("serve.py", arguments, work, environment) as job:
+    with running("serve.py", arguments, work, OPEN) as job:
         job.wait_for(lambda event: event["event"] == "serving")
         assert_closed(job.process.pid, work, tmp_path / "marks")
 
@@ -247,7 +247,7 @@ def released(work: Path) -> Path:
     arguments = tiny.options(
         work, levels=["jpeg-10"], **{"model.name": "tests.test_doors:held", "recipe.epochs": 1, "store": work / "released"}
     )
-    with running("split.py", arguments, work, OPEN) as job:
+    with running("split.py", arguments, work, QUIET) as job:
         job.wait_for(lambda event: event["event"] == "started" and event["stage"] == "full")
         assert_closed(job.process.pid, work, work / "marks")
         job.gate.unlink()

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, loss_of, score
+from gearnn_ray.training import sgd
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.sampling import Mixture, Subset, crop_size, steps_per_epoch, training_batches
 from gearnn_ray.training.trainer import fine_tune
@@ -514,20 +515,21 @@ def test_a_factor_is_one_on_the_learning_rate(model: nn.Module, pictures: Pictur
 
 def test_factors_are_by_name(model: nn.Module, pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[int, float]] = []
-    real = torch.optim.SGD.step
+    real = sgd.sgd
 
-    def step(self: torch.optim.SGD, *arguments: object) -> object:
-        seen.append({id(p): group["lr"] for group in self.param_groups for p in group["params"]})
-        return real(self, *arguments)
+    def spy(parameters: list[Tensor], *arguments: object, lr: float, **options: object) -> None:
+        seen.append({id(parameter): lr for parameter in parameters})
+        real(parameters, *arguments, lr=lr, **options)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(sgd, "sgd", spy)
     tuned(model, *pictures, chosen=WEIGHTS, rates={"bn1.bias": 0.25, "head.bias": 0.5, "conv1.weight": 0.25})
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     factors = {"bn1.bias": 0.25, "head.bias": 0.5, "conv1.weight": 0.25, "bn1.weight": 1.0, "head.weight": 1.0}
-    for number, rates in enumerate(seen):
+    steps = [dict(ChainMap(*groups)) for groups in zip(*[iter(seen)] * 3, strict=True)]  # a call for each of the three factors
+    for number, rates in enumerate(steps):
         expected = {name: 0.1 * (1 - number / 6) * factor for name, factor in factors.items()}
         assert {name_of[key]: rate for key, rate in rates.items()} == pytest.approx(expected)
-    assert len(seen) == 6
+    assert len(steps) == 6
 
 
 def test_the_loss_is_what_is_minimised(model: nn.Module, pictures: Pictures) -> None:

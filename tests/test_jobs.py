@@ -19,8 +19,6 @@ from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.apart
-
 # Importable only from the shipped folder; requires that gearnn_ray was imported from there too.
 SHIPPED_NETS = """
 from pathlib import Path

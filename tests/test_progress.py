@@ -68,7 +68,7 @@ def test_the_remaining_time_grows_with_what_is_expected_later() -> None:
     estimate.see(first, 0.0)
     assert estimate.remaining(first, 0.0) == pytest.approx(0)  # of its own stage: nothing is planned yet
     estimate.expect({("all", "mixed"): 3.0})
-    estimate.expect({("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 2.0})
+    estimate.expect({("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "original"): 2.0})
     estimate.see(Event("started", "bn-tuned", "jpeg-10"), 10.0)
     estimate.see(second, 14.0)
     assert estimate.share("all") == 1
@@ -117,7 +117,7 @@ def test_bars_are_added_with_the_plan_and_the_whole_stays_last() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with _LiveBars({}, console) as emit:
         emit(Event("progress", "images", "all", 1, 4))
-        emit.expect({("all", "mixed"): 1.0, ("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "judging"): 1.0})
+        emit.expect({("all", "mixed"): 1.0, ("jpeg-10", "bn-tuned"): 1.0, ("jpeg-10", "original"): 1.0})
         emit(Event("finished", "mixed", "all", seconds=7))
         emit(Event("finished", "bn-tuned", "jpeg-10", score=43.2))
     rows = {line.split()[0] + line.partition("%")[2].strip() for line in _last_frame(console)}

@@ -33,8 +33,6 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
 
-pytestmark = pytest.mark.apart
-
 LEVELS = ["jpeg-10", "brightness-0.4"]
 EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch
 # of one stage, full or partial, in an undisturbed run

@@ -24,8 +24,6 @@ from tests.conftest import ROOT
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
 from gearnn_ray.serving import service
 
-pytestmark = pytest.mark.apart
-
 PINNED = "tiny@sha256:" + "0" * 64
 
 

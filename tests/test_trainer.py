@@ -15,6 +15,7 @@ from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.base import Image, score
 from gearnn_ray.training.precision import fastest_precision
 from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.sgd import Sgd
 from gearnn_ray.training.trainer import Progress, fine_tune
 from tests.conftest import NORMALISATION, SEGMENTATION
 
@@ -110,14 +111,13 @@ def test_the_last_steps_weights_are_averaged(
     model: nn.Module, pictures: tuple[list[Image], list[Image]], averaged: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    real = torch.optim.SGD.step
+    real = Sgd.step
 
-    def step(self: torch.optim.SGD, *arguments: object) -> object:
-        result = real(self, *arguments)  # type: ignore[arg-type]
+    def step(self: Sgd, learning_rate: float) -> None:
+        real(self, learning_rate)
         seen.append(model.get_parameter("conv1.weight").detach().double().clone())
-        return result
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(Sgd, "step", step)
     tuned = tune(model, pictures, recipe=RECIPE.model_copy(update={"averaged": averaged}), chosen=("conv1.weight",))
     torch.testing.assert_close(tuned["conv1.weight"].double(), torch.stack(seen[-steps:]).mean(0), rtol=1e-5, atol=1e-6)
 
@@ -127,14 +127,13 @@ def test_stopped_early_it_is_the_same_fine_tune_so_far(
     model: nn.Module, pictures: tuple[list[Image], list[Image]], epochs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, seen = network_state(model), list[Tensor]()
-    real = torch.optim.SGD.step
+    real = Sgd.step
 
-    def step(self: torch.optim.SGD, *arguments: object) -> object:
-        result = real(self, *arguments)  # type: ignore[arg-type]
+    def step(self: Sgd, learning_rate: float) -> None:
+        real(self, learning_rate)
         seen.append(model.get_parameter("conv1.weight").detach().clone())
-        return result
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(Sgd, "step", step)
     tune(model, pictures)
     whole = list(seen)
     model.load_state_dict(start)
@@ -167,13 +166,13 @@ def test_learning_rate_falls_to_zero_or_stays(
     model: nn.Module, pictures: tuple[list[Image], list[Image]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    real = torch.optim.SGD.step
+    real = Sgd.step
 
-    def step(self: torch.optim.SGD, *arguments: object) -> object:
-        seen.append(self.param_groups[0]["lr"])
-        return real(self, *arguments)  # type: ignore[arg-type]
+    def step(self: Sgd, learning_rate: float) -> None:
+        seen.append(learning_rate)
+        real(self, learning_rate)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(Sgd, "step", step)
     tune(model, pictures)
     assert seen == pytest.approx([0.1 * (1 - i / 9) for i in range(9)])
     seen.clear()
@@ -260,28 +259,30 @@ def test_networks_that_draw_numbers_or_leave_weights_unused_resume_to_the_same_b
 CHOSEN = ("conv1.weight", "head.weight", "head.bias")
 
 
-def _two_undisturbed(rank: int, address: str, out: str, name: str, pictures: tuple[list[Image], list[Image]]) -> None:
+NETWORKS = ("tests.nets:small", "tests.nets:with_auxiliary_head")
+
+
+def _two_undisturbed(rank: int, folder: Path, pictures: tuple[list[Image], list[Image]]) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = build_model(name, num_classes=3)
-    torch.save(tune(model, pictures, chosen=CHOSEN, checkpoint=Memory()), f"{out}-{rank}.pt")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    for name in NETWORKS:
+        torch.manual_seed(0)
+        model = build_model(name, num_classes=3)
+        torch.save(tune(model, pictures, chosen=CHOSEN, checkpoint=Memory()), folder / f"{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["tests.nets:small", "tests.nets:with_auxiliary_head"])
-def test_two_workers_share_each_batch_and_agree_with_one(
-    tmp_path: Path, pictures: tuple[list[Image], list[Image]], name: str
-) -> None:
+def test_two_workers_share_each_batch_and_agree_with_one(tmp_path: Path, pictures: tuple[list[Image], list[Image]]) -> None:
     """The loss is a sum over the labelled pixels of all workers: it does not matter that one image has far fewer of them."""
     images, labels = pictures
     labels = [label.copy() for label in labels]
     for label in labels[::3]:
         label[4:] = 255
-    mp.spawn(_two_undisturbed, (str(tmp_path / "meet"), str(tmp_path / "state"), name, (images, labels)), nprocs=2)
-    torch.manual_seed(0)
-    alone = tune(build_model(name, num_classes=3), (images, labels), chosen=CHOSEN)
-    zero, one = (torch.load(tmp_path / f"state-{rank}.pt") for rank in (0, 1))
-    for tensor_name, tensor in alone.items():
-        assert same_bits(zero[tensor_name], one[tensor_name])
-        torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)
+    mp.spawn(_two_undisturbed, (tmp_path, (images, labels)), nprocs=2)
+    for name in NETWORKS:
+        torch.manual_seed(0)
+        alone = tune(build_model(name, num_classes=3), (images, labels), chosen=CHOSEN)
+        zero, one = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
+        for tensor_name, tensor in alone.items():
+            assert same_bits(zero[tensor_name], one[tensor_name])
+            torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)

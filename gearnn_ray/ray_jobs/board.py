@@ -40,14 +40,24 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
 
 
 class EventRelay:
-    """Hands the board's events to the driver's reporter."""
+    """Hands the board's events to the driver's reporter. The board is a process: it is started when a task is first given it."""
 
     def __init__(self, emit: Emit) -> None:
-        actor: Any = EventBoard
-        self.board, self._emit = actor.options(scheduling_strategy=beside_driver()).remote(), emit
+        self._board: Any = None
+        self._emit = emit
+
+    @property
+    def board(self) -> Any:
+        """The actor that workers send events to."""
+        if self._board is None:
+            actor: Any = EventBoard
+            self._board = actor.options(scheduling_strategy=beside_driver()).remote()
+        return self._board
 
     def flush(self) -> None:
         """Emit what has arrived. A board that died with its node is passed over: the work continues unseen."""
+        if self._board is None:
+            return
         try:
             events = ray.get(self.board.take.remote(), timeout=10)
         except RayError:

@@ -1,11 +1,10 @@
 """Where an unfinished fine-tune stands: weights, momentum and average after an epoch, as one safetensors file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -18,34 +17,21 @@ class Checkpoint(Protocol):
 
 
 def snapshot(
-    model: nn.Module,
-    trainable: Sequence[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer | None,
-    average: Mapping[str, Tensor],
-    next_epoch: int,
-    everything: bool,
+    model: nn.Module, momentum: Mapping[str, Tensor], average: Mapping[str, Tensor], next_epoch: int, *, everything: bool
 ) -> bytes:
-    """The state after an epoch. everything: all tensors; else only those that a partial fine-tune may change. A parameter that no
-    loss has reached yet (an auxiliary head, say) has no momentum.
+    """The state after an epoch. everything: all tensors; else only those that a partial fine-tune may change: the parameters
+    with a momentum, and all buffers.
     """
-    moving = {name for name, _ in trainable} | {name for name, _ in model.named_buffers()}
+    moving = momentum.keys() | {name for name, _ in model.named_buffers()}
     tensors = {f"model.{n}": t for n, t in model.state_dict().items() if everything or n in moving}
-    if optimizer is not None:
-        for name, parameter in trainable:
-            momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
+    tensors |= {f"momentum.{name}": buffer for name, buffer in momentum.items()}
     tensors |= {f"average.{name}": mean for name, mean in average.items()}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     return safetensors.torch.save(contiguous, {"state": json.dumps({"next_epoch": next_epoch})})
 
 
 def restore(
-    checkpoint: Checkpoint | None,
-    model: nn.Module,
-    trainable: Sequence[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer | None,
-    average: Mapping[str, Tensor],
+    checkpoint: Checkpoint | None, model: nn.Module, momentum: Mapping[str, Tensor], average: Mapping[str, Tensor]
 ) -> int:
     """Continue from a checkpoint if there is a readable one; returns the epoch to begin with."""
     data = checkpoint.load() if checkpoint is not None else None
@@ -55,14 +41,11 @@ def restore(
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         next_epoch = int(json.loads(header["__metadata__"]["state"])["next_epoch"])
+        moving = [(buffer, tensors[f"momentum.{name}"]) for name, buffer in momentum.items()]
+        moving += [(mean, tensors[f"average.{name}"]) for name, mean in average.items()]
     except (SafetensorError, KeyError, ValueError):
         return 0  # not one of ours: begin again rather than fail
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, strict=False)
-    if optimizer is not None:
-        for name, parameter in trainable:
-            if (momentum := tensors.get(f"momentum.{name}")) is not None:
-                buffer = torch.empty_like(parameter).copy_(momentum.to(parameter.device))
-                optimizer.state[parameter]["momentum_buffer"] = buffer
-    for name, mean in average.items():
-        mean.copy_(tensors[f"average.{name}"])
+    for tensor, saved in moving:
+        tensor.copy_(saved)
     return next_epoch

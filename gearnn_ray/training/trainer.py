@@ -25,6 +25,7 @@ from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Task, loss_of
 from gearnn_ray.training.checkpoint import Checkpoint, restore, snapshot
 from gearnn_ray.training.predict import Normalisation, Predictor
 from gearnn_ray.training.sampling import crop_size, steps_per_epoch, training_batches
+from gearnn_ray.training.sgd import Sgd
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 
@@ -81,12 +82,14 @@ def fine_tune(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)
     trainable = set_trainable(model, chosen)
-    optimizer = _optimizer(trainable, recipe, rates or {})
+    # where only running statistics are chosen, a forward pass is all the training there is
+    optimizer = Sgd(trainable, recipe, rates or {}) if trainable else None
     steps_each = steps_per_epoch(len(images), recipe.batch_size)
     steps = recipe.epochs * steps_each
     last = steps if stop_after is None else min(steps, max(1, round(stop_after * steps_each)))
     average = _Average(trainable, last, recipe.averaged)
-    first_epoch = restore(checkpoint, model, trainable, optimizer, average.mean)
+    momentum = optimizer.momentum if optimizer else {}
+    first_epoch = restore(checkpoint, model, momentum, average.mean)
     # a network may have parameters that a loss does not reach: an auxiliary head, a branch left out in training
     spread = world_size > 1 and bool(trainable)
     network = DistributedDataParallel(model, find_unused_parameters=True) if spread else model
@@ -105,36 +108,16 @@ def fine_tune(
             with torch.set_grad_enabled(optimizer is not None):
                 value = _share_of_loss(terms_of(forward, batch.to(device), own_seed), world_size)
             if optimizer is not None:
-                _set_learning_rate(optimizer, recipe, step, steps)
-                optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                optimizer.step(_learning_rate(recipe, step, steps))
                 average.add(step)
             if reports.is_due(value.detach(), at_end=step + 1 in (last, (epoch + 1) * steps_each)):
                 progress(Progress(epoch, recipe.epochs, step + 1, last, _finite(reports.mean(), recipe, epoch)))
         _check_weights(model, recipe, epoch)
         if checkpoint is not None and rank == 0 and (epoch + 1) * steps_each < last:
-            checkpoint.save(snapshot(model, trainable, optimizer, average.mean, epoch + 1, chosen is None))
+            checkpoint.save(snapshot(model, momentum, average.mean, epoch + 1, everything=chosen is None))
     average.put()
     return Outcome(time.perf_counter() - started, epochs - first_epoch)
-
-
-def _optimizer(
-    trainable: Sequence[tuple[str, nn.Parameter]], recipe: Recipe, rates: Mapping[str, float]
-) -> torch.optim.Optimizer | None:
-    """SGD; None where only running statistics are chosen: a forward pass is all the training there is."""
-    if not trainable:
-        return None
-    by_rate: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trainable:
-        by_rate.setdefault(rates.get(name, 1.0), []).append(parameter)
-    return torch.optim.SGD(
-        [{"params": group, "rate": rate} for rate, group in by_rate.items()],
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
 
 
 def _share_of_loss(terms: Mapping[str, LossTerm], world_size: int) -> Tensor:
@@ -192,10 +175,8 @@ class _Average:
             parameter.copy_(self.mean[name])
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps: int) -> None:
-    scale = 1 - step / steps if recipe.schedule == "linear" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * scale * group["rate"]
+def _learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    return recipe.learning_rate * (1 - step / steps if recipe.schedule == "linear" else 1.0)
 
 
 def _finite(loss: float, recipe: Recipe, epoch: int) -> float:
