@@ -29,8 +29,8 @@ assert "working_dir_files" in Path(gearnn_ray.__file__).parts, gearnn_ray.__file
 """
 
 
-# environment of the cluster, and of those who submit jobs to it
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# environment of the cluster, and of those who submit jobs to it: a token, and loopback only
+GUARDED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def _free_ports(count: int) -> list[str]:
@@ -56,7 +56,7 @@ def address() -> Iterator[str]:
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": folder, **TOKEN},
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": folder, **GUARDED},
     )  # fmt: skip
     yield f"http://127.0.0.1:{dashboard}"
     head.terminate()
@@ -69,7 +69,7 @@ def submit(address: str, folder: Path, *arguments: str) -> "subprocess.Completed
     for _ in range(12):
         done = subprocess.run(
             [*command, "--", "jobs/split.py", *arguments],
-            cwd=folder, capture_output=True, text=True, timeout=200, env={**os.environ, **TOKEN},
+            cwd=folder, capture_output=True, text=True, timeout=200, env={**os.environ, **GUARDED},
         )  # fmt: skip
         output = done.stdout + done.stderr
         if "No available agent" not in output and "Failed to connect" not in output:

@@ -243,7 +243,8 @@ sys.exit(codes[0])
 """
 
 
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# a token, and loopback only
+GUARDED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def test_a_lost_node_takes_no_level_with_it(folder: Path, undisturbed: Path, ray
     process = subprocess.Popen(
         [sys.executable, "-c", NODES, *options(folder, "node")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder, **TOKEN},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder, **GUARDED},
     )  # fmt: skip
     job = Job(process)
 
