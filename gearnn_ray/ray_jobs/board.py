@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -43,20 +44,17 @@ class EventRelay:
     """Hands the board's events to the driver's reporter. The board is a process: it is started when a task is first given it."""
 
     def __init__(self, emit: Emit) -> None:
-        self._board: Any = None
         self._emit = emit
 
-    @property
+    @cached_property
     def board(self) -> Any:
         """The actor that workers send events to."""
-        if self._board is None:
-            actor: Any = EventBoard
-            self._board = actor.options(scheduling_strategy=beside_driver()).remote()
-        return self._board
+        actor: Any = EventBoard
+        return actor.options(scheduling_strategy=beside_driver()).remote()
 
     def flush(self) -> None:
         """Emit what has arrived. A board that died with its node is passed over: the work continues unseen."""
-        if self._board is None:
+        if "board" not in vars(self):
             return
         try:
             events = ray.get(self.board.take.remote(), timeout=10)

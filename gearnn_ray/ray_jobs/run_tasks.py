@@ -55,11 +55,6 @@ class TaskRunner:
         self._running: dict[Any, tuple[str, Callable[[Any], None]]] = {}
         self._waiting: list[tuple[str, Callable[[], Any], Callable[[Any], None]]] = []
 
-    @property
-    def board(self) -> Any:
-        """The actor that workers send events to."""
-        return self.relay.board
-
     def share(self, value: Any) -> Any:
         """A value in Ray's object store, to be given to many tasks as an argument."""
         return ray.put(value)
@@ -99,7 +94,7 @@ class TaskRunner:
         if look_up is not None and spreads_over_workers(resources):
 
             def submit() -> Any:
-                return run_on_workers(function, look_up, arguments, label, self.threads, resources, self.board)
+                return run_on_workers(function, look_up, arguments, label, self.threads, resources, self.relay.board)
 
             self._waiting.append((label, submit, then))
             return
@@ -109,7 +104,7 @@ class TaskRunner:
             cpus = min(cpus, max(float(node.get("CPU", 0)) for node in cluster_resources()[0]))
         # all of them wait in Ray's own queue, where an autoscaler sees them
         task = _run.options(num_cpus=cpus, num_gpus=resources.gpus, max_retries=resources.retries)
-        ref = task.remote(function, threads or self.threads, self.board, *arguments)
+        ref = task.remote(function, threads or self.threads, self.relay.board, *arguments)
         self._running[ref] = (label, then)
 
     def settle(self) -> None:

@@ -44,7 +44,7 @@ def run_trials(
     """Run `score(trial, step, emit)` for every step of every trial, in a worker each with the job's resources. A trial ends at
     its first step that fails; `tasks.failed` has the reason. stop_early: ASHA ends a trial with a mean score in the worse half.
     """
-    board, threads, resources = tasks.board, tasks.threads, tasks.resources
+    board, threads, resources = tasks.relay.board, tasks.threads, tasks.resources
 
     def run(setting: Mapping[str, str]) -> None:
         prepare_process(threads)
