@@ -51,7 +51,7 @@ def main() -> None:
         body = response.read()
         assert response.status == 200, body
         predicted = np.asarray(Image.open(io.BytesIO(body))).astype(np.int64)
-        label = val.label(index).astype(np.int64)
+        label = val.target(index).astype(np.int64)
         cells = (label * classes + predicted)[label != IGNORED]
         counts = torch.from_numpy(np.bincount(cells, minlength=classes**2)).view(classes, classes)
         return {"counts": counts}, str(response.headers["x-gearnn-level"])
@@ -62,7 +62,7 @@ def main() -> None:
         network.load_state_dict({**release.base_state(), **release.adaptor_state(level)}, strict=False)
         predictor = Predictor(network, Normalisation(model.normalisation.mean, model.normalisation.std), "float32")
         images = [parse_level(level).apply([val.image(index)])[0] for index in range(len(val))]
-        labels = [val.label(index) for index in range(len(val))]
+        labels = [val.target(index) for index in range(len(val))]
         return score(task, collect_evidence(task, network, [predictor], images, labels)[0])
 
     options = ("--store", arguments.store, "--bundles", arguments.release, "--num-cpus", "2")

@@ -54,7 +54,7 @@ class TinySplit:
         noise = np.random.default_rng(index).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         return np.asarray(Image.fromarray(noise).resize((W, self.heights[index]), Image.Resampling.BICUBIC))
 
-    def label(self, index: int) -> np.ndarray:
+    def target(self, index: int) -> np.ndarray:
         label = np.full((self.heights[index], W), index % CLASSES, np.uint8)
         label[:4] = 255
         return label
@@ -100,7 +100,7 @@ def test_clean_images_and_labels_are_those_of_the_split(split: TinySplit, cache:
     assert split.reads() == len(split)  # the validation pass looks at every image once
     split_targets(split, CLASSES, cache, check)
     assert split.reads() == len(split)
-    assert same(labels, [split.label(index) for index in range(len(split))])
+    assert same(labels, [split.target(index) for index in range(len(split))])
     assert same(level_images(split, CLEAN, cache), originals(split))
 
 
@@ -206,7 +206,7 @@ def test_png_takes_the_place_of_raw_where_space_is_short(split: TinySplit, cache
     assert packed.encoding == "png"
     assert same(packed, JPEG.apply(originals(split)))
     labels = split_targets(split, CLASSES, cache, check)
-    assert same(labels, [split.label(index) for index in range(len(split))])
+    assert same(labels, [split.target(index) for index in range(len(split))])
 
 
 def test_too_little_space_is_refused_naming_the_sizes(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,8 +355,8 @@ def test_a_split_without_images_is_refused(split: TinySplit, cache: Path) -> Non
 @pytest.mark.parametrize("wrong", [CLASSES, 200, 254])
 def test_a_label_outside_the_classes_is_refused(split: TinySplit, cache: Path, wrong: int) -> None:
     class WrongSplit(TinySplit):
-        def label(self, index: int) -> np.ndarray:
-            label = super().label(index)
+        def target(self, index: int) -> np.ndarray:
+            label = super().target(index)
             label[-1, -1] = wrong if index == 3 else 0
             return label
 
@@ -367,8 +367,8 @@ def test_a_label_outside_the_classes_is_refused(split: TinySplit, cache: Path, w
 
 def test_a_label_of_another_size_than_its_image_is_refused(split: TinySplit, cache: Path) -> None:
     class CroppedSplit(TinySplit):
-        def label(self, index: int) -> np.ndarray:
-            return super().label(index)[: H - 8 * (index == 2)]
+        def target(self, index: int) -> np.ndarray:
+            return super().target(index)[: H - 8 * (index == 2)]
 
     with pytest.raises(UserError, match="val sample 'a/2' has a label of 64x40 for an image of 64x48"):
         split_targets(CroppedSplit(split.log), CLASSES, cache, check)

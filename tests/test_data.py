@@ -117,7 +117,7 @@ def test_every_kind_keeps_the_contract_of_a_split(kind: str, tmp_path: Path) -> 
         assert typed.name == name
         assert len(split) == len(split.ids) == len(set(split.ids)) == len(split.clips) > 0
         for i in range(len(split)):
-            image, label = split.image(i), split.label(i)
+            image, label = split.image(i), split.target(i)
             assert (image.dtype, image.shape) == (np.uint8, (H, W, 3))
             assert (label.dtype, label.shape) == (np.uint8, (H, W))
             assert set(np.unique(label)) <= {*range(data.num_classes), IGNORED}
@@ -228,13 +228,13 @@ def test_camvid(lists: bool, tmp_path: Path) -> None:
     for i in range(3):
         np.testing.assert_array_equal(data.train.image(i), some_picture(i))
         raw = some_ids(i, 12)
-        np.testing.assert_array_equal(data.train.label(i), np.where(raw == 11, 255, raw))
+        np.testing.assert_array_equal(data.train.target(i), np.where(raw == 11, 255, raw))
 
 
 def test_camvid_hands_on_ids_that_mean_nothing(tmp_path: Path) -> None:
     make_camvid(tmp_path)
     save(tmp_path / "valannot" / "0016E5_07959.png", np.array([[10, 11, 12, 254, 255]], np.uint8))
-    label = open_dataset("camvid", str(tmp_path)).val.label(0)
+    label = open_dataset("camvid", str(tmp_path)).val.target(0)
     assert label.tolist() == [[10, 255, 12, 254, 255]]
 
 
@@ -275,7 +275,7 @@ def test_the_real_camvid() -> None:
     assert (len(data.train), len(data.val)) == (367, 101)
     assert set(data.train.clips) == {"0001TP", "0006R0", "0016E5"}
     assert data.val.image(0).shape == (360, 480, 3)
-    assert set(np.unique(data.val.label(0))) <= {*range(11), 255}
+    assert set(np.unique(data.val.target(0))) <= {*range(11), 255}
 
 
 # ── Cityscapes ──
@@ -298,7 +298,7 @@ def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
         tmp_path / "gtFine" / "val" / "lindau" / "lindau_000000_000019_gtFine_labelIds.png", np.arange(256, dtype=np.uint8)[None]
     )
     data = open_dataset("cityscapes", str(tmp_path))
-    assert data.val.label(0)[0].tolist() == train_ids + list(range(34, 256))
+    assert data.val.target(0)[0].tolist() == train_ids + list(range(34, 256))
     names = {data.class_names[t]: i for i, t in enumerate(train_ids) if t != 255}
     assert names["road"] == 7
     assert names["vegetation"] == 21
@@ -308,7 +308,7 @@ def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
 
 def test_cityscapes_with_prepared_train_ids(tmp_path: Path) -> None:
     data = open_dataset("cityscapes", str(make_cityscapes(tmp_path, "labelTrainIds", 19)))
-    np.testing.assert_array_equal(data.train.label(2), some_ids(2, 19))
+    np.testing.assert_array_equal(data.train.target(2), some_ids(2, 19))
 
 
 def test_label_ids_and_train_ids_have_different_digests(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_folder(tmp_path: Path) -> None:
     assert data.train.ids == ("a", "b", "c")
     assert len(set(data.train.clips)) == 1
     np.testing.assert_array_equal(data.train.image(0), some_picture(0))
-    np.testing.assert_array_equal(data.train.label(1), some_ids(1, 5))
+    np.testing.assert_array_equal(data.train.target(1), some_ids(1, 5))
 
 
 def test_folder_with_a_clip_per_sub_folder(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_folder_with_a_clip_per_sub_folder(tmp_path: Path) -> None:
     assert data.train.ids == ("b", "ride/0", "ride/1", "ride-2/1")
     assert [data.train.clips.count(clip) for clip in data.train.clips] == [1, 2, 2, 1]
     np.testing.assert_array_equal(data.train.image(1), some_picture(3))
-    np.testing.assert_array_equal(data.train.label(1), some_ids(3, 5))
+    np.testing.assert_array_equal(data.train.target(1), some_ids(3, 5))
 
 
 def test_folder_through_a_link(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def read_image(root: Path, content: Image.Image | bytes, name: str = "a.png", **
 
 
 def read_label(root: Path, content: Image.Image | bytes, **options: object) -> np.ndarray:
-    return _with(root, "labels", "a.png", content, options).train.label(0)
+    return _with(root, "labels", "a.png", content, options).train.target(0)
 
 
 def _with(root: Path, part: str, name: str, content: Image.Image | bytes, options: dict[str, object]) -> Dataset:

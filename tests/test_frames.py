@@ -19,7 +19,7 @@ from gearnn_ray.serving.frames import BadFrameError, Limits, evidence_of, read_f
 from gearnn_ray.serving.jpeg import JpegQuality
 
 H, W = 48, 64
-PIXELS = scenes.render(0, 0, 0, H, W)[0]
+PIXELS = scenes.render(0, 0, 0, H, W).image
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
@@ -154,7 +154,7 @@ def test_a_jpeg_that_really_ends_in_grey() -> None:
 @pytest.mark.parametrize("quality", [1, 10, 50, 95, 100])
 def test_whole_progressive_jpegs_are_not_taken_for_cut_ones(quality: int) -> None:
     for index in range(4):
-        pixels = scenes.render(2, 0, index, 51, 77)[0]
+        pixels = scenes.render(2, 0, index, 51, 77).image
         for options in ({}, {"subsampling": 0}, {"restart_marker_rows": 1}):
             read_frame(encoded(pixels, "JPEG", quality=quality, progressive=True, **options), None)
         read_frame(encoded(pixels[..., 0], "JPEG", quality=quality, progressive=True), None)
@@ -310,7 +310,7 @@ def test_every_truncation_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}], ids=str)
 def test_jpegs_that_were_cut_and_closed_again_are_refused(options: dict[str, object]) -> None:
     """What a camera's receiver makes of lost packets; libjpeg fills in grey and says nothing."""
-    data = encoded(scenes.render(0, 0, 1, 96, 128)[0], "JPEG", quality=60, **options)
+    data = encoded(scenes.render(0, 0, 1, 96, 128).image, "JPEG", quality=60, **options)
     first = data.index(b"\xff\xda") + 20
     for length in range(first, len(data) - 100, 1 + (len(data) - first) // 60):  # the last block may be half there
         if options == {"progressive": True} and data[length : length + 2] in (b"\xff\xc4", b"\xff\xda"):

@@ -36,13 +36,13 @@ def quality_of(data: bytes) -> JpegQuality | None:
 
 @pytest.fixture(scope="module")
 def small() -> np.ndarray:
-    return scenes.render(0, 0, 0, 48, 64)[0]
+    return scenes.render(0, 0, 0, 48, 64).image
 
 
 @pytest.fixture(scope="module")
 def streets() -> list[np.ndarray]:
     """Undistorted scenes of two sizes."""
-    return [scenes.render(1, 0, index, *size)[0] for size in ((96, 128), (360, 480)) for index in range(3)]
+    return [scenes.render(1, 0, index, *size).image for size in ((96, 128), (360, 480)) for index in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,20 @@ import pytest
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED, open_dataset
-from gearnn_ray.data.scenes import BRICK, CLASS_NAMES, HEDGE, PAVEMENT, ROAD, TIMBER, TREE, TWINS, ScenesSplit, open_scenes
+from gearnn_ray.data.objects import boxes_of
+from gearnn_ray.data.scenes import (
+    BRICK,
+    CLASS_NAMES,
+    HEDGE,
+    PAVEMENT,
+    ROAD,
+    THINGS,
+    TIMBER,
+    TREE,
+    TWINS,
+    ScenesSplit,
+    open_scenes,
+)  # fmt: skip
 from gearnn_ray.levels.level import parse_level
 
 H, W = 96, 128
@@ -20,7 +33,7 @@ SMALL = ScenesSplit("train", 3, 48, 64, 0)
 @pytest.fixture(scope="module")
 def scenes() -> tuple[list[np.ndarray], list[np.ndarray]]:
     split = open_scenes(train=96).train
-    return [split.image(i) for i in range(24)], [split.label(i) for i in range(24)]
+    return [split.image(i) for i in range(24)], [split.target(i) for i in range(24)]
 
 
 def test_the_default_set_is_what_the_data_kind_opens() -> None:
@@ -31,25 +44,25 @@ def test_the_default_set_is_what_the_data_kind_opens() -> None:
     for split in (dataset.train, dataset.val):
         assert len(set(split.ids)) == len(set(split.clips)) == len(split), "every image is a clip of its own"
         assert split.image(0).shape == (H, W, 3)
-        assert split.label(0).shape == (H, W)
-        assert split.image(0).dtype == split.label(0).dtype == np.uint8
+        assert split.target(0).shape == (H, W)
+        assert split.image(0).dtype == split.target(0).dtype == np.uint8
 
 
 def test_pixels_change_only_with_the_version() -> None:
     # another result here means: raise VERSION in scenes.py, or stores would mix up two sets under one digest
     split = open_scenes(train=96).train
-    pixels = hashlib.sha256(split.image(0).tobytes() + split.label(0).tobytes()).hexdigest()
+    pixels = hashlib.sha256(split.image(0).tobytes() + split.target(0).tobytes()).hexdigest()
     assert pixels[:16] == "479dfcebb5cda6cb"
     assert split.digest[:16] == "c8c7ac6a9b420c17"
 
 
 def test_an_image_depends_on_nothing_but_its_own_number() -> None:
-    expected = SMALL.image(2), SMALL.label(2)
+    expected = SMALL.image(2), SMALL.target(2)
     np.random.seed(1)
     for split in (SMALL, replace(SMALL, count=99), pickle.loads(pickle.dumps(SMALL))):
         split.image(0)
         np.testing.assert_array_equal(split.image(2), expected[0])
-        np.testing.assert_array_equal(split.label(2), expected[1])
+        np.testing.assert_array_equal(split.target(2), expected[1])
 
 
 def test_every_parameter_changes_the_digest_and_index_seed_and_split_the_picture() -> None:
@@ -78,7 +91,7 @@ def test_any_size_in_range_can_be_painted(height: int, width: int) -> None:
     split = open_scenes(height=height, width=width).val
     with np.errstate(all="raise"):
         assert split.image(0).shape == (height, width, 3)
-    assert len(np.unique(split.label(0))) >= 4
+    assert len(np.unique(split.target(0))) >= 4
 
 
 @pytest.mark.parametrize(
@@ -147,3 +160,45 @@ def test_only_fine_texture_tells_twins_apart_and_distortion_takes_it_away(
     assert kept["jpeg-80"] > 0.8, kept
     assert kept["jpeg-10"] < 0.4, kept
     assert kept["brightness-0.2"] < 0.25, kept
+
+
+# ── cars and people ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_tasks_have_the_same_images_and_digests_of_their_own() -> None:
+    labelled, boxed = open_dataset("scenes"), open_dataset("scenes", task="detection")
+    assert boxed.class_names == ("car", "person")
+    assert labelled.train.digest != boxed.train.digest
+    np.testing.assert_array_equal(labelled.val.image(3), boxed.val.image(3))
+
+
+@pytest.mark.parametrize("split", [open_scenes(train=24).train, open_scenes(val=4, height=200, width=90).val])
+def test_objects_are_the_cars_and_people_of_the_label(split: ScenesSplit) -> None:
+    for index in range(len(split)):
+        label, objects = split.target(index), replace(split, task="detection").target(index)
+        masks = objects.masks()
+        assert masks.sum(0).max(initial=0) <= 1, "a pixel belongs to one object"
+        for number, what in enumerate(THINGS):
+            np.testing.assert_array_equal(masks[objects.labels == number].any(0), label == what)
+        np.testing.assert_array_equal(objects.areas, masks.sum((1, 2)))
+        for (left, top, right, bottom), mask in zip(objects.boxes.astype(int), masks, strict=True):
+            inside = mask[top:bottom, left:right]
+            assert inside.sum() == mask.sum()
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()  # noqa: PT018
+
+
+def test_most_objects_are_visible_and_those_that_are_not_are_marked() -> None:
+    split = open_scenes(train=64, task="detection").train
+    every = [split.target(i) for i in range(len(split))]
+    crowd, areas = (np.concatenate([getattr(each, name) for each in every]) for name in ("crowd", "areas"))
+    assert 3 < len(crowd) / len(split) < 7
+    assert 0.02 < crowd.mean() < 0.2
+    assert areas[~crowd].min() >= 12
+    for number in range(len(THINGS)):
+        assert sum(int((each.labels == number).any()) for each in every) > 0.9 * len(split)
+
+
+def test_the_boxes_of_no_masks_are_empty() -> None:
+    empty = boxes_of(np.zeros((0, 5, 7), np.bool_))
+    assert empty.shape == (0, 4)
+    assert empty.dtype == np.float32

@@ -136,7 +136,7 @@ def split_targets(split: Split, num_classes: int, cache: Path, check: Callable[[
 
     def targets() -> Iterator[Pixels]:
         for index, sample in enumerate(split.ids):
-            image, target = split.image(index), split.label(index)
+            image, target = split.image(index), split.target(index)
             check(image, target, num_classes, f"{split.name} sample {sample!r}")
             yield target
 

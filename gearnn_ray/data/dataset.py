@@ -16,7 +16,11 @@ from gearnn_ray.core.errors import UserError
 __all__ = ["IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
 
 IGNORED = 255  # the label of a pixel that neither training nor evaluation uses
-KINDS = ("scenes", "camvid", "cityscapes", "folder")
+KINDS = {
+    "scenes": ("segmentation", "detection"), "camvid": ("segmentation",), "cityscapes": ("segmentation",),
+    "folder": ("segmentation",), "coco": ("detection",),
+}  # fmt: skip
+"""Every kind of data set, and the tasks that it has targets for."""
 
 
 class Split(Protocol):
@@ -36,15 +40,17 @@ class Split(Protocol):
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of exactly what decides ids, clips, images and labels."""
+        """Hex SHA-256 of exactly what decides ids, clips, images and targets."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """RGB image [H, W, 3]. Raises `UserError` if its file cannot be read."""
 
-    def label(self, index: int) -> NDArray[np.uint8]:
-        """Class ids [H, W], `IGNORED` for pixels without a class; not checked. Raises `UserError` if its file cannot be read."""
+    def target(self, index: int) -> Any:
+        """What the task asks for; not checked. Segmentation: class ids uint8 [H, W], `IGNORED` for pixels without a class.
+        Detection: `gearnn_ray.data.objects.Objects`. Raises `UserError` if its file cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,24 @@ class Dataset:
         return len(self.class_names)
 
 
-def open_dataset(kind: str, path: str | None = None, **options: Any) -> Dataset:
-    """Open the data set of this kind at this path without reading any image or label. `options` belong to the kind; None means
-    not given. A folder takes `num_classes`, scenes take the arguments of `open_scenes`. Raises `UserError` for an unknown kind or
-    option, and for a folder without the files that this kind needs.
+def open_dataset(kind: str, path: str | None = None, task: str = "segmentation", **options: Any) -> Dataset:
+    """Open the data set of this kind at this path, with targets for this task, without reading any image. `options` belong to
+    the kind; None means not given. A folder takes `num_classes`, scenes take the arguments of `open_scenes`. Raises `UserError`
+    for an unknown kind or option, a kind without targets for the task, and a folder without the files that this kind needs.
     """
     options = {option: value for option, value in options.items() if value is not None}
     if kind not in KINDS:
         raise UserError(f"there is no data kind {kind!r}: expected one of {', '.join(KINDS)}.")
+    if task not in KINDS[kind]:
+        fitting = [other for other, tasks in KINDS.items() if task in tasks]
+        raise UserError(f"data of kind {kind} has no targets for {task}: use {' or '.join(fitting) or 'another task'}.")
     # imported here, because these modules use the classes above
     opener: Callable[..., Dataset] = getattr(import_module(f"gearnn_ray.data.{kind}"), f"open_{kind}")
     unknown = sorted(options.keys() - (signature(opener).parameters.keys() - {"root"}))
     if unknown:
         raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")
+    if len(KINDS[kind]) > 1:
+        options["task"] = task
     if kind == "scenes":
         if path:
             raise UserError(f"data of kind scenes is generated, but a path was given ({path}): leave it out.")

@@ -38,13 +38,9 @@ class FileSplit:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """RGB image [H, W, 3]. Raises `UserError` unless the file is a complete 8-bit PNG or JPEG."""
-        path = self.images[index]
-        picture, depth = _decode(path, "PNG", "JPEG")
-        if depth > 8:  # Pillow would silently drop the low bytes, or clip
-            raise UserError(f"the image {path} has {depth} bits per channel: expected 8, so convert it.")
-        return np.array(picture.convert("RGB"))
+        return read_image(self.images[index])
 
-    def label(self, index: int) -> NDArray[np.uint8]:
+    def target(self, index: int) -> NDArray[np.uint8]:
         """Class ids [H, W], 255 = ignored. Raises `UserError` unless the file is a complete grey or palette PNG."""
         path = self.labels[index]
         picture, depth = _decode(path, "PNG")
@@ -102,6 +98,14 @@ def file_split(
         images=tuple(images[key] for key in ids),
         labels=tuple(labels[key] for key in ids),
     )
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """RGB image [H, W, 3]. Raises `UserError` unless the file is a complete 8-bit PNG or JPEG."""
+    picture, depth = _decode(path, "PNG", "JPEG")
+    if depth > 8:  # Pillow would silently drop the low bytes, or clip
+        raise UserError(f"the image {path} has {depth} bits per channel: expected 8, so convert it.")
+    return np.array(picture.convert("RGB"))
 
 
 def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:

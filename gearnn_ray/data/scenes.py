@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED, Dataset
+from gearnn_ray.data.objects import Objects, boxes_of, rle_of
 
 CLASS_NAMES = ("sky", "road", "pavement", "brick", "timber", "tree", "hedge", "car", "person")
 SKY, ROAD, PAVEMENT, BRICK, TIMBER, TREE, HEDGE, CAR, PERSON = range(len(CLASS_NAMES))
 TWINS = ((ROAD, PAVEMENT), (BRICK, TIMBER), (TREE, HEDGE))  # these differ only in texture
-VERSION = 1  # part of every digest: raise it with any change to a pixel or a label
+THINGS = (CAR, PERSON)  # classes of objects with a box and a mask of their own: class ids 0 and 1 of a detector
+VERSION = 1  # part of every digest: raise it with any change to a pixel, a label or an object
 SPLITS = ("train", "val")
 MAX_COUNT, MIN_SIDE, MAX_SIDE, MAX_SEED = 100_000, 48, 2048, 2**63 - 1
 
@@ -32,13 +34,17 @@ Colour = NDArray[np.float64]  # [3] RGB in 8-bit levels, or one for every pixel 
 
 @dataclass(frozen=True)
 class ScenesSplit:
-    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted at each access. Every scene is a clip of its own."""
+    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted at each access. Every scene is a clip of its own. The
+    targets of detection are the cars and people, with classes from `THINGS`; one of which less than a third is visible, or fewer
+    than 12 pixels, is marked as a crowd.
+    """
 
     name: str
     count: int
     height: int
     width: int
     seed: int
+    task: str = "segmentation"
 
     def __len__(self) -> int:
         return self.count
@@ -56,25 +62,30 @@ class ScenesSplit:
         """Hex SHA-256 of the generator's version and parameters, which decide every pixel."""
         what = {"generator": "scenes", "version": VERSION, "split": self.name, "count": self.count}
         what |= {"height": self.height, "width": self.width, "seed": self.seed}
+        what |= {} if self.task == "segmentation" else {"task": self.task}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """RGB image [H, W, 3]."""
-        return self._scene(index)[0]
+        return self._scene(index).image
 
-    def label(self, index: int) -> NDArray[np.uint8]:
-        """Class ids [H, W]; lamp posts are `IGNORED`."""
-        return self._scene(index)[1]
+    def target(self, index: int) -> NDArray[np.uint8] | Objects:
+        """Class ids [H, W], where lamp posts are `IGNORED`; or the objects."""
+        scene = self._scene(index)
+        return scene.label if self.task == "segmentation" else scene.objects
 
-    def _scene(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _scene(self, index: int) -> "Scene":
         if not 0 <= index < self.count:
             raise IndexError(f"there is no scene {index} among the {self.count} of {self.name}")
         return render(self.seed, SPLITS.index(self.name), index, self.height, self.width)
 
 
-def open_scenes(train: int = 192, val: int = 32, height: int = 96, width: int = 128, seed: int = 0) -> Dataset:
+def open_scenes(
+    train: int = 192, val: int = 32, height: int = 96, width: int = 128, seed: int = 0, task: str = "segmentation"
+) -> Dataset:
     """The generated set: `train` and `val` images of `height` × `width` pixels. With the same size and seed, a larger set begins
-    with the images of a smaller one. Raises `UserError` for a count, side or seed out of range.
+    with the images of a smaller one, and the images are the same for both tasks. Raises `UserError` for a count, side or seed out
+    of range.
     """
     for what, value, low, high in (
         ("train", train, 1, MAX_COUNT),
@@ -87,14 +98,23 @@ def open_scenes(train: int = 192, val: int = 32, height: int = 96, width: int = 
             raise UserError(f"{what} of the scenes is {value!r}: expected a whole number from {low} to {high}.")
     return Dataset(
         name="scenes",
-        class_names=CLASS_NAMES,
-        train=ScenesSplit("train", train, height, width, seed),
-        val=ScenesSplit("val", val, height, width, seed),
+        class_names=CLASS_NAMES if task == "segmentation" else tuple(CLASS_NAMES[what] for what in THINGS),
+        train=ScenesSplit("train", train, height, width, seed, task),
+        val=ScenesSplit("val", val, height, width, seed, task),
     )
 
 
-def render(seed: int, split: int, index: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: the RGB image uint8 [H, W, 3] and its class ids uint8 [H, W], 255 = ignored."""
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One scene: the RGB image uint8 [H, W, 3], its class ids uint8 [H, W] (255 = ignored), and its objects."""
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.uint8]
+    objects: Objects
+
+
+def render(seed: int, split: int, index: int, height: int, width: int) -> Scene:
+    """Paint one scene."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, split, index])))
     painter = _Painter(rng, height, width)
     painter.sky()
@@ -103,7 +123,7 @@ def render(seed: int, split: int, index: int, height: int, width: int) -> tuple[
     for side in (-1, 1):
         painter.houses(side)
     painter.standing()
-    return painter.exposed(), painter.label
+    return Scene(painter.exposed(), painter.label, painter.objects())
 
 
 def _stripes(across: Plane, period: float) -> Plane:
@@ -121,6 +141,8 @@ class _Painter:
         self.unit = height / 96
         self.rgb = np.zeros((height, width, 3))
         self.label = np.zeros((height, width), np.uint8)
+        self.thing = np.zeros((height, width), np.int32)  # number of the car or person, from 1
+        self.things: list[tuple[int, int]] = []  # class, and pixels when it was painted, before others hid some of them
         self.y, self.x = np.mgrid[0:height, 0:width].astype(np.float64)
         self.horizon = height * self.between(0.40, 0.52)
         self.vanish = width * self.between(0.32, 0.68)
@@ -188,6 +210,8 @@ class _Painter:
             painted = painted + (self.contrast * self.textures[what][mask])[:, None]
         self.rgb[mask] = painted
         self.label[mask] = what
+        # a car or person is painted in several parts, one after the other
+        self.thing[mask] = len(self.things) + 1 if what in THINGS else 0
 
     def sky(self) -> None:
         grey = self.between(145, 190)
@@ -302,6 +326,7 @@ class _Painter:
         for wheel in (-0.3, 0.3) if side_on else (-0.36, 0.36):
             rim = self.ellipse(x + wheel * wide, foot - 0.16 * tall, 0.17 * tall, 0.17 * tall)
             self.fill(rim < 1, CAR, np.full(3, 45.0))
+        self.is_painted(CAR)
 
     def person(self, drop: float) -> None:
         x, foot = self.between(0.03, 0.97) * self.width, self.horizon + drop
@@ -314,6 +339,21 @@ class _Painter:
         self.fill(legs, PERSON, clothes[0] * 0.6)
         self.fill(coat, PERSON, clothes[1])
         self.fill(head, PERSON, np.array([185.0, 140.0, 115.0]))
+        self.is_painted(PERSON)
+
+    def is_painted(self, what: int) -> None:
+        """The parts painted since the last car or person are one of its own."""
+        self.things.append((what, int((self.thing == len(self.things) + 1).sum())))
+
+    def objects(self) -> Objects:
+        """The cars and people of which something is visible."""
+        visible = np.bincount(self.thing.reshape(-1), minlength=len(self.things) + 1)[1:]
+        seen = [number for number, pixels in enumerate(visible) if pixels]
+        masks = [self.thing == number + 1 for number in seen]
+        labels = np.array([THINGS.index(self.things[number][0]) for number in seen], np.int64)
+        hidden = [visible[number] < max(12, self.things[number][1] / 3) for number in seen]
+        areas, crowd = visible[seen].astype(np.float32), np.array(hidden, np.bool_)
+        return Objects(boxes_of(masks), labels, areas, crowd, self.label.shape, tuple(map(rle_of, masks)))
 
     def exposed(self) -> NDArray[np.uint8]:
         """The image in this scene's light, with a little camera noise."""
