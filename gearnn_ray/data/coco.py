@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import Dataset
-from gearnn_ray.data.files import read_image
+from gearnn_ray.data.files import digest_of, read_image
 from gearnn_ray.data.objects import Objects
 
 _VERSION = 1  # part of every digest: raise it if the same files would give other objects
@@ -105,11 +105,7 @@ class CocoSplit:
             for array in (objects.boxes, objects.labels, objects.areas, objects.crowd):
                 whole.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
             whole.update(hashlib.sha256(repr((objects.size, objects.rles)).encode()).digest())
-            try:
-                with path.open("rb") as file:
-                    whole.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}): restore the file.") from error
+            whole.update(digest_of(path))
         return whole.hexdigest()
 
 

@@ -18,7 +18,7 @@ __all__ = ["IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
 IGNORED = 255  # the label of a pixel that neither training nor evaluation uses
 KINDS = {
     "scenes": ("segmentation", "detection"), "camvid": ("segmentation",), "cityscapes": ("segmentation",),
-    "folder": ("segmentation",), "coco": ("detection",),
+    "folder": ("segmentation",), "coco": ("detection",), "penn-fudan": ("detection",), "yolo": ("detection",),
 }  # fmt: skip
 """Every kind of data set, and the tasks that it has targets for."""
 
@@ -78,8 +78,9 @@ def open_dataset(kind: str, path: str | None = None, task: str = "segmentation",
     if task not in KINDS[kind]:
         fitting = [other for other, tasks in KINDS.items() if task in tasks]
         raise UserError(f"data of kind {kind} has no targets for {task}: use {' or '.join(fitting) or 'another task'}.")
+    module = kind.replace("-", "_")
     # imported here, because these modules use the classes above
-    opener: Callable[..., Dataset] = getattr(import_module(f"gearnn_ray.data.{kind}"), f"open_{kind}")
+    opener: Callable[..., Dataset] = getattr(import_module(f"gearnn_ray.data.{module}"), f"open_{module}")
     unknown = sorted(options.keys() - (signature(opener).parameters.keys() - {"root"}))
     if unknown:
         raise UserError(f"data of kind {kind} has no option {unknown[0]!r}: leave it out.")

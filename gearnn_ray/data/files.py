@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,8 @@ class FileSplit:
         """RGB image [H, W, 3]. Raises `UserError` unless the file is a complete 8-bit PNG or JPEG."""
         return read_image(self.images[index])
 
-    def target(self, index: int) -> NDArray[np.uint8]:
-        """Class ids [H, W], 255 = ignored. Raises `UserError` unless the file is a complete grey or palette PNG."""
+    def target(self, index: int) -> Any:
+        """Class ids uint8 [H, W], 255 = ignored. Raises `UserError` unless the file is a complete grey or palette PNG."""
         path = self.labels[index]
         picture, depth = _decode(path, "PNG")
         # Pillow stretches grey of fewer bits to 0…255, but not palette indices
@@ -60,12 +60,7 @@ class FileSplit:
         whole = hashlib.sha256(json.dumps(header).encode())
         for pair in zip(self.images, self.labels, strict=True):
             for path in pair:
-                try:
-                    with path.open("rb") as file:
-                        # digests have a fixed length: bytes that move from one file to the next change the result
-                        whole.update(hashlib.file_digest(file, "sha256").digest())
-                except OSError as error:
-                    raise UserError(f"{path} cannot be read ({error.strerror}): restore the file.") from error
+                whole.update(digest_of(path))
         return whole.hexdigest()
 
 
@@ -98,6 +93,26 @@ def file_split(
         images=tuple(images[key] for key in ids),
         labels=tuple(labels[key] for key in ids),
     )
+
+
+def digest_of(path: Path) -> bytes:
+    """SHA-256 of a file, 32 bytes: in a digest of several files, bytes that move from one to the next change the result. Raises
+    `UserError` for a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore the file.") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from the file's header. Raises `UserError` unless it is a PNG or JPEG."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no image: expected a whole PNG or JPEG file, so replace it.") from error
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
