@@ -31,6 +31,7 @@ def made_up(levels: Sequence[str]) -> Release:
     adaptors = {level: {name: _moved(base[name]) for name in names} for level in levels}
     digests = {level: f"sha256:{number:064x}" for number, level in enumerate(levels, 1)}
     entry = {"bytes": 1, "floats": 1, "layers": names, "scores": {}}
+    nothing = {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}}
     content = {
         "name": "made-up",
         "model": {
@@ -38,7 +39,7 @@ def made_up(levels: Sequence[str]) -> Release:
             "normalisation": {"mean": [0.41, 0.42, 0.43], "std": [0.3, 0.31, 0.31]},
         },
         "base": {"digest": "sha256:" + "0" * 64, "bytes": 1},
-        "levels": {level: {"digest": digest, **entry} for level, digest in digests.items()},
+        "levels": {"clean": nothing, **{level: {"digest": digest, **entry} for level, digest in digests.items()}},
         "budget": {"floats": budget}, "recipe": {}, "versions": {},
     }  # fmt: skip
     return Release(Manifest.model_validate(content), "sha256:" + "0" * 64, base, {"clean": {}, **adaptors})

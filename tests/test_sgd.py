@@ -34,7 +34,6 @@ def test_steps_have_the_bits_of_torchs_class(momentum: float, weight_decay: floa
         optimizer.step(0.1 / (step + 1))
         expected.step()
         assert all(same_bits(ours[name].detach(), theirs[name].detach()) for name in start)
-        assert all(parameter.grad is None for parameter in ours.values())
     assert same_bits(ours["d"].detach(), start["d"])
 
 

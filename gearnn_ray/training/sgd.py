@@ -26,13 +26,16 @@ class Sgd:
         self._names_by_rate: dict[float, list[str]] = {}
         for name in self._parameters:
             self._names_by_rate.setdefault(rates.get(name, 1.0), []).append(name)
+        self.momentum: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in trainable}
+
+    def zero_grad(self) -> None:
+        """Drop the gradients. Call it right before `backward`, whose gradients then take the same memory."""
         for parameter in self._parameters.values():
             parameter.grad = None
-        self.momentum: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in trainable}
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Move every parameter that has a gradient, and drop the gradients."""
+        """Move every parameter that has a gradient."""
         for rate, names in self._names_by_rate.items():
             moved = {name: gradient for name in names if (gradient := self._parameters[name].grad) is not None}
             parameters: list[Tensor] = [self._parameters[name] for name in moved]
@@ -41,5 +44,3 @@ class Sgd:
                 parameters, list(moved.values()), buffers, fused=True, lr=learning_rate * rate, momentum=self._recipe.momentum,
                 weight_decay=self._recipe.weight_decay, dampening=0, nesterov=False, maximize=False,
             )  # fmt: skip
-            for parameter in parameters:
-                parameter.grad = None

@@ -108,6 +108,7 @@ def fine_tune(
             with torch.set_grad_enabled(optimizer is not None):
                 value = _share_of_loss(terms_of(forward, batch.to(device), own_seed), world_size)
             if optimizer is not None:
+                optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step(_learning_rate(recipe, step, steps))
                 average.add(step)
