@@ -97,7 +97,8 @@ def adapt_neighbours(spec: JobSpec, level: str, origin: JobSpec, neighbour: str,
             chosen=r.layers, seed=spec.seed,
         )  # fmt: skip
         predictor = Predictor(model, normalisation, spec.execution.precision)
-        return TuningResult(score(task, collect_evidence(task, model, [predictor], *spec.validation_data(level))[0]))
+        evidence = collect_evidence(task, model, [predictor], *spec.validation_data(level), spec.network.num_classes)
+        return TuningResult(score(task, evidence[0]))
 
     result, original = run.cache.result(TuningResult, key, train).score, run.original().score
     assert result is not None

@@ -56,7 +56,7 @@ def main(images: int = 4, rounds: int = 5, height: int = 360, width: int = 480) 
                 total += time.perf_counter() - started
             bare.append(total)
             started = time.perf_counter()
-            collect_evidence(task, model, predictors, pictures, targets)
+            collect_evidence(task, model, predictors, pictures, targets, data.num_classes)
             whole.append(time.perf_counter() - started)
     once, all_in_one = statistics.median(bare), statistics.median(whole)
     print(f"{NETWORKS} × DRN-D-22, {images} images {width}x{height}, {precision}, {rounds} rounds, one thread")

@@ -63,7 +63,7 @@ def main() -> None:
         predictor = Predictor(network, Normalisation(model.normalisation.mean, model.normalisation.std), "float32")
         images = [parse_level(level).apply([val.image(index)])[0] for index in range(len(val))]
         labels = [val.target(index) for index in range(len(val))]
-        return score(task, collect_evidence(task, network, [predictor], images, labels)[0])
+        return score(task, collect_evidence(task, network, [predictor], images, labels, classes)[0])
 
     options = ("--store", arguments.store, "--bundles", arguments.release, "--num-cpus", "2")
     print(f"{'level':10}{'release':>9}{'service':>9}{'difference':>12}  levels used")

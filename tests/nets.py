@@ -1,7 +1,12 @@
 """A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gearnn_ray.models.detector import SingleStageDetector, Target, Terms
 
 TRUST = ("tests", "torchvision")
 """modules whose networks the releases of the tests may name"""
@@ -84,3 +89,47 @@ class _AfraidOfTheLight(Small):
 
 def afraid_of_the_light(num_classes: int) -> nn.Module:
     return _AfraidOfTheLight(num_classes)
+
+
+class _TinyDetector(SingleStageDetector):
+    """One box at each of 8 x 10 positions, of frames of any size."""
+
+    input_size = (32, 40)
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, num_classes + 4, 3, padding=1)
+
+    def raw(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x_BCHW)))))))
+
+    def _boxes(self, raw: Tensor) -> Tensor:
+        """[B, h, w, 4]"""
+        rows, columns = (torch.arange(side) + 0.5 for side in raw.shape[-2:])
+        middle = 4 * torch.stack([columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))], -1)
+        sides = 4 * raw[:, -4:].float().exp().permute(0, 2, 3, 1)
+        return torch.cat([middle - sides[..., :2], middle + sides[..., 2:]], -1)
+
+    def decode(self, raw: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        scores, labels = raw[:, :-4].float().sigmoid().max(1)
+        return {"boxes": self._boxes(raw).flatten(1, 2), "scores": scores.flatten(1), "labels": labels.flatten(1)}
+
+    def losses(self, raw: Tensor, targets: Sequence[Target], height: int, width: int) -> Terms:
+        logits, boxes = raw[:, :-4].float(), self._boxes(raw)
+        wanted, distance, count = torch.zeros_like(logits), logits.new_zeros(()), 0
+        for index, target in enumerate(targets):
+            for box, label in zip(target["boxes"], target["labels"], strict=True):
+                column, row = (int(side) for side in ((box[:2] + box[2:]) / 8).clamp(max=torch.tensor([9, 7])))
+                wanted[index, label, row, column] = 1
+                distance = distance + (boxes[index, row, column] - box).abs().sum() / 40
+                count += 1
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        return {"classes": (entropy, torch.tensor(max(1, count))), "boxes": (distance, torch.tensor(count))}
+
+
+def tiny_detector(num_classes: int) -> nn.Module:
+    return _TinyDetector(num_classes)

@@ -66,7 +66,7 @@ def test_without_trust_no_network_of_another_module_is_loaded(tmp_path: Path) ->
 
 def item(model: Any, height: int, width: int) -> Item:
     frame = Frame(np.zeros((height, width, 3), np.uint8), Evidence(height, width, 0.0))
-    return Item(model, frame, LevelEstimate("clean"), False, 0.0)
+    return Item(model, frame, LevelEstimate("clean"), "image/png", 0.0)
 
 
 def test_a_pass_holds_one_release_and_size_and_a_bounded_number_of_pixels() -> None:
@@ -83,8 +83,8 @@ def test_a_pass_gives_answers_and_raw_outputs_side_by_side(tmp_path: Path) -> No
     bundle.refresh()
     pixels = served.picture()
     frame = Frame(pixels, Evidence(*pixels.shape[:2], 0.0))
-    levels = ("jpeg-10", "clean")
-    items = [Item(bundle.model(), frame, LevelEstimate(level), raw, 0.0) for level in levels for raw in (False, True)]
+    levels, types = ("jpeg-10", "clean"), ("image/png", "application/x-npy")
+    items = [Item(bundle.model(), frame, LevelEstimate(level), kind, 0.0) for level in levels for kind in types]
     for level, (answer, raw) in zip(levels, zip(*[iter(predict(items))] * 2, strict=True), strict=True):
         expected = served.expected_logits(tmp_path, "tiny:latest", level, served.png(pixels))
         np.testing.assert_allclose(raw.content, expected, rtol=1e-4, atol=1e-4)

@@ -21,11 +21,10 @@ from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.data import cache as images
 from gearnn_ray.data.cache import ImageStatistics, PackedImages, level_images, level_statistics, split_targets
 from gearnn_ray.levels.level import CLEAN, Level, parse_level
-from gearnn_ray.tasks.segmentation import Segmentation
+from tests.conftest import SEGMENTATION
 
 H, W, CLASSES = 48, 64, 4
 JPEG = parse_level("jpeg-10")
-check = Segmentation().check
 processes = multiprocessing.get_context("fork")  # spawned ones would import torch by way of the package first
 
 
@@ -96,9 +95,9 @@ def test_images_of_a_level_are_made_once(split: TinySplit, cache: Path) -> None:
 
 
 def test_clean_images_and_labels_are_those_of_the_split(split: TinySplit, cache: Path) -> None:
-    labels = split_targets(split, CLASSES, cache, check)
+    labels = split_targets(split, CLASSES, cache, SEGMENTATION)
     assert split.reads() == len(split)  # the validation pass looks at every image once
-    split_targets(split, CLASSES, cache, check)
+    split_targets(split, CLASSES, cache, SEGMENTATION)
     assert split.reads() == len(split)
     assert same(labels, [split.target(index) for index in range(len(split))])
     assert same(level_images(split, CLEAN, cache), originals(split))
@@ -205,7 +204,7 @@ def test_png_takes_the_place_of_raw_where_space_is_short(split: TinySplit, cache
     packed = level_images(split, JPEG, cache)
     assert packed.encoding == "png"
     assert same(packed, JPEG.apply(originals(split)))
-    labels = split_targets(split, CLASSES, cache, check)
+    labels = split_targets(split, CLASSES, cache, SEGMENTATION)
     assert same(labels, [split.target(index) for index in range(len(split))])
 
 
@@ -232,8 +231,8 @@ def test_the_key_is_what_decides_the_pixels(split: TinySplit, cache: Path, monke
         level_images(split, parse_level("jpeg-11"), cache).folder,
         level_images(replace(split, digest="1" * 64), CLEAN, cache).folder,
         level_images(replace(split, name="train"), CLEAN, cache).folder,
-        split_targets(split, CLASSES, cache, check).folder,
-        split_targets(split, CLASSES + 1, cache, check).folder,
+        split_targets(split, CLASSES, cache, SEGMENTATION).packed.folder,
+        split_targets(split, CLASSES + 1, cache, SEGMENTATION).packed.folder,
     }
     assert len(folders) == 7
     monkeypatch.setattr(images, "LEVELS_VERSION", 10**6)
@@ -333,7 +332,7 @@ def test_a_disk_that_fills_up_is_a_user_error(split: TinySplit, cache: Path) -> 
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * H * W, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-            split_targets(split, CLASSES, cache, check)
+            split_targets(split, CLASSES, cache, SEGMENTATION)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert entries(cache) == []
@@ -361,7 +360,7 @@ def test_a_label_outside_the_classes_is_refused(split: TinySplit, cache: Path, w
             return label
 
     with pytest.raises(UserError, match=f"val sample 'b/0' has the class id {wrong} .* below {CLASSES}, or 255"):
-        split_targets(WrongSplit(split.log), CLASSES, cache, check)
+        split_targets(WrongSplit(split.log), CLASSES, cache, SEGMENTATION)
     assert entries(cache) == []
 
 
@@ -371,4 +370,4 @@ def test_a_label_of_another_size_than_its_image_is_refused(split: TinySplit, cac
             return super().target(index)[: H - 8 * (index == 2)]
 
     with pytest.raises(UserError, match="val sample 'a/2' has a label of 64x40 for an image of 64x48"):
-        split_targets(CroppedSplit(split.log), CLASSES, cache, check)
+        split_targets(CroppedSplit(split.log), CLASSES, cache, SEGMENTATION)

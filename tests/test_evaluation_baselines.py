@@ -71,7 +71,7 @@ def epoch(
 ) -> list[tuple[Tensor, Tensor]]:
     levels, labels = stored_variants(count, sizes)
     mixture = Mixture(levels, crop=10)
-    batches = training_batches(SEGMENTATION, mixture, labels, batch_size, crop_size(mixture, 10), seed, **more)
+    batches = training_batches(SEGMENTATION, mixture, labels, batch_size, crop_size(SEGMENTATION, mixture, 10), seed, **more)
     return [(batch.images, batch.targets) for batch in batches]
 
 
@@ -462,7 +462,7 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
             sums.append((y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))
     expected = [torch.stack(each).mean(0) for each in zip(*sums, strict=True)]
 
-    reestimate_statistics(model, batches, NORMALISATION, "float32")
+    reestimate_statistics(model, [Batch(images, None) for images in batches], NORMALISATION, "float32")
     found = [norm_1.running_mean, norm_1.running_var, norm_2.running_mean, norm_2.running_var]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     after = network_state(model)
@@ -472,9 +472,9 @@ def test_statistics_are_the_mean_over_batches_of_each_batchs_own(model: nn.Modul
 
 
 def test_what_the_statistics_were_before_does_not_matter(model: nn.Module, pictures: Pictures) -> None:
-    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
+    reestimate_statistics(model, [Batch(batch_of(pictures[0]), None)], NORMALISATION, "float32")
     once = network_state(model)
-    reestimate_statistics(model, [batch_of(pictures[0])], NORMALISATION, "float32")
+    reestimate_statistics(model, [Batch(batch_of(pictures[0]), None)], NORMALISATION, "float32")
     assert all(same_bits(once[name], tensor) for name, tensor in network_state(model).items())
 
 
@@ -579,5 +579,5 @@ def test_a_fine_tune_on_a_mixture_learns_every_level(model: nn.Module, pictures:
     model.eval()
     for level in mixture.levels:
         predictor = Predictor(model, NORMALISATION)
-        (evidence,) = collect_evidence(SEGMENTATION, model, [predictor], level, labels)
+        (evidence,) = collect_evidence(SEGMENTATION, model, [predictor], level, labels, 3)
         assert score(SEGMENTATION, evidence) > 55

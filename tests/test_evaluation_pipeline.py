@@ -101,7 +101,7 @@ def evaluate(arguments: list[str]) -> tuple[findings.Outcome, Listener]:
 
 def mean_iou(model: Any, images: Sequence[Any], labels: Sequence[Any], normalisation: Normalisation) -> float:
     """In percent, over all these images."""
-    (evidence,) = collect_evidence(SEGMENTATION, model, [Predictor(model, normalisation)], images, labels)
+    (evidence,) = collect_evidence(SEGMENTATION, model, [Predictor(model, normalisation)], images, labels, tiny.CLASSES)
     return score(SEGMENTATION, evidence)
 
 

@@ -122,6 +122,14 @@ def test_a_network_that_puts_its_logits_in_a_dict(tmp_path: Path) -> None:
     torch.testing.assert_close(run(images), expected(release, "jpeg-10", images)["out"])
 
 
+def test_a_network_that_counts_its_images_takes_any_number(tmp_path: Path) -> None:
+    release = publish(tmp_path / "store", "tests.test_export:counts_images")
+    run, _ = run_pt2(export_level(release, "jpeg-10", tmp_path / "level.pt2", SIZE, TRUST))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, *SIZE)
+        torch.testing.assert_close(run(images), expected(release, "jpeg-10", images))
+
+
 def test_an_export_that_fails_gives_one_sentence(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(sentence: str, release: Release, level: str, path: Path, size: tuple[int, int] | None = SIZE) -> None:
         with pytest.raises(UserError, match=sentence) as caught:
@@ -156,6 +164,15 @@ class _OneSize(nn.Module):
 
 def one_size(num_classes: int) -> nn.Module:
     return _OneSize(build_model("tests.nets:small", num_classes))
+
+
+class _CountsImages(_OneSize):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.prior[:1, :1].expand(len(x), 1)[..., None, None]
+
+
+def counts_images(num_classes: int) -> nn.Module:
+    return _CountsImages(build_model("tests.nets:small", num_classes))
 
 
 class _InADict(_OneSize):

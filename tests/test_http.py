@@ -23,6 +23,8 @@ from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.serving.frames import Frame, Limits
 from gearnn_ray.serving.http import BundleHealth, Health, Prediction, UnknownBundleError, answer
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
+from gearnn_ray.tasks.base import Task
+from tests.conftest import SEGMENTATION
 
 LEVELS = ("clean", "jpeg-10", "jpeg-40", "jpeg-80")
 CLASS_NAMES = ("dark", "dim", "light", "bright")
@@ -40,28 +42,35 @@ class Luma:
     delays: list[float] = field(default_factory=list)  # seconds, for the next answers in turn
     received: list[tuple[bytes, Mapping[str, str]]] = field(default_factory=list)  # bodies and headers of the requests
 
-    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
+    def task(self, bundle: str | None) -> Task:
+        if bundle not in (None, *BUNDLES):
+            raise UnknownBundleError(f"There is no bundle {bundle!r} here, expected one of {', '.join(BUNDLES)}.")
+        return SEGMENTATION
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
+    ) -> Prediction:
         if self.delays:
             await asyncio.sleep(self.delays.pop(0))
         if self.fails:
             raise self.fails
         name = bundle or "street:latest"
-        if name not in BUNDLES:
-            raise UnknownBundleError(f"There is no bundle {name!r} here, expected one of {', '.join(BUNDLES)}.")
         if level is not None and level not in LEVELS:
             raise UserError(f"There is no level {level!r} here, expected one of {', '.join(LEVELS)}.")
         found = LevelEstimator(LEVELS, None, self.untrained).estimate(frame.evidence, stream)
         used = LevelEstimate(level, None, 0.0, 0.0, found.found) if level else found
         scores = luma_logits(frame.pixels, used.level)
         return Prediction(
-            scores if raw else scores.argmax(0).astype(np.uint8),
+            scores if media_type == "application/x-npy" else scores.argmax(0).astype(np.uint8),
             used,
             f"{name.partition(':')[0]}@{BUNDLES[name]}",
             {"queue": 0.001, "network": 0.002},
         )
 
     def health(self) -> Health:
-        bundles = {name: BundleHealth(digest, LEVELS, CLASS_NAMES, self.problem) for name, digest in BUNDLES.items()}
+        bundles = {
+            name: BundleHealth(digest, SEGMENTATION.name, LEVELS, CLASS_NAMES, self.problem) for name, digest in BUNDLES.items()
+        }
         return Health("degraded" if self.problem else "ok", "cpu", bundles)
 
 
@@ -283,7 +292,8 @@ def test_health_is_200_and_gives_the_reason_if_degraded(port: int, backend: Luma
     said = json.loads(got.body)
     assert (got.status, said["status"]) == (200, "degraded")
     assert said["bundles"]["street:latest"] == {
-        "digest": BUNDLES["street:latest"], "levels": [*LEVELS], "class_names": [*CLASS_NAMES], "problem": backend.problem,
+        "digest": BUNDLES["street:latest"], "task": "segmentation", "levels": [*LEVELS], "class_names": [*CLASS_NAMES],
+        "problem": backend.problem,
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def loss(logits_BKhw: torch.Tensor, y_BHW: torch.Tensor) -> torch.Tensor:
 
 
 def mean_iou(logits_1Khw: torch.Tensor, label: Image) -> float:
-    evidence = SEGMENTATION.evidence(logits_1Khw[0], label)
+    evidence = SEGMENTATION.evidence(logits_1Khw[0], label, label.shape, len(logits_1Khw[0]))
     return score(SEGMENTATION, {name: tensor[None] for name, tensor in evidence.items()})
 
 
@@ -84,8 +84,8 @@ def test_a_set_smaller_than_a_batch_makes_one_batch() -> None:
 
 def test_the_crop_shrinks_to_the_smallest_image() -> None:
     images = encoded(1, 20, 30)[0] + encoded(1, 10, 40)[0]
-    assert crop_size(images, 208) == (10, 30)
-    assert crop_size(images, 8) == (8, 8)
+    assert crop_size(SEGMENTATION, images, 208) == (10, 30)
+    assert crop_size(SEGMENTATION, images, 8) == (8, 8)
 
 
 def test_labels_follow_an_image_the_level_made_smaller() -> None:
@@ -145,7 +145,7 @@ def test_an_images_own_score_is_that_of_the_image_alone() -> None:
     rng = np.random.default_rng(4)
     labels = [rng.integers(0, 3, (6, 7)).astype(np.uint8) for _ in range(5)]
     logits = torch.randn(5, 3, 6, 7)
-    parts = [SEGMENTATION.evidence(one, label) for one, label in zip(logits, labels, strict=True)]
+    parts = [SEGMENTATION.evidence(one, label, label.shape, len(one)) for one, label in zip(logits, labels, strict=True)]
     evidence = {"counts": torch.stack([part["counts"] for part in parts])}
     expected = [mean_iou(one[None], label) for one, label in zip(logits, labels, strict=True)]
     assert scores_of_images(SEGMENTATION, evidence) == pytest.approx(expected)

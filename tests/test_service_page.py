@@ -4,6 +4,8 @@ import base64
 import io
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gearnn_ray.serving.frames import Frame
+from gearnn_ray.serving.http import Prediction
+from gearnn_ray.tasks import task_by_name
+from gearnn_ray.tasks.base import Task
 from tests.test_http import BUNDLES, CLASS_NAMES, Luma, encoded, luma_logits, picture, serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -44,6 +50,12 @@ def backend(served: tuple[str, Luma]) -> Iterator[Luma]:
 
 @pytest.fixture
 def page(browser: Any, served: tuple[str, Luma], backend: Luma) -> Iterator[Any]:
+    with opened(browser, served[0]) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Any, url: str) -> Iterator[Any]:
     """The page, showing the results of its example. Afterwards no request went to another host, and the console is clean."""
     page = browser.new_page()
     page.set_viewport_size({"width": 1280, "height": 900})
@@ -52,11 +64,8 @@ def page(browser: Any, served: tuple[str, Luma], backend: Luma) -> Iterator[Any]
     elsewhere: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((served[0], "data:", "blob:")) else elsewhere.append(request.url),
-    )
-    page.goto(served[0])
+    page.on("request", lambda request: None if request.url.startswith((url, "data:", "blob:")) else elsewhere.append(request.url))
+    page.goto(url)
     settle(page)
     yield page
     page.close()
@@ -296,3 +305,97 @@ def test_every_control_has_a_name(page: Any) -> None:
     )
     assert nameless == []
     assert page.locator("#error").get_attribute("role") == "alert"
+
+
+# ---- a detector
+
+
+class Boxes(Luma):
+    """A backend that finds the left half of a frame, and adapted also its upper right quarter."""
+
+    def task(self, bundle: str | None) -> Task:
+        super().task(bundle)
+        return task_by_name("detection")
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
+    ) -> Prediction:
+        height, width, _ = frame.pixels.shape
+        boxes = np.array([[0, 0, width / 2, height], [width / 2, 0, width, height / 2]], np.float32)
+        scores, labels = np.array([0.8, 0.4], np.float32), np.array([1, 3])
+        found = 1 if level == "clean" else 2
+        prediction = await super().predict(frame, level, stream, bundle, media_type)
+        content = {"boxes": boxes[:found], "scores": scores[:found], "labels": labels[:found]}
+        return replace(prediction, content=content, class_names=CLASS_NAMES)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Iterator[tuple[str, Boxes]]:
+    backend = Boxes()
+    with serve(backend) as port:
+        yield f"http://127.0.0.1:{port}/", backend
+
+
+@pytest.fixture
+def boxes(browser: Any, detector: tuple[str, Boxes]) -> Iterator[Any]:
+    """The page of a detector."""
+    detector[1].__init__()  # type: ignore[misc]
+    with opened(browser, detector[0]) as page:
+        yield page
+
+
+def legend(page: Any) -> list[str]:
+    return [" ".join(each.split("\n")) for each in page.locator("#legend button").all_inner_texts()]
+
+
+def test_boxes_of_both_networks_are_shown_over_the_frame(boxes: Any, detector: tuple[str, Boxes]) -> None:
+    first, second = detector[1].received
+    assert first[0] == second[0]
+    assert first[1]["accept"] == "application/json, image/png;q=0.9"
+    frame = pixels(boxes, "sent")
+    original, adapted = pixels(boxes, "original"), pixels(boxes, "adapted")
+    zoom = original.shape[1] // frame.shape[1]
+    assert original.shape == adapted.shape == (zoom * frame.shape[0], zoom * frame.shape[1], 3)
+    plain = frame.repeat(zoom, 0).repeat(zoom, 1)
+    height, width = frame.shape[0] * zoom, frame.shape[1] * zoom
+    lower_right = (slice(height * 3 // 4, None), slice(width * 3 // 4, None))
+    upper_right = (slice(height // 4), slice(width * 3 // 4, None))
+    for shown in (original, adapted):
+        assert np.array_equal(shown[lower_right], plain[lower_right])
+    assert np.array_equal(original[upper_right], plain[upper_right])
+    assert not np.array_equal(adapted[upper_right], plain[upper_right])
+    assert legend(boxes) == ["dim 1 → 1", "bright 0 → 1"]
+    assert text(boxes, "#changed") == "Detections: 1 by the original network, 2 by the adapted network."
+    assert "bright 1" in boxes.locator("#adapted").get_attribute("aria-label")
+    assert numbers(boxes)["level used"] == ("clean", "jpeg-10")
+    assert not boxes.get_by_text("Blended").is_visible()
+
+
+def test_the_score_slider_hides_boxes_without_asking_again(boxes: Any, detector: tuple[str, Boxes]) -> None:
+    sent, before = len(detector[1].received), pixels(boxes, "adapted")
+    assert text(boxes, "#score-text") == "0.30"
+    boxes.locator("#score").fill("0.5")
+    assert legend(boxes) == ["dim 1 → 1"]
+    assert np.array_equal(pixels(boxes, "adapted"), pixels(boxes, "original"))
+    boxes.locator("#score").fill("0.9")
+    assert legend(boxes) == []
+    boxes.locator("#score").fill("0.3")
+    assert np.array_equal(pixels(boxes, "adapted"), before)
+    boxes.wait_for_timeout(300)
+    assert len(detector[1].received) == sent
+
+
+def test_one_class_of_boxes_can_be_shown_alone_and_a_pixel_has_its_boxes(boxes: Any) -> None:
+    boxes.locator("#adapted").hover(position={"x": 5, "y": 60})
+    assert text(boxes, "#pixel").endswith("original network dim 0.80, adapted network dim 0.80.")
+    boxes.locator("#legend button", has_text="bright").click()
+    assert legend(boxes) == ["dim 1 → 1", "bright 0 → 1"]
+    boxes.locator("#adapted").hover(position={"x": 5, "y": 60})
+    assert text(boxes, "#pixel").endswith("original network nothing, adapted network nothing.")
+    slide(boxes, "quality", 80)
+    assert boxes.locator("#legend button[aria-pressed=true]").count() == 1
+
+
+def test_a_page_of_class_maps_has_no_score_slider(page: Any) -> None:
+    assert not page.locator("#score").is_visible()
+    assert page.get_by_text("Blended").is_visible()

@@ -13,6 +13,7 @@ from gearnn_ray.core.errors import TrainingFailedError
 from gearnn_ray.models.layers import network_state, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.base import Image, score
+from gearnn_ray.training import trainer
 from gearnn_ray.training.precision import fastest_precision
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.sgd import Sgd
@@ -52,7 +53,7 @@ def tune(model: nn.Module, pictures: tuple[list[Image], list[Image]], **options:
 
 def miou(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> float:
     predictor = Predictor(model, NORMALISATION)
-    return score(SEGMENTATION, collect_evidence(SEGMENTATION, model, [predictor], *pictures)[0])
+    return score(SEGMENTATION, collect_evidence(SEGMENTATION, model, [predictor], *pictures, 3)[0])
 
 
 def test_it_learns(model: nn.Module, pictures: tuple[list[Image], list[Image]]) -> None:
@@ -286,3 +287,27 @@ def test_two_workers_share_each_batch_and_agree_with_one(tmp_path: Path, picture
         for tensor_name, tensor in alone.items():
             assert same_bits(zero[tensor_name], one[tensor_name])
             torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_learning_rate_rises_before_it_falls() -> None:
+    recipe = Recipe(learning_rate=1.0, warm_up=3)
+    assert [trainer._learning_rate(recipe, step, 10) for step in range(5)] == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6])
+    constant = recipe.model_copy(update={"schedule": "constant"})
+    assert [trainer._learning_rate(constant, step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_long_gradient_is_scaled_down(pictures: tuple[list[Image], list[Image]]) -> None:
+    """One step of plain SGD moves the trained weights by at most learning rate · clip, along the whole gradient."""
+
+    def moved(clip: float | None) -> Tensor:
+        torch.manual_seed(0)
+        model = build_model("tests.nets:small", num_classes=3)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        recipe = Recipe(epochs=1, batch_size=12, learning_rate=0.5, momentum=0, weight_decay=0, crop=24, clip=clip)
+        fine_tune(SEGMENTATION, model, *pictures, recipe, NORMALISATION, "float32", chosen=None, seed=1)
+        return torch.cat([(parameter - before[name]).flatten() for name, parameter in model.named_parameters()])
+
+    free, held = moved(None), moved(0.01)
+    assert float(free.norm()) > 0.005 * 1.1
+    assert float(held.norm()) == pytest.approx(0.005, rel=1e-4)
+    assert torch.allclose(held / held.norm(), free / free.norm(), atol=1e-4)

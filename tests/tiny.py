@@ -102,7 +102,7 @@ def blobs(store: Path) -> set[str]:
 
 def score_of(spec: JobSpec, state: Mapping[str, Tensor], level: str) -> float:
     """mIoU in percent of a network with these tensors on a level's validation images."""
-    model = build_model(spec.network.name, spec.network.num_classes)
+    model = spec.network.build()
     model.load_state_dict(dict(state))
     predictor = Predictor(model, spec.network.normalisation, spec.execution.precision)
-    return score(spec.task, collect_evidence(spec.task, model, [predictor], *spec.validation_data(level))[0])
+    return score(spec.task, collect_evidence(spec.task, model, [predictor], *spec.validation_data(level), CLASSES)[0])

@@ -10,13 +10,14 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from gearnn_ray.config.catalogue import BUILT_IN
 from gearnn_ray.config.command_line import from_mapping
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.config.split import DataConfig, SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import open_dataset
-from gearnn_ray.models.names import BUILT_IN, check_name, check_released_name, check_weights_path
+from gearnn_ray.models.names import check_name, check_released_name, check_weights_path
 from gearnn_ray.store.releases import Store
 
 
@@ -25,8 +26,9 @@ def check_split(config: SplitConfig) -> None:
     check_name(config.model.name)
     if starts_own_cluster():
         _check_module(config.model.name)
-        if config.model.weights is not None:
-            check_weights_path(Path(config.model.weights))
+        for path in (config.model.weights, config.model.start):
+            if path is not None:
+                check_weights_path(Path(path))
         _check_data(config)
     Store(config.store).check_writable()
 
@@ -65,7 +67,7 @@ def starts_own_cluster() -> bool:
 
 
 def _check_data(config: SplitConfig) -> None:
-    open_dataset(config.data.kind, config.data.path, **config.resolved_data_options())
+    open_dataset(config.data.kind, config.data.path, config.task, **config.resolved_data_options())
 
 
 def _check_module(network: str) -> None:

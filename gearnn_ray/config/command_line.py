@@ -5,6 +5,7 @@ The options are generated from the configuration's type. Knows nothing of Ray or
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,8 +74,11 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
     """
     options, rest = _own_options(arguments)
     given = read_yaml(options.config) if options.config else {}
-    if options.preset is not None and isinstance(given, dict):
-        given = {**given, "preset": options.preset}
+    if isinstance(given, dict):
+        if options.preset is not None:
+            given = {**given, "preset": options.preset}
+        if kind is SplitConfig:
+            given = _with_what_decides_the_task(given, rest)
     base = from_mapping(kind, given, options.config or "the command line")
     shown = io.StringIO()
     try:
@@ -101,6 +105,21 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
         raise UserError(_sentence(error, "the command line")) from error
     # tyro fills in defaults without pydantic's validation
     return from_mapping(kind, config.model_dump(), "the command line"), options
+
+
+def _with_what_decides_the_task(given: Mapping[str, object], arguments: Sequence[str]) -> dict[str, object]:
+    """The file's options with those of the command line that decide the task, because each task has defaults of its own."""
+    found = dict(given)
+    for option in ("task", "data.kind", "model.name"):
+        section, _, name = option.rpartition(".")
+        for argument, following in itertools.pairwise([*arguments, ""]):
+            named, equals, value = argument.partition("=")
+            if named == f"--{option}":
+                own = found.get(section) if section else found
+                if isinstance(own, Mapping) or own is None:
+                    changed = {**(own or {}), name: value if equals else following}
+                    found = {**found, section: changed} if section else changed
+    return found
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:

@@ -16,6 +16,10 @@ class Recipe(Section):
     """SGD's learning rate in the first step"""
     schedule: Literal["linear", "constant"] = "linear"
     """linear: the learning rate falls to zero over all steps; constant: it stays, as in the paper"""
+    warm_up: int = Field(0, ge=0)
+    """steps over which the learning rate first rises to that"""
+    clip: float | None = Field(None, gt=0)
+    """longest gradient, as the norm over all trained tensors; a longer one is scaled down to it; default: never"""
     batch_size: int = Field(8, ge=1)
     """images per step"""
     crop: int = Field(208, ge=16)

@@ -4,11 +4,13 @@ Everything that can be judged without looking at the data or the cluster is judg
 command lines.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from gearnn_ray.config.budget import Budget
+from gearnn_ray.config.catalogue import check_arguments, task_of_network, task_of_options
 from gearnn_ray.config.checks import LevelNames, Section
 from gearnn_ray.config.recipe import Coupling, Criterion, Recipe
 from gearnn_ray.config.release_ref import SafeName
@@ -34,8 +36,9 @@ class ScenesConfig(Section):
 class DataConfig(Section):
     """Images and labels."""
 
-    kind: Literal["scenes", "camvid", "cityscapes", "folder"] = "scenes"
-    """generated scenes, CamVid, Cityscapes, or a folder with train/images, train/labels, val/images, val/labels"""
+    kind: Literal["scenes", "camvid", "cityscapes", "folder", "coco", "penn-fudan", "yolo"] = "scenes"
+    """generated scenes, for either task; CamVid, Cityscapes, or a folder with train/images, train/labels, val/images, val/labels,
+    for segmentation; COCO's format, Penn-Fudan, or YOLO's format, for detection"""
     path: str | None = None
     """folder of the data set, as every worker sees it; generated scenes need none"""
     num_classes: int | None = Field(None, ge=2, le=255)
@@ -49,9 +52,16 @@ class ModelConfig(Section):
     """The network D."""
 
     name: str = "drn_d_22"
-    """drn_d_22, drn_d_38, or a function that returns a network, as package.module:function"""
+    """drn_d_22 or drn_d_38; centre_detector, light_maskrcnn, or a detector of torchvision's such as maskrcnn_resnet50_fpn; or a
+    function that returns a network, as package.module:function"""
+    arguments: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    """further arguments that the network is built with: min_size and max_size of torchvision's detectors, or what the user's own
+    function takes"""
     weights: str | None = None
     """.safetensors, .pt or .pth file as every worker sees it; default: the network is first trained on the undistorted images"""
+    start: str | None = None
+    """.safetensors, .pt or .pth file that the training of the base begins with, such as a backbone: tensors whose name and shape
+    are the network's, or those of one part of it, are taken; the others are initialised anew"""
     mean: tuple[float, float, float] | None = None
     """RGB mean in [0, 1] that normalises the network's input; default: the one in the weights file, else ImageNet's"""
     std: tuple[float, float, float] | None = None
@@ -61,6 +71,8 @@ class ModelConfig(Section):
     def _both_or_none(self) -> "ModelConfig":
         if (self.mean is None) != (self.std is None):
             raise ValueError("only one of model.mean and model.std is given: give both or neither")
+        if self.start is not None and self.weights is not None:
+            raise ValueError("model.start and model.weights are both given: the base is trained from the one, or is the other")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"model.std is {self.std}: every value must be above 0")
         return self
@@ -88,6 +100,8 @@ class SelectionConfig(Coupling, Criterion):
         return Coupling(**{name: getattr(self, name) for name in Coupling.model_fields})
 
 
+BASE_RECIPE = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
+
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "fast": {"sensitivity": {"epochs": 0.125}, "recipe": {"epochs": 3}},
     "compact": {
@@ -103,6 +117,28 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
 docs/budget.md has what they cost and gain."""
 
 
+DETECTION: dict[str, object] = {
+    "name": "centre-scenes",
+    "levels": ["jpeg-5", "jpeg-10", "jpeg-20", "jpeg-40", "brightness-0.2"],
+    "budget": "0.4%",
+    "data": {"scenes": {"val": 64}},
+    "model": {"name": "centre_detector"},
+    "recipe": {"crop": 1333},
+    "base_recipe": {"crop": 1333, "epochs": 24, "learning_rate": 0.02, "batch_size": 4},
+}
+"""Defaults of the task detection, where they are not those of `SplitConfig`."""
+
+
+def _filled(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
+    """The values, and the defaults of those that are not given."""
+    filled = {**defaults, **values}
+    for name, default in defaults.items():
+        own = values.get(name)
+        if isinstance(default, Mapping) and isinstance(own, Mapping):
+            filled[name] = _filled(own, default)
+    return filled
+
+
 class SplitConfig(Section):
     """GearNN's Algorithm 1 over a set of distortion levels."""
 
@@ -110,8 +146,9 @@ class SplitConfig(Section):
     """name of the release in the store"""
     store: str = "artifacts"
     """where the release is stored: a local path or a pyarrow.fs URI such as s3://bucket/prefix"""
-    task: Literal["segmentation"] = "segmentation"
-    """what the network predicts: segmentation, a class for each pixel"""
+    task: Literal["segmentation", "detection"] = "segmentation"
+    """what the network predicts: segmentation, a class for each pixel; detection, boxes, and masks if network and data have them.
+    Default: that of the data or of the built-in network. Each task has defaults of its own (docs/detection.md)"""
     levels: LevelNames = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
     """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
     budget: Budget = "0.2%"
@@ -128,7 +165,7 @@ class SplitConfig(Section):
     recipe: Recipe = Recipe()
     sensitivity: SensitivityConfig = SensitivityConfig()
     selection: SelectionConfig = SelectionConfig()
-    base_recipe: Recipe = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
+    base_recipe: Recipe = BASE_RECIPE
     """how the base is trained if no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -146,6 +183,25 @@ class SplitConfig(Section):
             own = given.get(section, {})
             given[section] = {**settings, **own} if isinstance(own, dict) else own
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        data, model = (values.get(section) for section in ("data", "model"))
+        kind = data.get("kind", "scenes") if isinstance(data, dict) else "scenes"
+        network = model.get("name") if isinstance(model, dict) else None
+        task = values.get("task") or task_of_options(kind, network)
+        return _filled({**values, "task": task}, DETECTION if task == "detection" else {})
+
+    @model_validator(mode="after")
+    def _network_of_the_task(self) -> "SplitConfig":
+        own = task_of_network(self.model.name)
+        if own is not None and own != self.task:
+            raise ValueError(f"the task is {self.task} and the network {self.model.name} is for {own}: give another of the two")
+        check_arguments(self.model.name, self.model.arguments)
+        return self
 
     @field_validator("levels")
     @classmethod

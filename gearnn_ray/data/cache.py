@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,15 @@ from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.data.dataset import Split
 from gearnn_ray.levels.level import CLEAN, LEVELS_VERSION, Level, codec_versions
 
-__all__ = ["ImageStatistics", "PackedImages", "level_images", "level_statistics", "split_targets"]
+__all__ = [
+    "ImageStatistics",
+    "PackedImages",
+    "PackedTargets",
+    "TargetFormat",
+    "level_images",
+    "level_statistics",
+    "split_targets",
+]
 
 _FORMAT = 2  # of data.bin and index.json; part of every key
 _DATA, _INDEX = "data.bin", "index.json"
@@ -128,19 +136,43 @@ def level_statistics(split: Split, level: Level, cache: Path) -> ImageStatistics
     return _statistics([image.shape for image in images], [_mean_luma(image) for image in images])
 
 
-def split_targets(split: Split, num_classes: int, cache: Path, check: Callable[[Pixels, Pixels, int, str], None]) -> PackedImages:
-    """The targets of a split (label maps, uint8 [H, W]), from the cache, or read, checked and stored now with all images of the
-    split. `check(image, target, num_classes, where)`, the task's, raises `UserError` naming the sample (`where`). Raises
-    `UserError` also if a file cannot be read or the cache cannot be written.
+class TargetFormat(Protocol):
+    """What the cache needs to know of a task: its targets as bytes [h, w], and whether one fits its image and the classes."""
+
+    stored_as: str
+
+    def check(self, image: Pixels, target: Any, num_classes: int, where: str) -> None: ...
+    def store(self, target: Any) -> Pixels: ...
+    def restore(self, stored: Pixels) -> Any: ...
+
+
+class PackedTargets(Sequence[Any]):
+    """The targets of a split, each restored when it is accessed."""
+
+    def __init__(self, packed: PackedImages, restore: Callable[[Pixels], Any]) -> None:
+        self.packed, self._restore = packed, restore
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.packed[index]
+        return [self._restore(each) for each in found] if isinstance(found, list) else self._restore(found)
+
+
+def split_targets(split: Split, num_classes: int, cache: Path, task: TargetFormat) -> PackedTargets:
+    """The targets of a split, from the cache, or read, checked and stored now with all images of the split. The task's `check`
+    raises `UserError` naming the sample. Raises `UserError` also if a file cannot be read or the cache cannot be written.
     """
 
     def targets() -> Iterator[Pixels]:
         for index, sample in enumerate(split.ids):
             image, target = split.image(index), split.target(index)
-            check(image, target, num_classes, f"{split.name} sample {sample!r}")
-            yield target
+            task.check(image, target, num_classes, f"{split.name} sample {sample!r}")
+            yield task.store(target)
 
-    return _entry(split, f"labels-{num_classes}", codec_versions(CLEAN), targets(), cache)
+    packed = _entry(split, f"{task.stored_as}-{num_classes}", codec_versions(CLEAN), targets(), cache)
+    return PackedTargets(packed, task.restore)
 
 
 def _measured_positions(images: int) -> list[int]:

@@ -11,16 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gearnn_ray.config.catalogue import KINDS
 from gearnn_ray.core.errors import UserError
 
 __all__ = ["IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
 
 IGNORED = 255  # the label of a pixel that neither training nor evaluation uses
-KINDS = {
-    "scenes": ("segmentation", "detection"), "camvid": ("segmentation",), "cityscapes": ("segmentation",),
-    "folder": ("segmentation",), "coco": ("detection",), "penn-fudan": ("detection",), "yolo": ("detection",),
-}  # fmt: skip
-"""Every kind of data set, and the tasks that it has targets for."""
 
 
 class Split(Protocol):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from pycocotools import mask as coco_masks
 
@@ -34,6 +35,32 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to_bytes(self) -> bytes:
+        """The objects as a safetensors file."""
+        arrays: dict[str, NDArray[Any]] = {
+            "boxes": np.ascontiguousarray(self.boxes, np.float32),
+            "labels": np.ascontiguousarray(self.labels, np.int64),
+            "areas": np.ascontiguousarray(self.areas, np.float32),
+            "crowd": np.ascontiguousarray(self.crowd, np.bool_),
+            "size": np.array(self.size, np.int64),
+        }
+        if self.rles is not None:
+            arrays["rles"] = np.frombuffer(b"".join(self.rles), np.uint8)
+            arrays["rle_lengths"] = np.array([len(rle) for rle in self.rles], np.int64)
+        return safetensors.numpy.save(arrays)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Objects":
+        """The objects that `to_bytes` wrote."""
+        arrays = safetensors.numpy.load(data)
+        height, width = map(int, arrays["size"])
+        rles = None
+        if "rles" in arrays:
+            ends = np.cumsum(arrays["rle_lengths"])
+            joined = arrays["rles"].tobytes()
+            rles = tuple(joined[end - length : end] for end, length in zip(ends, arrays["rle_lengths"], strict=True))
+        return Objects(arrays["boxes"], arrays["labels"], arrays["areas"], arrays["crowd"], (height, width), rles)
 
     def masks(self) -> Mask:
         """bool [G, H, W]."""

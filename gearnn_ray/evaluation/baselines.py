@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gearnn_ray.models.layers import Layer, layers_of, statistics_of
@@ -51,11 +51,11 @@ def held_back(count: int) -> int:
     return max(1, count // 5)
 
 
-def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor], normalisation: Normalisation, precision: str) -> None:
+def reestimate_statistics(model: nn.Module, batches: Iterable[Batch], normalisation: Normalisation, precision: str) -> None:
     """Replace the running statistics of batch normalisations by the mean over the statistics of these batches (AdaBN).
 
-    batches: uint8 [B, 3, H, W], cropped as in training, because statistics of whole frames differ from those that the weights
-    were trained with. Weights stay as they are. Leaves the network in evaluation mode.
+    batches: cropped as in training, because statistics of whole frames differ from those that the weights were trained with;
+    their targets are not used. Weights stay as they are. Leaves the network in evaluation mode.
     """
     device = next(for_inference(model).parameters()).device
     forward = Predictor(model, normalisation, precision)
@@ -64,12 +64,13 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor], normalisa
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-        norm.train()
+        norm.training = True  # not by `train()`, which norms that are never trained do not follow
     with torch.no_grad():
         for batch in batches:
-            forward(batch.to(device))
+            forward(batch.to(device).images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        norm.training = False
     model.eval()
 
 
@@ -145,7 +146,7 @@ def relative_gradients(
     layers = [layer for layer in movable_layers(model) if layer.kind != "norm_statistics"]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sums, batches = dict.fromkeys((layer.name for layer in layers), 0.0), 0
-    for batch in training_batches(task, images, targets, batch_size, crop_size(images, crop), (seed, 0)):
+    for batch in training_batches(task, images, targets, batch_size, crop_size(task, images, crop), (seed, 0)):
         model.zero_grad(set_to_none=True)
         loss_of(task.losses(forward, batch.to(device))).backward()  # type: ignore[no-untyped-call]
         for layer in layers:

@@ -180,7 +180,8 @@ def publish(store: Store, plan: Plan, found: Found, command: str) -> Outcome:
     )
     paths = {name: f"tables/{release.name}/{_FILES.get(name, name)}.parquet" for name in _SCHEMAS}
     for name, schema in _SCHEMAS.items():
-        store.put_table(paths[name], tables.table(schema, getattr(evaluation, name)))
+        rows = getattr(evaluation, name)
+        store.put_table(paths[name], tables.table(schema, [*rows, *_others(plan, whole)] if name == "accuracy" else rows))
     figures = figures_of(evaluation)
     pictures = {name: f"figures/{release.name}/evaluation/{name}" for name in figures}
     for name, png in figures.items():
@@ -206,6 +207,14 @@ def _accuracy(plan: Plan, whole: Sequence[tuple[Cell, Evaluated]]) -> list[Accur
         }
         for cell, evaluated in whole
     ]  # fmt: skip
+
+
+def _others(plan: Plan, whole: Sequence[tuple[Cell, Evaluated]]) -> list[AccuracyRow]:
+    """Rows of the task's other metrics, which stand in the table alone."""
+    rows: list[AccuracyRow] = []
+    for row, (_, evaluated) in zip(_accuracy(plan, whole), whole, strict=True):
+        rows += [{**row, "metric": metric, "value": value} for metric, value in evaluated.others.items()]
+    return rows
 
 
 def _held(whole: Sequence[tuple[Cell, Evaluated]]) -> dict[str, list[int]]:

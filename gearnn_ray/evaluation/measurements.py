@@ -15,7 +15,7 @@ from gearnn_ray.evaluation.runs import EVALUATION_VERSION, base_network, change_
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.store.releases import Store
-from gearnn_ray.tasks.base import score, scores_of_images
+from gearnn_ray.tasks.base import scores, scores_of_images
 from gearnn_ray.training.predict import Predictor, collect_evidence, for_inference, predict_image, with_weights
 from gearnn_ray.training.sampling import Subset
 
@@ -36,13 +36,18 @@ def evaluate_weights(spec: JobSpec, level: str, digests: Sequence[str | None], e
         def report(done: int) -> None:
             emit(Event("progress", Evaluated.stage, level, done, len(images)))
 
-        found = collect_evidence(spec.task, model, predictors, images, targets, report)
-        return [Evaluated(score(spec.task, each), cache.store.put_state(each).digest) for each in found]
+        found = collect_evidence(spec.task, model, predictors, images, targets, spec.network.num_classes, report)
+        return [_evaluated(spec, each, cache.store.put_state(each).digest) for each in found]
 
     results = cache.results(
         Evaluated, list(digest_of), evaluate, lambda result: cache.store.is_intact(result.evidence), metric=spec.task.metrics[0]
     )
     return dict(zip(digest_of.values(), results, strict=True))
+
+
+def _evaluated(spec: JobSpec, evidence: Mapping[str, Tensor], digest: str) -> Evaluated:
+    first, *others = scores(spec.task, evidence).items()
+    return Evaluated(first[1], digest, dict(others))
 
 
 def evidence_of(spec: JobSpec, evaluated: Evaluated) -> dict[str, Tensor]:
@@ -79,9 +84,9 @@ def picture_of(spec: JobSpec, level: str, weights: Weights, original: Evaluated,
     changes = [change_of(Store(spec.store), base, digest) for digest in (None, weights.digest)]
     predictors = [_predictor(spec, for_inference(model), change) for change in changes]
     first, second = (task.answer(predict_image(task, each, images[index], spec.device)) for each in predictors)
-    scores = (float(before_N[index]), float(after_N[index]))
+    both = (float(before_N[index]), float(after_N[index]))
     sample, names = spec.data.val.ids[index], spec.data.class_names
-    return Picture(level, sample, images[index], targets[index], first, second, names, scores)
+    return Picture(level, sample, images[index], targets[index], first, second, names, both)
 
 
 def _predictor(spec: JobSpec, model: nn.Module, change: Mapping[str, Tensor]) -> Predictor:

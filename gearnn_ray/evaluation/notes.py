@@ -61,6 +61,11 @@ def notes(
             f"with the best average accuracy on the validation images (α = {alpha:g}, σ = {sigma:g}), which favours this method."
             + (" Its learning rate was chosen in the middle of the grid." if has_grid else "")
         )
+    if not spec.task.has_stability:
+        yield (
+            "Stability training is left out: it needs the distance of two outputs, and two answers of "
+            f"{spec.task.name} have no common form."
+        )
     if "bn-statistics" in asked:
         yield (
             "AdaBN re-estimates running mean and variance over one epoch's batches of the level's images, cropped as in "

@@ -81,6 +81,9 @@ def plan_of(config: EvaluateConfig, release: ReleaseContext) -> Plan:
         raise UserError("learning rates are chosen on held-back training images, and there is only one: give no grid")
     spec = replace(spec, budget=_budget_of_each(spec, release.levels))
     further = tuple(m for m in budgets if m != spec.budget)
+    if not spec.task.has_stability:
+        methods = tuple(method for method in config.methods if method != "stability")
+        config = config.model_copy(update={"methods": methods})
     return Plan(config, release, spec, levels, config.baseline_levels, between, further)
 
 

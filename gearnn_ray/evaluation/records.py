@@ -1,10 +1,7 @@
 """What the stages of an evaluation leave in the store, what they hand on, and the rows of its tables. Plain values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gearnn_ray.offline.records import StageResult
 from gearnn_ray.offline.sensitivity import Sensitivity
@@ -42,11 +39,14 @@ class TuningResult(StageResult):
 
 @dataclass(frozen=True)
 class Evaluated(StageResult):
-    """One set of weights on one level's validation images. score: percent. evidence: digest of the task's evidence [N, ...]."""
+    """One set of weights on one level's validation images. score: percent. evidence: digest of the task's evidence [N, ...].
+    others: the task's other metrics by name, percent.
+    """
 
     stage = "evaluation"
     score: float
     evidence: str
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Picture:
     sample: str
     image: Image
     target: Any
-    original: NDArray[np.generic]
-    adaptor: NDArray[np.generic]
+    original: Any
+    adaptor: Any
     class_names: tuple[str, ...]
     scores: tuple[float, float]
 

@@ -21,7 +21,6 @@ from gearnn_ray.evaluation import baselines
 from gearnn_ray.evaluation.records import LayersResult, MainWeights, TuningResult, Weights
 from gearnn_ray.levels.level import LEVELS_VERSION, codec_versions, parse_level
 from gearnn_ray.models.layers import network_state
-from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelRun
 from gearnn_ray.offline.records import FullResult
@@ -165,7 +164,7 @@ def tune(spec: JobSpec, wanted: WeightsSpec, level: str, emit: Emit) -> float:
             _train(spec, wanted, model, kept, cache, key, label)
             images, targets = (Subset(part, range(kept, count)) for part in spec.training_data(level))
             predictor = Predictor(model, spec.network.normalisation, spec.execution.precision)
-            (evidence,) = collect_evidence(spec.task, model, [predictor], images, targets)
+            (evidence,) = collect_evidence(spec.task, model, [predictor], images, targets, spec.network.num_classes)
         except TrainingFailedError:
             return TuningResult(None)
         return TuningResult(score(spec.task, evidence))
@@ -190,7 +189,7 @@ def change_of(store: Store, base: Mapping[str, Tensor], digest: str | None) -> d
 def base_network(spec: JobSpec) -> tuple[nn.Module, dict[str, Tensor]]:
     """The base on the job's device, and its state."""
     base = Store(spec.store).get_state(spec.base)
-    model = build_model(spec.network.name, spec.network.num_classes).to(spec.device)
+    model = spec.network.build().to(spec.device)
     model.load_state_dict(base)
     return model, base
 
@@ -228,9 +227,9 @@ def _train(
     levels, targets = [Subset(part, range(count)) for part, _ in parts], Subset(parts[0][1], range(count))
     images = Mixture(levels, recipe.crop) if method == "mixed" else levels[0]
     if method == "bn-statistics":
-        sides = crop_size(images, recipe.crop)
+        sides = crop_size(task, images, recipe.crop)
         batches = training_batches(task, images, targets, recipe.batch_size, sides, (wanted.seed, 0))
-        baselines.reestimate_statistics(model, (batch.images for batch in batches), normalisation, precision)
+        baselines.reestimate_statistics(model, batches, normalisation, precision)
         return baselines.statistics_layers(model)
     if method == "stability":
         assert wanted.alpha is not None

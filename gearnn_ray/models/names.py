@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from gearnn_ray.config.catalogue import BUILT_IN
 from gearnn_ray.core.errors import UserError
 
-BUILT_IN = ("drn_d_22", "drn_d_38")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -44,6 +44,6 @@ def check_released_name(name: str, trust: Collection[str]) -> None:
     trusted = (trust,) if isinstance(trust, str) else trust
     if function and not any(module == each or module.startswith(f"{each}.") for each in trusted):
         raise UserError(
-            f"the release names the network {name!r}, and only built-in networks ({', '.join(BUILT_IN)}) load by themselves: "
+            f"the release names the network {name!r}, and only built-in networks load by themselves: "
             f'if you trust the code of {module}, give trust=("{module}",) in Python or --trust {module} on the command line'
         )

@@ -75,12 +75,46 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
 
 
+def start_from(model: nn.Module, weights: WeightsFile, source: str) -> int:
+    """Put the tensors of a file into the network, or into the part of it that has most of them (a backbone), wherever name and
+    shape are the same. Returns how many. `source` names the file in errors. Raises UserError if there are none, or one of them is
+    not finite.
+    """
+    expected, given = model.state_dict(), _todays_names(model, weights.state)
+    prefixes = ("", *(f"{path}." for path, _ in model.named_modules() if path))
+
+    def fitting(prefix: str) -> dict[str, Tensor]:
+        named = {f"{prefix}{name}": tensor for name, tensor in given.items()}
+        return {n: t for n, t in named.items() if n in expected and expected[n].shape == t.shape and t.numel() > 1}
+
+    taken = max(map(fitting, prefixes), key=len)
+    if not taken:
+        raise UserError(f"the weights file {source} has no tensor of this network or of a part of it: give another, or none")
+    for name, tensor in taken.items():
+        _check_finite(name, tensor, source)
+    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in taken.items()}, strict=False)
+    return len(taken)
+
+
+def _todays_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under today's names, where a network has had others."""
+    renamed = getattr(model, "renamed_published", None)
+    return dict(state) if renamed is None else renamed(state)
+
+
+def _check_finite(name: str, tensor: Tensor, source: str) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{name!r} in the weights file {source} holds values that are not finite: give weights that were trained to the end"
+        )
+
+
 def load_weights(model: nn.Module, weights: WeightsFile, source: str) -> None:
     """Load `weights` into `model`, in its floating-point types. `source` names the file in errors. `num_batches_tracked` may be
     missing (before torch 0.4.1). Raises UserError for a tensor that is missing, extra, misshapen or not finite.
     """
     expected = model.state_dict()
-    given = dict(weights.state)
+    given = _todays_names(model, weights.state)
     missing = [n for n in expected if n not in given and not n.endswith("num_batches_tracked")]
     extra = [n for n in given if n not in expected]
     if missing or extra:
@@ -93,9 +127,5 @@ def load_weights(model: nn.Module, weights: WeightsFile, source: str) -> None:
                 f"{name!r} in the weights file {source} has the shape {list(tensor.shape)}: "
                 f"expected {list(expected[name].shape)}, so give the weights of this network with as many classes"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{name!r} in the weights file {source} holds values that are not finite: "
-                "give weights that were trained to the end"
-            )
+        _check_finite(name, tensor, source)
     model.load_state_dict({n: t.to(expected[n].dtype) for n, t in given.items()}, strict=False)

@@ -1,7 +1,9 @@
 """The base network: the user's weights, or trained here; in the store before any level starts. Knows nothing of Ray."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,7 @@ from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit
 from gearnn_ray.data.dataset import Dataset
 from gearnn_ray.models.layers import layers_of, network_state
-from gearnn_ray.models.registry import build_model
-from gearnn_ray.models.weights import load_weights, read_weights
+from gearnn_ray.models.weights import load_weights, read_weights, start_from
 from gearnn_ray.offline.job_spec import Network, level_data, stage_key
 from gearnn_ray.offline.records import BaseResult, Execution
 from gearnn_ray.offline.stage_cache import StageCache
@@ -42,9 +43,9 @@ class NetworkFacts:
 def network_of(model: ModelConfig, num_classes: int, task: str) -> Network:
     """The network of a configuration, normalised as the options, else its weights file, else ImageNet's statistics say."""
     if model.mean is not None and model.std is not None:
-        return Network(model.name, num_classes, Normalisation(model.mean, model.std), task)
+        return Network(model.name, num_classes, Normalisation(model.mean, model.std), task, model.arguments)
     about = dict(read_weights(model.weights).about) if model.weights else {}
-    return Network(model.name, num_classes, _stated_normalisation(about) or _IMAGENET, task)
+    return Network(model.name, num_classes, _stated_normalisation(about) or _IMAGENET, task, model.arguments)
 
 
 def _stated_normalisation(about: Mapping[str, Any]) -> Normalisation | None:
@@ -58,16 +59,19 @@ def _triple(value: object) -> tuple[float, float, float] | None:
     return None
 
 
-def check_network(network: Network, weights: str | None) -> NetworkFacts:
-    """Build the network and load its weights to see that both work. Raises UserError."""
-    layers = layers_of(_network_from_weights(network, weights))
+def check_network(network: Network, weights: str | None, start: str | None = None) -> NetworkFacts:
+    """Build the network and load its weights, or those that its training starts from, to see that it works. Raises UserError."""
+    model = _network_from_weights(network, weights)
+    if start is not None:
+        start_from(model, read_weights(start), start)
+    layers = layers_of(model)
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
     return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
 
 
 def _network_from_weights(network: Network, weights: str | None) -> nn.Module:
-    model = build_model(network.name, network.num_classes)
+    model = network.build()
     if weights is not None:
         load_weights(model, read_weights(weights), weights)
     return model
@@ -79,23 +83,37 @@ def publish_given_base(store: str, network: Network, weights: str) -> Blob:
 
 
 def train_base(
-    store: str, cache: str, network: Network, data: Dataset, recipe: Recipe, seed: int, execution: Execution, emit: Emit
+    store: str,
+    cache: str,
+    network: Network,
+    start: str | None,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int,
+    execution: Execution,
+    emit: Emit,
 ) -> Blob:
-    """Train the base on the undistorted images from a seeded initialisation and put it into the store."""
+    """Train the base on the undistorted images from a seeded initialisation, or from the weights in the file `start`, and put it
+    into the store.
+    """
     key = stage_key(
         "base",
-        network=asdict(network),
+        network=network.inputs(),
         train=data.train.digest,
         recipe=recipe.inputs(),
         seed=seed,
         execution=asdict(execution),
         task_version=task_by_name(network.task).version,
+        **({} if start is None else {"start": hashlib.sha256(Path(start).read_bytes()).hexdigest()}),
     )
     stages = StageCache(Store(store), "clean", emit)
 
     def train() -> BaseResult:
         torch.manual_seed(seed)
-        model = build_model(network.name, network.num_classes).to(execution.device)
+        model = network.build()
+        if start is not None:
+            start_from(model, read_weights(start), start)
+        model.to(execution.device)
         task = task_by_name(network.task)
         images, targets = level_data(data, task, "train", "clean", cache)
         outcome = fine_tune(

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from gearnn_ray.config.recipe import PAPERS, PER_LEVEL, Coupling, Criterion, Recipe
 from gearnn_ray.data.cache import level_images, split_targets
 from gearnn_ray.data.dataset import Dataset
 from gearnn_ray.levels.level import parse_level
+from gearnn_ray.models.registry import Argument, build_model
 from gearnn_ray.offline.records import Execution
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Image, Task
@@ -24,12 +26,21 @@ KEY_VERSION = 2
 
 @dataclass(frozen=True)
 class Network:
-    """Which network, for which task, and how its input is normalised."""
+    """Which network, for which task, how its input is normalised, and with which arguments it is built."""
 
     name: str
     num_classes: int
     normalisation: Normalisation
     task: str = "segmentation"
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised."""
+        return build_model(self.name, self.num_classes, self.arguments)
+
+    def inputs(self) -> dict[str, Any]:
+        """What stage keys hash of it."""
+        return {name: value for name, value in asdict(self).items() if name != "arguments" or value}
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class JobSpec:
 
     def key(self, stage: str, **inputs: Any) -> str:
         """The key of a stage that depends on base, network and execution, and on these inputs."""
-        shared = {"base": self.base, "network": asdict(self.network), "execution": asdict(self.execution)}
+        shared = {"base": self.base, "network": self.network.inputs(), "execution": asdict(self.execution)}
         return stage_key(stage, task_version=self.task.version, **shared, **inputs)
 
 
@@ -85,7 +96,7 @@ def level_data(
 ) -> tuple[Sequence[Image], Sequence[Any]]:
     """One level's images of one split and their targets, from this node's cache or made now. Raises UserError."""
     split, folder = getattr(data, part), Path(cache).expanduser()
-    return level_images(split, parse_level(level), folder), split_targets(split, data.num_classes, folder, task.check)
+    return level_images(split, parse_level(level), folder), split_targets(split, data.num_classes, folder, task)
 
 
 def stage_key(stage: str, **inputs: Any) -> str:

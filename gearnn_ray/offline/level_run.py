@@ -18,7 +18,6 @@ from gearnn_ray.config.recipe import Criterion
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.layers import alternatives_of, layers_of, network_state
-from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline.importance import FOLDED
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.joint_selection import LevelMeasurement, joint_selection, select_layers
@@ -36,7 +35,7 @@ from gearnn_ray.offline.stage_cache import NotCachedError, StageCache
 from gearnn_ray.store.blobs import digest_of
 from gearnn_ray.store.releases import Store
 from gearnn_ray.store.states import encode_state
-from gearnn_ray.tasks.base import score
+from gearnn_ray.tasks.base import scores
 from gearnn_ray.training.gradients import Gradients, gradients
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.trainer import fine_tune
@@ -46,8 +45,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LevelResult:
-    """The results of one level. Scores in percent, None where nothing was trained. storage_formats: of the adaptor's tensors that
-    are not stored as float32. sensitivity: Eq. (1). compared: the rows that the selection used, in the same order.
+    """The results of one level. Scores in percent, None where nothing was trained. others: the task's other metrics, by network
+    (original, full, adaptor). storage_formats: of the adaptor's tensors that are not stored as float32. sensitivity: Eq. (1).
+    compared: the rows that the selection used, in the same order.
     """
 
     level: str
@@ -65,6 +65,13 @@ class LevelResult:
     sensitivity: tuple[Sensitivity, ...] = ()
     compared: tuple[Sensitivity, ...] = ()
     selection: LayerSelection | None = None
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def others_by_metric(self) -> dict[str, dict[str, float]]:
+        """The other metrics by name and network."""
+        metrics = dict.fromkeys(metric for scores in self.others.values() for metric in scores)
+        return {m: {network: scores[m] for network, scores in self.others.items() if m in scores} for m in metrics}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -85,7 +92,7 @@ def run_level(
     run = LevelRun(spec, level, emit, only_cached)
     original = run.original()
     if parse_level(level).is_clean:
-        return LevelResult(level, original.score)
+        return LevelResult(level, original.score, others={"original": original.others})
     full = run.full()
     selection = selection or run.selection(full, spec.budget)
     partial = run.partial(selection)
@@ -106,6 +113,7 @@ def run_level(
         sensitivity=measured.sensitivity,
         compared=measured.compared,
         selection=selection,
+        others={"original": original.others, "full": full.others, "adaptor": partial.others},
     )
 
 
@@ -149,7 +157,7 @@ def select_jointly(
     )
 
     def solve() -> JointSelectionResult:
-        network = build_model(spec.network.name, spec.network.num_classes)
+        network = spec.network.build()
         alternatives = alternatives_of(network, spec.criterion.granularity)
         rows = {level: measured[level] for level in levels}
         return JointSelectionResult(joint_selection(rows, alternatives, spec.criterion, coupling, spec.budget))
@@ -185,7 +193,7 @@ class LevelRun:
     def original(self) -> OriginalResult:
         key = self.spec.key("original", level=self.level, val=self.spec.data.val.digest)
         return self.cache.result(
-            OriginalResult, key, lambda: OriginalResult(self._score(self.network())) if self.cache.leads else None,
+            OriginalResult, key, lambda: OriginalResult(*self._scores(self.network())) if self.cache.leads else None,
             metric=self._metric,
         )  # fmt: skip
 
@@ -265,7 +273,7 @@ class LevelRun:
         """The base network as it was: a fine-tune before this one leaves no trace. It is built and read once."""
         if self._model is None:
             self._base = self.cache.store.get_state(self.spec.base)
-            self._model = build_model(self.spec.network.name, self.spec.network.num_classes).to(self.spec.device)
+            self._model = self.spec.network.build().to(self.spec.device)
             self._frozen = {n for n, p in self._model.named_parameters() if not p.requires_grad}
             # a base state has no num_batches_tracked: the untouched model's zeros come back with it
             self._start = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
@@ -289,8 +297,8 @@ class LevelRun:
         data = encode_state(state)
         digest = self.cache.store.put_blob(data) if self.spec.keeps_full else digest_of(data)
         self._states[digest] = state  # measuring finds it here
-        whole = self.spec.sensitivity_epochs is None
-        return FullResult(digest, len(data), self._score(model) if whole else None, seconds, tuple(rows))
+        score, others = self._scores(model) if self.spec.sensitivity_epochs is None else (None, {})
+        return FullResult(digest, len(data), score, seconds, tuple(rows), others)
 
     def _step_along_gradient(self, model: nn.Module) -> None:
         if not self.cache.leads:
@@ -357,14 +365,16 @@ class LevelRun:
             stored = encode(self._base, adaptor, by_tensor)
             put_adaptor(model, self._base, decode(self._base, stored))
         blob = self.cache.store.put_state(stored)
+        score, others = self._scores(model)
         return PartialResult(
             digest=blob.digest,
             bytes=blob.bytes,
             floats=sum(t.numel() for t in adaptor.values()),
             storage_formats=by_tensor,
             stored_bytes=sum(t.numel() * t.element_size() for t in stored.values()),
-            score=self._score(model),
+            score=score,
             seconds=seconds,
+            others=others,
         )
 
     def _gradients(self, model: nn.Module) -> Gradients:
@@ -390,7 +400,10 @@ class LevelRun:
         )  # fmt: skip
         return outcome.seconds
 
-    def _score(self, model: nn.Module) -> float:
-        images, targets = self.spec.validation_data(self.level)
-        predictor = Predictor(model, self.spec.network.normalisation, self.spec.execution.precision)
-        return score(self.spec.task, collect_evidence(self.spec.task, model, [predictor], images, targets)[0])
+    def _scores(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+        """The task's first metric, and its others by name."""
+        spec, (images, targets) = self.spec, self.spec.validation_data(self.level)
+        predictor = Predictor(model, spec.network.normalisation, spec.execution.precision)
+        (evidence,) = collect_evidence(spec.task, model, [predictor], images, targets, spec.network.num_classes)
+        found = scores(spec.task, evidence)
+        return found.pop(self._metric), found

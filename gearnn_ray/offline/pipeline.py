@@ -8,7 +8,7 @@ Weights go from worker to store and back, never through the driver. After a kill
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,7 +105,11 @@ def with_absolute_paths(config: SplitConfig) -> SplitConfig:
     return config.model_copy(
         update={
             "data": data.model_copy(update={"path": data.path and os.path.abspath(data.path)}),
-            "model": model.model_copy(update={"weights": model.weights and os.path.abspath(model.weights)}),
+            "model": model.model_copy(
+                update={
+                    name: path and os.path.abspath(path) for name, path in (("weights", model.weights), ("start", model.start))
+                }
+            ),
         }
     )
 
@@ -123,14 +127,14 @@ class _Checked:
 
 def open_data(config: SplitConfig) -> Dataset:
     """The dataset of a configuration, as a worker sees it."""
-    data = open_dataset(config.data.kind, config.data.path, **config.resolved_data_options())
+    data = open_dataset(config.data.kind, config.data.path, config.task, **config.resolved_data_options())
     _ = data.train.digest, data.val.digest  # kept in the object: no other process reads the files for it
     return data
 
 
 def _look_at_network(model: ModelConfig, num_classes: int, task: str) -> tuple[Network, NetworkFacts]:
     network = network_of(model, num_classes, task)
-    return network, check_network(network, model.weights)
+    return network, check_network(network, model.weights, model.start)
 
 
 def _prepare_images(data: Dataset, task: str, level: str, part: Any, cache: str) -> ImageStatistics | None:
@@ -189,7 +193,7 @@ def _execution(config: SplitConfig, store: Store, checked: _Checked) -> Executio
     data, resources = checked.data, config.resources
     key = stage_key(
         "execution",
-        network=asdict(checked.network),
+        network=checked.network.inputs(),
         train=data.train.digest,
         val=data.val.digest,
         recipes=[config.recipe.model_dump(), config.base_recipe.model_dump()],
@@ -210,7 +214,7 @@ def _base(config: SplitConfig, store: Store, checked: _Checked, execution: Execu
     if config.model.weights is not None:
         blob: Blob = tasks.check(publish_given_base, store.uri, network, config.model.weights)
         return blob
-    arguments = (store.uri, config.data.cache, network, data, config.base_recipe, config.seed, execution.base)
+    arguments = (store.uri, config.data.cache, network, config.model.start, data, config.base_recipe, config.seed, execution.base)
     made: list[Blob | None] = []
     # nothing else runs meanwhile: it may have as many threads as the largest node had CPUs
     tasks.start("base", train_base, *arguments, then=made.append, threads=execution.base.threads)

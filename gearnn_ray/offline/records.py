@@ -4,7 +4,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar, TypeVar
 
@@ -59,15 +59,16 @@ class BaseResult(StageResult):
 
 @dataclass(frozen=True)
 class OriginalResult(StageResult):
-    """The base, evaluated at a level. score: percent."""
+    """The base, evaluated at a level. score: percent. others: the task's other metrics, in percent."""
 
     stage = "original"
     score: float
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FullResult(StageResult):
-    """Step 1 at one level. score: percent, None where the fine-tune was too short to be evaluated."""
+    """Step 1 at one level. score: percent, None where the fine-tune was too short to be evaluated. others: as of the original."""
 
     stage = "full"
     digest: str
@@ -75,6 +76,7 @@ class FullResult(StageResult):
     score: float | None
     seconds: float
     sensitivity: tuple[Sensitivity, ...]
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class JointSelectionResult(StageResult):
 
 @dataclass(frozen=True)
 class PartialResult(StageResult):
-    """Step 4 at one level: the adaptor. storage_formats: by tensor, where not float32. stored_bytes: of its tensors."""
+    """Step 4 at one level: the adaptor. storage_formats: by tensor, where not float32. stored_bytes: of its tensors. others: as
+    of the original.
+    """
 
     stage = "partial"
     digest: str
@@ -117,6 +121,7 @@ class PartialResult(StageResult):
     stored_bytes: int
     score: float
     seconds: float
+    others: dict[str, float] = field(default_factory=dict)
 
 
 ResultT = TypeVar("ResultT", bound=StageResult)

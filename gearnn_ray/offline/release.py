@@ -15,7 +15,7 @@ from gearnn_ray.offline.importance import IMPORTANCE
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelResult
 from gearnn_ray.offline.sensitivity import table_row
-from gearnn_ray.reporting.summary import SummaryRow
+from gearnn_ray.reporting.summary import NETWORKS, SummaryRow
 from gearnn_ray.store import tables
 from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.manifest import (
@@ -47,7 +47,14 @@ def summary_row(result: LevelResult, spec: JobSpec, model_floats: int) -> Summar
         model_floats=model_floats,
         seconds_full=result.seconds_full,
         seconds_partial=result.seconds_partial,
+        others={metric: _of_each_network(result, metric) for metric in spec.task.metrics[1 : spec.task.shown]},
     )
+
+
+def _of_each_network(result: LevelResult, metric: str) -> dict[str, float | None]:
+    """A further metric of original, full fine-tune and adaptor. An undistorted level is the base itself."""
+    scores = {network: result.others.get(network, {}).get(metric) for network in NETWORKS}
+    return scores if result.adaptor is not None else scores | {"adaptor": scores["original"]}
 
 
 def manifest_of(
@@ -72,6 +79,7 @@ def manifest_of(
             floats=facts.floats,
             task=network.task,
             normalisation=NormalisationEntry(**asdict(network.normalisation)),
+            arguments=network.arguments,
         ),
         data=DataEntry(name=spec.data.name, train=spec.data.train.digest, val=spec.data.val.digest, reference=reference),
         base=base,
@@ -97,12 +105,18 @@ def _level_entry(result: LevelResult, luma: float, spec: JobSpec) -> LevelEntry:
         bytes=result.bytes,
         floats=result.floats,
         layers=result.layers,
-        scores=Scores(metric=metric, original=result.original, full=result.full, adaptor=result.adaptor),
+        scores=Scores(
+            metric=metric, original=result.original, full=result.full, adaptor=result.adaptor, others=result.others_by_metric
+        ),
         luma=luma,
         storage_formats=result.storage_formats,
         share_above_2e_4=share,
         full=full,
     )
+
+
+def _table_row(row: SummaryRow) -> Mapping[str, object]:
+    return {name: value for name, value in asdict(row).items() if name != "others"}
 
 
 def _installed(package: str) -> bool:
@@ -120,7 +134,15 @@ def _config_to_keep(config: SplitConfig) -> Mapping[str, object]:
 
 def tables_of(name: str, spec: JobSpec, results: tuple[LevelResult, ...], summary: tuple[SummaryRow, ...]) -> dict[str, pa.Table]:
     """The release's tables, by path in the store."""
-    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, [asdict(row) for row in summary])}
+    made = {f"tables/{name}/summary.parquet": tables.table(tables.SUMMARY, [_table_row(row) for row in summary])}
+    further = [
+        {"level": result.level, "network": network, "metric": metric, "value": value}
+        for result in results
+        for network, scores in result.others.items()
+        for metric, value in scores.items()
+    ]
+    if further:
+        made[f"tables/{name}/scores.parquet"] = tables.table(tables.SCORES, further)
     importance = IMPORTANCE[spec.criterion.importance]
     for result in results:
         if parse_level(result.level).is_clean:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +19,14 @@ MEANINGFUL_GAP = 1.0
 """In percentage points: the share that an adaptor closes of a smaller gap is noise divided by noise, and is not shown."""
 
 
+NETWORKS = ("original", "full", "adaptor")
+
+
 @dataclass(frozen=True)
 class SummaryRow:
-    """A row of `tables.SUMMARY`. Scores in percent."""
+    """A row of `tables.SUMMARY`, with further metrics that are shown beside the first: by name and network (original, full,
+    adaptor). Scores in percent.
+    """
 
     level: str
     metric: str
@@ -33,6 +38,7 @@ class SummaryRow:
     model_floats: int
     seconds_full: float
     seconds_partial: float
+    others: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def gap_closed(self) -> float | None:
@@ -54,7 +60,7 @@ class LayerChange:
 
 
 def print_summary(rows: Sequence[SummaryRow], console: Console) -> None:
-    """Print the table of scores and sizes, one line per level."""
+    """Print the table of scores and sizes, one line per level, and one for each further metric."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     heads = ("level", "original", "full", "adaptor", "gap closed", "floats", "of network")
     for index, head in enumerate(heads):
@@ -63,7 +69,7 @@ def print_summary(rows: Sequence[SummaryRow], console: Console) -> None:
         table.add_row(
             row.level,
             f"{row.original:.1f}",
-            "-" if row.full is None else f"{row.full:.1f}",
+            _percent(row.full),
             f"{row.adaptor:.1f}",
             "-" if row.gap_closed is None else f"{row.gap_closed:.0f}%",
             f"{row.adaptor_floats:,}",
@@ -74,6 +80,18 @@ def print_summary(rows: Sequence[SummaryRow], console: Console) -> None:
     console.print(table, highlight=False)
     if any(row.gap_closed is None for row in rows):
         console.print("The gap closed is not shown (-) where the full fine-tune gains less than a point.", highlight=False)
+    for metric in rows[0].others:
+        further = Table("level", box=None, pad_edge=False, header_style="bold")
+        for network in NETWORKS:
+            further.add_column(network, justify="right")
+        for row in rows:
+            further.add_row(row.level, *(_percent(row.others[metric].get(network)) for network in NETWORKS))
+        console.print(f"\n{metric} in percent", style="bold", highlight=False)
+        console.print(further, highlight=False)
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.1f}"
 
 
 def weight_change_figure(levels: Mapping[str, Sequence[LayerChange]], title: str) -> bytes:

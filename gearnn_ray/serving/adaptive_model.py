@@ -94,7 +94,10 @@ class AdaptiveModel(nn.Module):
         return cls(Store(uri).pull(ref), device, untrained, trust)
 
     def forward(self, images: Any, levels: Any = None) -> Any:
-        """The task's outputs for images [B, 3, H, W]; for segmentation, logits float32 [B, K, H, W].
+        """The task's outputs for images [B, 3, H, W]. For segmentation, logits float32 [B, K, H, W]. For detection a list with a
+        dict for each image, its D detections with the highest scores first: `boxes` float32 [D, 4] (left, top, right and bottom
+        in pixels of the image), `scores` float32 [D], `labels` int64 [D] class ids, and `masks` bool [D, H, W] of a network that
+        has them. In a compiled graph of the whole model D is fixed, and places without a detection have a score of 0.
 
         images: uint8 RGB, or float if they are normalised already. levels: for each image the name of a level (a level that
         the release does not have is mapped to its levels as `untrained` says) or a `LevelEstimate`; or int64 [B], positions

@@ -54,7 +54,7 @@ class Bundle:
         """The state of this bundle."""
         if (model := self.current) is None:
             return BundleHealth(problem=self.problem)
-        return BundleHealth(model.digest, model.levels, model.content.model.class_names, self.problem)
+        return BundleHealth(model.digest, model.task.name, model.levels, model.content.model.class_names, self.problem)
 
     def _tagged(self) -> str:
         """The digest that the bundle refers to now."""
@@ -84,12 +84,12 @@ def check_bundles(config: ServeConfig) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One frame in a batch. raw: return the outputs, not the answer. since: time.perf_counter when it entered the queue."""
+    """One frame in a batch. media_type: of its answer. since: time.perf_counter when it entered the queue."""
 
     model: AdaptiveModel
     frame: Frame
     estimate: LevelEstimate
-    raw: bool
+    media_type: str
     since: float
 
 
@@ -111,9 +111,10 @@ def predict(items: Sequence[Item]) -> list[Prediction]:
     model = items[0].model
     images_BHWC = torch.from_numpy(np.stack([item.frame.pixels for item in items]))
     outputs = model(images_BHWC.permute(0, 3, 1, 2).contiguous(), [item.estimate for item in items])
+    release, class_names = f"{model.name}@{model.digest}", model.content.model.class_names
     predictions = []
     for item, prediction in zip(items, outputs, strict=True):
-        content = prediction.cpu().numpy() if item.raw else model.task.answer(prediction)
+        content = model.task.content(prediction, item.media_type)
         seconds = {"queue": start - item.since, "network": time.perf_counter() - start}
-        predictions.append(Prediction(content, item.estimate, f"{model.name}@{model.digest}", seconds))
+        predictions.append(Prediction(content, item.estimate, release, seconds, class_names))
     return predictions

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,15 @@ def export_level(
     """Write the network of a level, in the format that the suffix of `path` names, and return the path.
 
     `.safetensors`: all weights under the names of the network's state dict. `.pt2`: `torch.export.load(path).module()`.
-    `.onnx`: input `images`, output `logits` (needs the extra onnx). The last two map normalised float32 images [B, 3, H, W] to
-    the task's outputs, for segmentation logits float32 [B, K, h, w], for any B. H and W are `image_size`, by default the size of
-    the training images; or any size, if the network's operations do not depend on it. Every file has the normalisation of its
-    input, the class names and its origin as JSON under `gearnn_ray`.
+    `.onnx` (needs the extra onnx): input `images`, outputs by name. The last two map normalised float32 images [B, 3, H, W], for
+    any B, to the task's tensors: for segmentation `logits` float32 [B, K, h, w]; for detection a dict of `boxes` float32
+    [B, D, 4], `scores` float32 [B, D], where 0 is an empty place, and `labels` int64 [B, D]. H and W are `image_size`, by default
+    the size of the training images; or any size, if the network's operations do not depend on it. Every file has the
+    normalisation of its input, the class names and its origin as JSON under `gearnn_ray`.
 
     trust: modules, such as "my_package.nets", whose networks the release may name; `.safetensors` needs none.
-    Raises UserError for an unknown level or suffix, a network that is not trusted or cannot be exported, a missing extra, and a
-    path that cannot be written.
+    Raises UserError for an unknown level or suffix, a network that is not trusted or cannot be exported (such as a detector that
+    returns a list with the detections of each image), a missing extra, and a path that cannot be written.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -87,33 +88,48 @@ def _training_size(release: Release) -> tuple[int, int]:
 
 
 class _Outputs(nn.Module):
-    """Normalised images to the task's outputs."""
+    """Normalised images to the task's tensors: the only one, or all by name."""
 
     def __init__(self, release: Release, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self._predictor = predictor(release.content, network)
-        self._task = task_by_name(release.content.model.task)
+        self.task = task_by_name(release.content.model.task)
 
     def forward(self, images: Tensor) -> Any:
-        return self._task.outputs(self._predictor.normalised(images))
+        tensors = self.task.tensors(self._predictor.normalised(images))
+        return tensors[0] if len(tensors) == 1 else dict(zip(self.task.exported, tensors, strict=True))
 
 
 def _graph(release: Release, network: nn.Module, suffix: str, about: Mapping[str, object], size: tuple[int, int]) -> bytes:
     if suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("ONNX files need the extra onnx: install gearnn-ray[onnx]")
-    images = torch.zeros(2, 3, *size)
-    shape = {0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO}  # auto: fixed only if the network's operations depend on it
+    images, outputs = torch.zeros(2, 3, *size), _Outputs(release, network)
     try:
+        with torch.no_grad():
+            outputs(images[:1])  # because an error that an export meets on its way says less than the task's own
         # Without `backed_size_oblivious`, a tensor that happens to be contiguous at this size becomes a condition on the
         # size: the logits of DRN, cropped to the image, are contiguous where its sides are multiples of 8.
         with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            program = torch.export.export(_Outputs(release, network), (images,), dynamic_shapes={"images": shape})
-            return _onnx(program, about) if suffix == ".onnx" else _pt2(program, about)
+            program = _program(outputs, images)
+            return _onnx(program, outputs.task.exported, about) if suffix == ".onnx" else _pt2(program, about)
+    except UserError as error:
+        raise UserError(f"the network {release.content.model.name!r} cannot be written as {suffix}: {error}") from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         what = f"the network {release.content.model.name!r} cannot be written as {suffix} for {size[1]}x{size[0]} images"
         raise UserError(f"{what} ({type(error).__name__}: {reason}): use .safetensors, or another image_size") from error
+
+
+def _program(outputs: nn.Module, images: Tensor) -> ExportedProgram:
+    """The graph for any number of images. It takes any sides too, unless the network's operations depend on them."""
+    try:
+        shape = {0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO}
+        return torch.export.export(outputs, (images,), dynamic_shapes={"images": shape})
+    except torch._dynamo.exc.UserError:
+        # Tracing takes `len(images)` in a network for the number that it is now. Dynamo does not, but would leave the sides in
+        # expressions that ONNX has no operations for.
+        return torch.export.export(outputs, (images,), dynamic_shapes={"images": {0: Dim.DYNAMIC}}, strict=True)
 
 
 def _pt2(program: ExportedProgram, about: Mapping[str, object]) -> bytes:
@@ -122,9 +138,9 @@ def _pt2(program: ExportedProgram, about: Mapping[str, object]) -> bytes:
     return file.getvalue()
 
 
-def _onnx(program: ExportedProgram, about: Mapping[str, object]) -> bytes:
+def _onnx(program: ExportedProgram, names: Sequence[str], about: Mapping[str, object]) -> bytes:
     converted = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], external_data=False, verbose=False
+        program, dynamo=True, input_names=["images"], output_names=names, external_data=False, verbose=False
     )
     assert converted is not None
     converted.model.metadata_props["gearnn_ray"] = json.dumps(about)

@@ -2,11 +2,12 @@
 
     GET /          the page: compares the original and the adapted network on an image that the user distorts
     GET /health    JSON: ok or degraded, the reason, and the bundles with their levels
-    POST /predict  one frame (JPEG, PNG, or application/x-npy) -> the task's answer, for segmentation a palette PNG of class ids
+    POST /predict  one frame (JPEG, PNG, or application/x-npy) -> the answer of the bundle's task
 
 Headers of a request to /predict, all optional:
 
-    accept                       image/png (default), or application/x-npy: the raw outputs, for segmentation logits [K, H, W]
+    accept                       one of the task's media types; docs/serving.md has them
+    x-gearnn-score               the least score of a detection in the answer, 0 to 1
     x-gearnn-level               the level to use instead of the estimated one; "clean" is the original network
     x-gearnn-stream              name of the camera or stream; its brightness is smoothed over frames
     serve_multiplexed_model_id   the bundle, "name:tag"; Ray Serve reads this header too
@@ -19,22 +20,19 @@ Headers of the response:
     x-gearnn-release    "name@sha256:…"
     server-timing       decode, queue, network and encode in milliseconds
 
-Errors are application/problem+json with one sentence. Knows nothing about Ray or networks.
+Errors are application/problem+json with one sentence. Knows nothing about Ray or networks. What an answer is made of, and how it
+is written, is the task's business.
 """
 
 import asyncio
-import io
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -42,10 +40,10 @@ from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.serving.frames import BadFrameError, Frame, Limits, read_frame
 from gearnn_ray.serving.level_estimation import LevelEstimate
+from gearnn_ray.tasks.base import Served, Task
 
 __all__ = ["Backend", "BundleHealth", "Health", "Prediction", "UnknownBundleError", "answer", "error"]
 
-PNG, NPY = "image/png", "application/x-npy"
 _BUNDLE = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")  # Ray Serve reads both spellings
 _ID = re.compile(r"[A-Za-z0-9._:@+-]{1,128}")
 _PAGE = resources.files("gearnn_ray.serving").joinpath("page.html").read_bytes()
@@ -65,14 +63,15 @@ class UnknownBundleError(UserError):
 class Prediction:
     """A network's result for one frame, at the level used, by the release name@sha256:<hex>.
 
-    content: `Task.answer`, for segmentation class ids uint8 [H, W]; or the raw outputs, if the request asked for them.
-    seconds: time in the "queue" and in the "network".
+    content: `Task.content` of the media type asked for. seconds: time in the "queue" and in the "network". class_names: of the
+    release, possibly empty.
     """
 
-    content: NDArray[Any]
+    content: Any
     estimate: LevelEstimate
     release: str
     seconds: Mapping[str, float]
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class BundleHealth:
     """The state of one bundle: its release (None while none could be loaded), and what went wrong at the last look-up."""
 
     digest: str | None = None
+    task: str | None = None
     levels: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     problem: str | None = None
@@ -97,8 +97,17 @@ class Health:
 class Backend(Protocol):
     """Answers requests with the networks of one or more bundles."""
 
-    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
-        """The task's answer for one frame, or with `raw` the outputs. `level` None: estimated; `bundle` None: the default.
+    def task(self, bundle: str | None) -> Task:
+        """The task of a bundle's network. `bundle` None: the default.
+
+        Raises `UnknownBundleError` for a bundle that is not served, and `CorruptStoreError` while it could not be loaded.
+        """
+        ...
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
+    ) -> Prediction:
+        """What an answer for one frame is made of. `level` None: estimated; `bundle` None: the default.
 
         Raises `UnknownBundleError` for a bundle, and `UserError` for a level, that is not served.
         """
@@ -158,27 +167,33 @@ async def _health(request: Request, backend: Backend, limits: Limits) -> Respons
 
 
 async def _predict(request: Request, backend: Backend, limits: Limits) -> Response:
-    media_type = _media_type(", ".join(request.headers.getlist("accept")))
     level = request.headers.get("x-gearnn-level")
     if level is not None:
         parse_level(level)
-    stream, bundle = _id(request, "x-gearnn-stream"), _id(request, *_BUNDLE)
+    stream, bundle, least_score = _id(request, "x-gearnn-stream"), _id(request, *_BUNDLE), _score(request)
+    task = backend.task(bundle)
+    media_type = _media_type(", ".join(request.headers.getlist("accept")), task.media_types)
 
     body = await _body(request, limits.body_bytes)
     start = time.perf_counter()
     frame = await asyncio.to_thread(read_frame, body, request.headers.get("content-type"), limits)
     decoded = time.perf_counter()
-    prediction = await backend.predict(frame, level, stream, bundle, media_type == NPY)
+    prediction = await backend.predict(frame, level, stream, bundle, media_type)
     encoding = time.perf_counter()
-    content = await asyncio.to_thread(_ENCODERS[media_type], prediction.content)
-    seconds = {"decode": decoded - start, **prediction.seconds, "encode": time.perf_counter() - encoding}
+    facts = {
+        "level": _spell(prediction.estimate),
+        "found": prediction.estimate.found,
+        "distance": float(f"{prediction.estimate.distance:.4g}"),
+        "release": prediction.release,
+    }
+    milliseconds = {name: round(1000 * part, 2) for name, part in {"decode": decoded - start, **prediction.seconds}.items()}
+    served = Served(frame.pixels, prediction.class_names, {**facts, "milliseconds": milliseconds}, least_score)
+    content = await asyncio.to_thread(task.encode, prediction.content, media_type, served)
+    milliseconds["encode"] = 1000 * (time.perf_counter() - encoding)
 
     headers = {
-        "x-gearnn-level": _spell(prediction.estimate),
-        "x-gearnn-found": prediction.estimate.found,
-        "x-gearnn-distance": f"{prediction.estimate.distance:.4g}",
-        "x-gearnn-release": prediction.release,
-        "server-timing": ", ".join(f"{part};dur={1000 * value:.2f}" for part, value in seconds.items()),
+        **{f"x-gearnn-{name}": value if isinstance(value, str) else f"{value:.4g}" for name, value in facts.items()},
+        "server-timing": ", ".join(f"{name};dur={part:.2f}" for name, part in milliseconds.items()),
         "cache-control": "no-store",
         "vary": "accept",
     }
@@ -193,23 +208,23 @@ _ROUTES: dict[str, tuple[tuple[str, ...], _Handler]] = {
 }
 
 
-def _media_type(accept: str) -> str:
-    """The media type that the accept header prefers; PNG if it likes both equally."""
+def _media_type(accept: str, offers: Sequence[str]) -> str:
+    """The one of the offered media types that the accept header prefers; the first of those that it likes equally."""
     ranges: dict[str, float] = {}
     for item in filter(None, map(str.strip, accept.split(","))):
         kind, *parameters = (part.strip().lower() for part in item.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         ranges[kind] = float(weight) if re.fullmatch(r"[01](\.\d{0,3})?", weight) else 0.0
     if not ranges:
-        return PNG
+        return offers[0]
 
     def preference(offer: str) -> float:
         family = offer.partition("/")[0]
         return next((ranges[kind] for kind in (offer, f"{family}/*", "*/*") if kind in ranges), 0.0)
 
-    best = max((PNG, NPY), key=preference)
+    best = max(offers, key=preference)
     if preference(best) == 0:
-        raise _RefusedError(406, f"The accept header is {accept[:100]}: expected {PNG} or {NPY}.")
+        raise _RefusedError(406, f"The accept header is {accept[:100]}: expected {' or '.join(offers)}.")
     return best
 
 
@@ -223,6 +238,15 @@ def _id(request: Request, *headers: str) -> str | None:
                 )
             return value
     return None
+
+
+def _score(request: Request) -> float | None:
+    """The least score that the request asks for, None without."""
+    if (value := request.headers.get("x-gearnn-score")) is None:
+        return None
+    if not re.fullmatch(r"0(\.\d{0,9})?|\.\d{1,9}|1(\.0{0,9})?", value):
+        raise _RefusedError(400, f"x-gearnn-score is {value[:100]}, expected a number from 0 to 1 such as 0.3: correct it.")
+    return float(value)
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -242,45 +266,7 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(chunks)
 
 
-def _png(classes_HW: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    image = Image.fromarray(classes_HW)
-    image.putpalette(_PALETTE)  # mode P: the value of a pixel is its class id, the palette only colours it
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def _npy(outputs: NDArray[np.float32]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.asarray(outputs, np.float32))
-    return file.getvalue()
-
-
-_ENCODERS: dict[str, Callable[[NDArray[Any]], bytes]] = {PNG: _png, NPY: _npy}
-
-
 def _spell(estimate: LevelEstimate) -> str:
     if estimate.neighbour is None or not estimate.weight:
         return estimate.level
     return f"{estimate.level}*{1 - estimate.weight:.2f}, {estimate.neighbour}*{estimate.weight:.2f}"
-
-
-def _palette() -> bytes:
-    """256 RGB colours: the 19 of Cityscapes, then in turn the colour farthest from all before it."""
-    chosen = np.array(
-        [
-            *[(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)],
-            *[(250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60)],
-            *[(255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)],
-        ]
-    )
-    steps = np.linspace(0, 255, 9).astype(int)
-    grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    distance = np.min([np.sum((grid - colour) ** 2, 1) for colour in chosen], 0)
-    while len(chosen) < 256:
-        chosen = np.vstack([chosen, grid[distance.argmax()]])
-        distance = np.minimum(distance, np.sum((grid - chosen[-1]) ** 2, 1))
-    return chosen.astype(np.uint8).tobytes()
-
-
-_PALETTE = _palette()

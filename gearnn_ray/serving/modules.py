@@ -210,7 +210,8 @@ class PerLevel(Adaptive):
     """Any other module: it runs once per level, over the samples that use the level.
 
     It runs once per sample if the graph must not depend on the levels. Each tensor that it takes or returns must either have the
-    batch as its first dimension, or be the same for all samples.
+    batch as its first dimension, or be the same for all samples; or it returns a list with a dict for each sample, as detectors
+    do that find other numbers of objects in each image.
     """
 
     _batched: tuple[int, ...] = ()  # positions of the inputs whose first dimension was the batch in the dry run
@@ -233,7 +234,11 @@ class PerLevel(Adaptive):
         if len(groups) == 1:
             return outputs[0]
         sizes = [len(samples) for samples, _ in groups]
-        order = torch.tensor([sample for samples, _ in groups for sample in samples], device=first.device)
+        order = [sample for samples, _ in groups for sample in samples]
+        if all(_is_list_of_samples(output, size) for output, size in zip(outputs, sizes, strict=True)):
+            in_place = dict(zip(order, (sample for output in outputs for sample in output), strict=True))
+            return [in_place[i] for i in range(n)]
+        places = torch.argsort(torch.tensor(order, device=first.device))
 
         def join(*parts: Any) -> Any:
             if parts[0] is None or isinstance(parts[0], (bool, int, float, str)):
@@ -241,7 +246,7 @@ class PerLevel(Adaptive):
             if not all(isinstance(p, Tensor) and p.shape[:1] in ((1,), (k,)) for p, k in zip(parts, sizes, strict=True)):
                 raise NeedsParentError(self.path)  # the output does not have one row per sample
             # a part with one row is the same for all samples of its level
-            return torch.cat([p.expand(k, *p.shape[1:]) for p, k in zip(parts, sizes, strict=True)])[torch.argsort(order)]
+            return torch.cat([p.expand(k, *p.shape[1:]) for p, k in zip(parts, sizes, strict=True)])[places]
 
         return pytree.tree_map(join, outputs[0], *outputs[1:])
 
@@ -266,6 +271,11 @@ class PerLevel(Adaptive):
         table = self._modules[f"table_{leaf.replace('.', '__')}"]
         assert isinstance(table, Table)
         return table
+
+
+def _is_list_of_samples(output: Any, n: int) -> bool:
+    """Whether this is a list of n dicts. (A list of tensors is rather one of feature maps, with the batch inside each.)"""
+    return isinstance(output, list) and len(output) == n and all(isinstance(each, dict) for each in output)
 
 
 def kind_of(module: nn.Module) -> type[Adaptive]:

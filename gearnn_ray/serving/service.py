@@ -44,6 +44,7 @@ from gearnn_ray.serving import http
 from gearnn_ray.serving.bundles import Bundle, Item, check_bundles, passes, predict
 from gearnn_ray.serving.frames import Frame, Limits
 from gearnn_ray.serving.http import BundleHealth, Health, Prediction, UnknownBundleError
+from gearnn_ray.tasks.base import Task
 
 APP = "gearnn"
 
@@ -112,7 +113,13 @@ class Service:
         degraded = any(bundle.problem for bundle in bundles.values())
         return Health("degraded" if degraded else "ok", self._config.device, bundles)
 
-    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
+    def task(self, bundle: str | None) -> Task:
+        """As in `http.Backend`."""
+        return self._bundles[self.reference(bundle)].model().task
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
+    ) -> Prediction:
         """As in `http.Backend`. A level that the release does not have is mapped to its levels as `untrained` says."""
         since = time.perf_counter()
         ref = self.reference(bundle)
@@ -126,7 +133,7 @@ class Service:
         # Serve closes a batch when its time is up, even if the network is still busy: under load it would queue many
         # small batches. Therefore frames wait here until the network is free, and then form one batch.
         await self._free.wait()
-        result = await self._batch(Item(model, frame, estimate, raw, since))
+        result = await self._batch(Item(model, frame, estimate, media_type, since))
         if isinstance(result, Exception):
             raise result
         return result
@@ -194,9 +201,14 @@ class _Visit:
     bundle: str = "none"
     level: str = "none"
 
-    async def predict(self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, raw: bool) -> Prediction:
+    def task(self, bundle: str | None) -> Task:
+        return self.service.task(bundle)
+
+    async def predict(
+        self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
+    ) -> Prediction:
         self.bundle = self.service.reference(bundle)
-        prediction = await self.service.predict(frame, level, stream, bundle, raw)
+        prediction = await self.service.predict(frame, level, stream, bundle, media_type)
         self.level = prediction.estimate.level
         return prediction
 

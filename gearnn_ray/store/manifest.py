@@ -32,7 +32,7 @@ class NormalisationEntry(_Entry):
 
 
 class ModelEntry(_Entry):
-    """The network: `floats` counts its floating-point values, running statistics included."""
+    """The network: `floats` counts its floating-point values, running statistics included; `arguments` it is built with."""
 
     name: str
     num_classes: NonNegativeInt
@@ -40,6 +40,7 @@ class ModelEntry(_Entry):
     floats: NonNegativeInt
     task: str
     normalisation: NormalisationEntry
+    arguments: Mapping[str, int | float | bool | str] = Field(default_factory=dict)
 
 
 class ReferenceEntry(_Entry):
@@ -61,12 +62,15 @@ class DataEntry(_Entry):
 
 
 class Scores(_Entry):
-    """Accuracy on the validation images in percent: base, full fine-tune and adaptor."""
+    """Accuracy on the validation images in percent: base, full fine-tune and adaptor; `others` are further metrics, by name and
+    network (original, full, adaptor).
+    """
 
     metric: str | None = None
     original: float | None = None
     full: float | None = None
     adaptor: float | None = None
+    others: Mapping[str, Mapping[str, float]] = Field(default_factory=dict)
 
 
 class ShareChanged(_Entry):

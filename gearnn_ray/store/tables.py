@@ -76,6 +76,14 @@ seconds_full float seconds of the full fine-tune without evaluation
 {_PARTIAL}
 """)
 
+SCORES = _schema(f"""
+further metrics of a task with several, per level and network
+{_LEVEL}
+network text original (the base), full (the base fully fine-tuned) or adaptor (base + adaptor)
+metric text name of the metric
+value float percent, on the validation images
+""")
+
 SWEEP = _schema(f"""
 accuracy over the budget M, a row per budget, importance and level
 budget text M as it was asked for

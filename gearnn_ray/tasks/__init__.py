@@ -2,9 +2,11 @@
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.tasks.base import Task
+from gearnn_ray.tasks.detection import Detection
 from gearnn_ray.tasks.segmentation import Segmentation
 
-TASKS: dict[str, Task] = {task.name: task for task in (Segmentation(),)}
+_ALL: tuple[Task, ...] = (Segmentation(), Detection())
+TASKS = {task.name: task for task in _ALL}
 
 
 def task_by_name(name: str) -> Task:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
-Forward = Callable[[Tensor], Any]  # x_BCHW to the network's raw output, for example a `training.predict.Predictor`
+# images to the network's raw output, for example a `training.predict.Predictor`; what follows them is handed on to the network
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,63 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of equal size and their targets, in the form that the task's losses take."""
+    """Images and their targets, in the form that the task's losses take."""
 
-    images: Tensor  # uint8 [B, 3, H, W]
+    images: Any  # uint8 [B, 3, H, W]; of a task whose networks take images of different sizes also a list of [3, H, W]
     targets: Any
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        def moved(tensors: Any) -> Any:
+            return tensors.to(device, non_blocking=True)
+
+        images = [moved(each) for each in self.images] if isinstance(self.images, list) else moved(self.images)
+        return Batch(images, None if self.targets is None else moved(self.targets))
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a service knows of one answer beside the prediction.
+
+    frame: its pixels. class_names: by class id, possibly empty. facts: level, found, distance, release and milliseconds, as JSON
+    values. least_score: from 0 to 1, below which the client wants no detection; None leaves that to the task.
+    """
+
+    frame: Image
+    class_names: tuple[str, ...]
+    facts: Mapping[str, object]
+    least_score: float | None = None
 
 
 class Task(Protocol):
     """A vision task. `name` and `version` stand in manifests and stage keys; `version` is raised when the same data would give
-    other losses or scores. Metrics are percentages from 0 to 100; the first one is optimised.
+    other losses or scores. Metrics are percentages from 0 to 100; the first one is optimised, and the first `shown` stand in
+    tables. has_stability: whether `stability_losses` is there. stored_as: names the stored targets in keys of the cache.
+    media_types: of the answers of a service, the default first. exported: names of what `tensors` gives.
     """
 
     name: str
     version: int
     metrics: tuple[str, ...]
+    shown: int
+    has_stability: bool
+    stored_as: str
+    media_types: tuple[str, ...]
+    exported: tuple[str, ...]
 
     def check(self, image: Image, target: Any, num_classes: int, where: str) -> None:
         """Raise UserError, naming the sample (`where`), unless the target fits the image and the classes."""
+        ...
+
+    def store(self, target: Any) -> NDArray[np.uint8]:
+        """A target as bytes [h, w], which the cache holds."""
+        ...
+
+    def restore(self, stored: NDArray[np.uint8]) -> Any:
+        """The target that `store` was given."""
+        ...
+
+    def crop_size(self, shapes: Sequence[tuple[int, ...]], crop: int) -> tuple[int, int]:
+        """Height and width of the training crop of images with these shapes; crop: the side that the recipe asks for."""
         ...
 
     def augment(self, image: Image, target: Any, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Any]:
@@ -54,7 +92,7 @@ class Task(Protocol):
         ...
 
     def collate(self, samples: Sequence[tuple[Image, Any]]) -> Batch:
-        """Samples of equal size as one batch on the CPU."""
+        """Samples as one batch on the CPU."""
         ...
 
     def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
@@ -69,28 +107,47 @@ class Task(Protocol):
         """What a network returned, in the task's one form; iterating over it gives the predictions of the single images."""
         ...
 
+    def tensors(self, raw: Any) -> tuple[Tensor, ...]:
+        """What a network returned as tensors with the images first, by `exported`: the outputs of a file for other runtimes.
+
+        Raises UserError if the network returns anything else.
+        """
+        ...
+
     def at_frame_size(self, outputs: Any, height: int, width: int) -> Any:
         """Outputs in pixels of frames of this size."""
         ...
 
-    def evidence(self, prediction: Any, target: Any) -> dict[str, Tensor]:
-        """What metrics are computed from, of one image: small tensors on the CPU, the same shapes for every image."""
+    def evidence(self, prediction: Any, target: Any, size: tuple[int, int], num_classes: int) -> dict[str, Tensor]:
+        """What metrics are computed from, of one image: small tensors on the CPU, the same shapes for every image. size: height
+        and width of the image that the network saw, which may be another than the target's.
+        """
         ...
 
     def aggregate(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[R, metrics] in percent, from the evidence of N images ([N, ...] each) under R weightings of the images."""
+        """[R, metrics] in percent, from the evidence of N images ([N, ...] each) under R weightings of the images. The last
+        metrics are left out where the evidence does not have them.
+        """
         ...
 
     def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """[N, ...] that depends on the targets alone: equal for two methods judged on the same images."""
         ...
 
-    def answer(self, prediction: Any) -> NDArray[Any]:
+    def answer(self, prediction: Any) -> Any:
         """What a person is shown of one image's prediction."""
         ...
 
+    def content(self, prediction: Any, media_type: str) -> Any:
+        """What an answer of this type is made of: arrays in the memory of the host."""
+        ...
+
+    def encode(self, content: Any, media_type: str, served: Served) -> bytes:
+        """The body of a service's answer, from what `content` gave for the same type."""
+        ...
+
     def close(self, a: Any, b: Any) -> bool:
-        """Whether two outputs of the same images are the same but for rounding."""
+        """Whether two outputs of the same images are the same but for rounding. Outputs that cannot show it are not."""
         ...
 
 
@@ -102,8 +159,13 @@ def loss_of(terms: Mapping[str, LossTerm]) -> Tensor:
 
 def score(task: Task, evidence: Mapping[str, Tensor]) -> float:
     """The task's first metric over all images, in percent."""
+    return next(iter(scores(task, evidence).values()))
+
+
+def scores(task: Task, evidence: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every metric of the task over all images, in percent."""
     images = len(next(iter(evidence.values())))
-    return float(task.aggregate(evidence, np.ones((1, images)))[0, 0])
+    return dict(zip(task.metrics, map(float, task.aggregate(evidence, np.ones((1, images)))[0]), strict=False))
 
 
 def scores_of_images(task: Task, evidence: Mapping[str, Tensor]) -> NDArray[np.float64]:

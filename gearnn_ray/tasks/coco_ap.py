@@ -65,41 +65,50 @@ def image_evidence(
         "objects": np.zeros((num_classes, len(_AREAS)), np.int32),
     }
     found["scores"][: len(order)], found["labels"][: len(order)] = scores_D[order], labels_D
-    for a, (low, high) in enumerate(_AREAS):
-        ignored_G = crowd_G | (areas_G < low) | (areas_G > high)
+    low_A1, high_A1 = _AREAS[:, :1], _AREAS[:, 1:]
+    ignored_AG = crowd_G | (areas_G < low_A1) | (areas_G > high_A1)
+    outside_AD = (areas_D < low_A1) | (areas_D > high_A1)
+    for a, ignored_G in enumerate(ignored_AG):
         np.add.at(found["objects"], (labels_G[~ignored_G], a), 1)
-        outside_D = (areas_D < low) | (areas_D > high)
-        for label in np.unique(labels_D):
-            of_D, of_G = np.flatnonzero(labels_D == label), np.flatnonzero(labels_G == label)
-            of_G = of_G[np.argsort(ignored_G[of_G], kind="stable")]
-            for t, threshold in enumerate(_IOUS_T):
-                matches = _match(iou_DG[np.ix_(of_D, of_G)], ignored_G[of_G], crowd_G[of_G], threshold)
-                matched = matches >= 0
-                ignored = np.where(matched, ignored_G[of_G][matches], outside_D[of_D]) if len(of_G) else outside_D[of_D]
-                found["matched"][of_D] |= matched.astype(np.int64) << _BITS[a, t]
-                found["ignored"][of_D] |= ignored.astype(np.int64) << _BITS[a, t]
+    # without a match, a detection is ignored where its own area is outside of the range
+    ignored_ATD = np.repeat(outside_AD[:, None], len(_IOUS_T), axis=1)
+    matched_ATD = np.zeros_like(ignored_ATD)
+    for label in np.intersect1d(labels_D, labels_G):
+        of_D, of_G = np.flatnonzero(labels_D == label), np.flatnonzero(labels_G == label)
+        matches, ignored = _match(iou_DG[np.ix_(of_D, of_G)], ignored_AG[:, of_G], crowd_G[of_G])
+        matched_ATD[..., of_D] = matches
+        ignored_ATD[..., of_D] = np.where(matches, ignored, ignored_ATD[..., of_D])
+    for name, bits in (("matched", matched_ATD), ("ignored", ignored_ATD)):
+        found[name][: len(order)] = (bits.astype(np.int64) << _BITS[..., None]).sum((0, 1))
     return found
 
 
 def _match(
-    iou_DG: NDArray[np.float64], ignored_G: NDArray[np.bool_], crowd_G: NDArray[np.bool_], threshold: float
-) -> NDArray[np.int64]:
-    """The object [D] that each detection of one class is matched to, -1 for none. Detections come with falling scores, objects
-    with the ignored ones last. A detection takes the free object with the largest overlap, the last of equal ones, and an
-    ignored one only if no other overlaps enough. A crowd is never used up.
+    iou_DG: NDArray[np.float64], ignored_AG: NDArray[np.bool_], crowd_G: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of each detection of one class, whether it is matched to an object and whether to an ignored one [A, T, D]. Detections come
+    with falling scores. A detection takes the free object with the largest overlap, the last of equal ones, and an ignored one
+    only if no other overlaps enough. A crowd is never used up.
     """
-    free_G = np.ones(len(ignored_G), np.bool_)
-    matches_D = np.full(len(iou_DG), -1, np.int64)
-    least = min(threshold, 1 - 1e-10)
-    for d, iou_G in enumerate(iou_DG):
-        possible_G = (iou_G >= least) & (free_G | crowd_G)
-        if (possible_G & ~ignored_G).any():
-            possible_G &= ~ignored_G
-        if possible_G.any():
-            best = np.where(possible_G, iou_G, -1.0)
-            matches_D[d] = len(best) - 1 - int(np.argmax(best[::-1]))
-            free_G[matches_D[d]] = False
-    return matches_D
+    order_AG = np.argsort(ignored_AG, axis=1, kind="stable")  # the ignored ones last, which decides between equal overlaps
+    ignored_A1G = np.take_along_axis(ignored_AG, order_AG, axis=1)[:, None]
+    crowd_A1G, iou_DA1G = crowd_G[order_AG][:, None], iou_DG[:, order_AG][:, :, None]
+    least_T1 = np.minimum(_IOUS_T, 1 - 1e-10)[:, None]
+    free_ATG = np.ones((len(_AREAS), len(_IOUS_T), len(crowd_G)), np.bool_)
+    matched_ATD, ignored_ATD = (np.zeros((*free_ATG.shape[:2], len(iou_DG)), np.bool_) for _ in range(2))
+    last = free_ATG.shape[2] - 1
+    for d, iou_A1G in enumerate(iou_DA1G):
+        possible_ATG = (iou_A1G >= least_T1) & (free_ATG | crowd_A1G)
+        if not possible_ATG.any():
+            continue
+        counting_ATG = possible_ATG & ~ignored_A1G
+        possible_ATG = np.where(counting_ATG.any(2, keepdims=True), counting_ATG, possible_ATG)
+        best_AT1 = last - np.argmax(np.where(possible_ATG, iou_A1G, -1.0)[..., ::-1], axis=2)[..., None]
+        matched_AT1 = possible_ATG.any(2, keepdims=True)
+        matched_ATD[..., d] = matched_AT1[..., 0]
+        ignored_ATD[..., d] = np.take_along_axis(np.broadcast_to(ignored_A1G, free_ATG.shape), best_AT1, axis=2)[..., 0]
+        np.put_along_axis(free_ATG, best_AT1, np.take_along_axis(free_ATG, best_AT1, axis=2) & ~matched_AT1, axis=2)
+    return matched_ATD, ignored_ATD
 
 
 def average_precision(evidence: Mapping[str, NDArray[Any]], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED
-from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm
+from gearnn_ray.tasks import pictures
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
+
+_PNG, _NPY = "image/png", "application/x-npy"
 
 
 class Segmentation:
@@ -23,6 +26,11 @@ class Segmentation:
     name = "segmentation"
     version = 1
     metrics: tuple[str, ...] = ("mIoU",)
+    shown = 1
+    has_stability = True
+    stored_as = "labels"
+    media_types: tuple[str, ...] = (_PNG, _NPY)
+    exported: tuple[str, ...] = ("logits",)
 
     def check(self, image: Image, target: Image, num_classes: int, where: str) -> None:
         """Raise UserError unless the label map has the image's size and ids below `num_classes`, or 255."""
@@ -38,6 +46,18 @@ class Segmentation:
                 f"{where} has the class id {unknown[0]} in its label, expected ids below {num_classes}, or {IGNORED} for ignored "
                 "pixels: correct the label or the number of classes."
             )
+
+    def store(self, target: Image) -> Image:
+        """The label map itself."""
+        return target
+
+    def restore(self, stored: Image) -> Image:
+        """The label map itself."""
+        return stored
+
+    def crop_size(self, shapes: Sequence[tuple[int, ...]], crop: int) -> tuple[int, int]:
+        """`crop`, or less where the smallest image is smaller: all samples of a batch have one size."""
+        return min(crop, *(shape[0] for shape in shapes)), min(crop, *(shape[1] for shape in shapes))
 
     def augment(self, image: Image, target: Image, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Image]:
         """A random window of `crop` (height, width), flipped horizontally half the time. A label of another size is resized."""
@@ -73,15 +93,19 @@ class Segmentation:
         logits: Tensor = raw["out"] if isinstance(raw, dict) else raw
         return logits.float()
 
+    def tensors(self, raw: Any) -> tuple[Tensor]:
+        """logits_BKhw float32."""
+        return (self.outputs(raw),)
+
     def at_frame_size(self, outputs: Tensor, height: int, width: int) -> Tensor:
         """logits_BKHW, resized bilinearly."""
         if outputs.shape[-2:] == (height, width):
             return outputs
         return F.interpolate(outputs, size=(height, width), mode="bilinear", align_corners=False)
 
-    def evidence(self, prediction: Tensor, target: Image) -> dict[str, Tensor]:
+    def evidence(self, prediction: Tensor, target: Image, size: tuple[int, int], num_classes: int) -> dict[str, Tensor]:
         """`counts`: int32 [K, K] pixels by label and predicted class. Logits are resized to the label first."""
-        K = prediction.shape[0]
+        K = num_classes
         y = torch.from_numpy(target.astype(np.int64)).to(prediction.device)
         classes = self.at_frame_size(prediction[None], *target.shape)[0].argmax(0)
         valid = y != IGNORED
@@ -108,6 +132,14 @@ class Segmentation:
         """Class ids [h, w]."""
         classes: NDArray[np.uint8] = prediction.argmax(0).to("cpu", torch.uint8).numpy()
         return classes
+
+    def content(self, prediction: Tensor, media_type: str) -> NDArray[Any]:
+        """The answer, or for application/x-npy the logits [K, h, w]."""
+        return prediction.cpu().numpy() if media_type == _NPY else self.answer(prediction)
+
+    def encode(self, content: NDArray[Any], media_type: str, served: Served) -> bytes:
+        """A PNG whose pixel values are the class ids, or the logits as a NumPy file."""
+        return pictures.npy(content) if media_type == _NPY else pictures.palette_png(content)
 
     def close(self, a: Tensor, b: Tensor) -> bool:
         """Equal to a thousandth of the largest logit."""

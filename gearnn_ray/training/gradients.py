@@ -88,7 +88,7 @@ def gradients(
             parameter.requires_grad_(True)
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
-        sides = crop_size(images, crop)
+        sides = crop_size(task, images, crop)
         for batch in training_batches(task, images, targets, 1, sides, (seed, 0)):
             loss_of(task.losses(forward, batch.to(device))).backward()  # type: ignore[no-untyped-call]
     finally:

@@ -24,43 +24,48 @@ class Normalisation:
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         """Pixel values from 0 to 255 [B, 3, H, W] to normalised float32."""
-        mean = torch.tensor(self.mean, device=x_BCHW.device).mul_(255).view(1, 3, 1, 1)
-        scale = torch.tensor(self.std, device=x_BCHW.device).mul_(255).reciprocal_().view(1, 3, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=x_BCHW.device).mul_(255).view(1, 3, 1, 1)
+        scale = torch.tensor(self.std, dtype=torch.float32, device=x_BCHW.device).mul_(255).reciprocal_().view(1, 3, 1, 1)
         return (x_BCHW.float() - mean) * scale
 
     def inverse(self, x_BCHW: Tensor) -> Tensor:
         """Normalised float to pixel values, uint8 [B, 3, H, W]."""
-        mean = torch.tensor(self.mean, device=x_BCHW.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=x_BCHW.device).view(1, 3, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=x_BCHW.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=x_BCHW.device).view(1, 3, 1, 1)
         return ((x_BCHW * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and its input's needs: x_BCHW of pixel values from 0 to 255 to the network's raw output. precision: float32, or
-    bfloat16 for torch's autocast. memory_format: None leaves the input's. Gradients and modes are the caller's.
+    """A network and its input's needs: pixel values from 0 to 255, x_BCHW or a list of [3, H, W], to the network's raw output.
+    What follows the images is handed on. precision: float32, or bfloat16 for torch's autocast. memory_format: None leaves the
+    input's. Gradients and modes are the caller's.
     """
 
-    network: Callable[[Tensor], Any]
+    network: Callable[..., Any]
     normalisation: Normalisation
     precision: str = "float32"
     memory_format: torch.memory_format | None = torch.channels_last
 
-    def __call__(self, x_BCHW: Tensor) -> Any:
-        return self.normalised(self.normalisation(x_BCHW))
+    def __call__(self, images: Tensor | list[Tensor], *more: Any) -> Any:
+        if isinstance(images, list):
+            each = [self.normalisation(image[None])[0] for image in images]
+            with autocast(self.precision, each[0].device):
+                return self.network(each, *more)
+        return self.normalised(self.normalisation(images), *more)
 
-    def normalised(self, x_BCHW: Tensor) -> Any:
+    def normalised(self, x_BCHW: Tensor, *more: Any) -> Any:
         """The raw output for an input that is normalised already."""
         if self.memory_format is not None:
             x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
         with autocast(self.precision, x_BCHW.device):
-            return self.network(x_BCHW)
+            return self.network(x_BCHW, *more)
 
 
-def with_weights(model: nn.Module, change: Mapping[str, Tensor]) -> Callable[[Tensor], Any]:
+def with_weights(model: nn.Module, change: Mapping[str, Tensor]) -> Callable[..., Any]:
     """`model` with some tensors in place of its own; nothing else is held twice."""
     state = {name: _channels_last(tensor) for name, tensor in change.items()}
-    return lambda x: functional_call(model, state, (x,), tie_weights=False)
+    return lambda *inputs: functional_call(model, state, inputs, tie_weights=False)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -86,6 +91,7 @@ def collect_evidence(
     predictors: Sequence[Predictor],
     images: Sequence[Image],
     targets: Sequence[Any],
+    num_classes: int,
     report: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Tensor]]:
     """The task's evidence [N, ...] of each predictor over whole images, in one pass, on the device of `model`, which is put into
@@ -97,7 +103,7 @@ def collect_evidence(
     reported = time.perf_counter()
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         for predictor, own in zip(predictors, found, strict=True):
-            own.append(task.evidence(predict_image(task, predictor, image, device), target))
+            own.append(task.evidence(predict_image(task, predictor, image, device), target, image.shape[:2], num_classes))
         if time.perf_counter() - reported > _SECONDS_BETWEEN_REPORTS:
             report(index + 1)
             reported = time.perf_counter()

@@ -9,19 +9,23 @@ import numpy as np
 from gearnn_ray.tasks.base import Batch, Image, Task
 
 
-class Subset(Sequence[Image]):
-    """Some images of a sequence, by position."""
+class Subset(Sequence[Any]):
+    """Some images, or some targets, of a sequence, by position."""
 
-    def __init__(self, images: Sequence[Image], positions: Sequence[int]) -> None:
-        self._images, self._positions = images, positions
-        shapes = getattr(images, "shapes", None)
-        self.shapes = [shapes[i] if shapes else images[i].shape for i in positions]
+    def __init__(self, items: Sequence[Any], positions: Sequence[int]) -> None:
+        self._items, self._positions = items, positions
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of images alone."""
+        shapes = getattr(self._items, "shapes", None)
+        return [shapes[i] if shapes else self._items[i].shape for i in self._positions]
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._images[self._positions[index]]
+        return self._items[self._positions[index]]
 
 
 class Mixture(Sequence[Image]):
@@ -58,10 +62,9 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
-def crop_size(images: Sequence[Image], crop: int) -> tuple[int, int]:
-    """Height and width of the training crop: `crop`, or less where the smallest image is smaller."""
-    shapes = _shapes(images)
-    return min(crop, *(s[0] for s in shapes)), min(crop, *(s[1] for s in shapes))
+def crop_size(task: Task, images: Sequence[Image], crop: int) -> tuple[int, int]:
+    """Height and width of the task's training crop, of the side that the recipe asks for."""
+    return task.crop_size(_shapes(images), crop)
 
 
 def training_batches(
@@ -114,7 +117,7 @@ def _mixed_batches(
             _Drawn(images.levels, drawn, positions),
             Subset(targets, positions),
             len(positions),
-            crop_size(images.levels[group[0]], images.crop),  # of all of a level's images, whichever are drawn
+            crop_size(task, images.levels[group[0]], images.crop),  # of all of a level's images, whichever are drawn
             (*seed, 2 + step),
             rank,
             world_size,

@@ -95,7 +95,7 @@ def fine_tune(
     network = DistributedDataParallel(model, find_unused_parameters=True) if spread else model
     forward = Predictor(network, normalisation, precision)
     terms_of: Loss = loss or (lambda forward, batch, _: task.losses(forward, batch))
-    crop = crop_size(images, recipe.crop)
+    crop = crop_size(task, images, recipe.crop)
 
     epochs = math.ceil(last / steps_each)
     for epoch in range(first_epoch, epochs):
@@ -110,6 +110,9 @@ def fine_tune(
             if optimizer is not None:
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
+                if recipe.clip is not None:
+                    # after the workers have averaged their gradients, so that all clip alike
+                    torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable], recipe.clip)
                 optimizer.step(_learning_rate(recipe, step, steps))
                 average.add(step)
             if reports.is_due(value.detach(), at_end=step + 1 in (last, (epoch + 1) * steps_each)):
@@ -177,7 +180,8 @@ class _Average:
 
 
 def _learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    return recipe.learning_rate * (1 - step / steps if recipe.schedule == "linear" else 1.0)
+    rising = min(1.0, (step + 1) / (recipe.warm_up + 1))
+    return rising * recipe.learning_rate * (1 - step / steps if recipe.schedule == "linear" else 1.0)
 
 
 def _finite(loss: float, recipe: Recipe, epoch: int) -> float:

@@ -1,0 +1,83 @@
+"""What a detector looks like to this package: torchvision's own convention, and a base class for single-stage detectors.
+
+    detector(images)           -> the objects found in each image
+    detector(images, targets)  -> the terms of the training loss, in whatever mode the detector's modules are
+
+`images` are normalised: one tensor [B, 3, H, W], or tensors [3, H, W] of different sizes. All boxes are left, top, right and
+bottom in pixels of the image. Letters of shapes: B images, D detections and G objects of one image, K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gearnn_ray.core.errors import UserError
+
+Target = Mapping[str, Tensor]
+"""The objects of one image: `boxes` float32 [G, 4], `labels` int64 [G] from 0, `masks` bool [G, H, W] if the data set has masks,
+and `crowd` float32 [C, 4], the boxes of regions where a detection is neither right nor wrong."""
+
+Found = dict[str, Tensor]
+"""What was found in one image, or in B images side by side with one more dimension: `boxes` float32 [D, 4], `scores` float32 [D]
+from 0 to 1, where 0 is an empty place, `labels` int64 [D] from 0, and `masks` float32 [D, 1, H, W] of a network that has them."""
+
+Terms = dict[str, tuple[Tensor, Tensor]]
+"""The terms of a loss: a sum over items, differentiable, and the number of items."""
+
+
+class SingleStageDetector(nn.Module):
+    """A detector whose network computes all its answers in one pass. A subclass writes three methods, of which only `raw` may use
+    weights: `raw` (the network), `decode` (raw tensors in, boxes out) and `losses`. They see one size of image, `input_size`
+    (height, width) if it is set, to which images are then stretched bilinearly; boxes are converted.
+    """
+
+    input_size: tuple[int, int] | None = None
+
+    def raw(self, x_BCHW: Tensor) -> Any:
+        """The network's raw tensors, each with the images as its first dimension."""
+        raise NotImplementedError
+
+    def decode(self, raw: Any, height: int, width: int) -> Found:
+        """The detections of B images of this size: `boxes` [B, D, 4], `scores` [B, D], `labels` [B, D]."""
+        raise NotImplementedError
+
+    def losses(self, raw: Any, targets: Sequence[Target], height: int, width: int) -> Terms:
+        """The terms of the training loss over these images."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """What was found in the images, as one `Found` of B images; with targets, the terms of the loss."""
+        x_BCHW, scales_B4 = self._fitted(images)
+        raw, (height, width) = self.raw(x_BCHW), x_BCHW.shape[-2:]
+        if targets is not None:
+            fitted = [
+                {**target, "boxes": target["boxes"] / scale, "crowd": target["crowd"] / scale}
+                for target, scale in zip(targets, scales_B4, strict=True)
+            ]
+            return self.losses(raw, fitted, height, width)
+        found = self.decode(raw, height, width)
+        return {**found, "boxes": found["boxes"] * scales_B4[:, None]}
+
+    def _fitted(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The images at the input's size, and by how much [B, 4] a box there is smaller than in the image."""
+        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        size = self.input_size or batches[0].shape[-2:]
+        if self.input_size is None and any(batch.shape[-2:] != size for batch in batches):
+            raise UserError(
+                "a batch has images of different sizes, and the detector takes only equal ones: set its `input_size`, or give "
+                "images of one size"
+            )
+        scales = [
+            batch.new_tensor((batch.shape[-1] / size[1], batch.shape[-2] / size[0]) * 2).expand(batch.shape[0], 4)
+            for batch in batches
+        ]
+        fitted = [batch if batch.shape[-2:] == size else stretched(batch, *size) for batch in batches]
+        return (torch.cat(fitted), torch.cat(scales)) if len(batches) > 1 else (fitted[0], scales[0])
+
+
+def stretched(x_BCHW: Tensor, height: int, width: int) -> Tensor:
+    """Images at another size, bilinearly and without antialiasing."""
+    return F.interpolate(x_BCHW, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,297 @@
+"""Object detection and instance segmentation: whole images or crops, flips, the network's own loss, COCO's average precision.
+
+Networks follow `models.detector`. Targets are `data.objects.Objects`. A prediction is a mapping of one image: `boxes` float32
+[D, 4] (left, top, right, bottom in pixels of that image), `scores` float32 [D], `labels` int64 [D], and `masks` bool [D, H, W] of
+a network that has them. Letters of shapes: B images, D detections, G objects, N images of a data set, R resamples.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pycocotools import mask as coco_masks
+from torch import Tensor
+
+from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.objects import Objects, boxes_of, rle_of
+from gearnn_ray.tasks import coco_ap, pictures
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
+
+_LEAST_SEEN = 0.3  # share of a box inside the crop below which an object is neither to be found nor an error
+_MASK = 0.5  # probability from which on a pixel belongs to an object
+_PARTS = {"boxes", "scores", "labels"}
+_JSON, _PNG = "application/json", "image/png"
+_LEAST_SCORE = {_JSON: 0.05, _PNG: 0.3}  # of what an answer has, unless the client says otherwise
+_OF_MASKS = "mask_"  # begins the names of the masks' evidence
+
+Prediction = Mapping[str, Tensor]
+
+
+class Detection:
+    """The task `detection`, with masks where network and data set have them."""
+
+    name = "detection"
+    version = 1
+    metrics: tuple[str, ...] = (*coco_ap.METRICS, *(f"mask {metric}" for metric in coco_ap.METRICS))
+    shown = 2
+    has_stability = False
+    stored_as = "objects"
+    media_types: tuple[str, ...] = (_JSON, _PNG)
+    exported: tuple[str, ...] = ("boxes", "scores", "labels")
+
+    def check(self, image: Image, target: Objects, num_classes: int, where: str) -> None:
+        """Raise UserError unless the objects are of this image and of these classes."""
+        if target.size != image.shape[:2]:
+            found, expected = (f"{width}x{height}" for height, width in (target.size, image.shape[:2]))
+            raise UserError(
+                f"{where} has objects of an image of {found} and {expected} pixels: give every image its own objects."
+            )
+        if len(target) and not 0 <= target.labels.min() <= target.labels.max() < num_classes:
+            raise UserError(f"{where} has the class id {target.labels.max()}, expected 0 to {num_classes - 1}: correct it.")
+
+    def store(self, target: Objects) -> NDArray[np.uint8]:
+        """The objects as one row of bytes."""
+        return np.frombuffer(target.to_bytes(), np.uint8)[None]
+
+    def restore(self, stored: NDArray[np.uint8]) -> Objects:
+        """The objects in a row of bytes."""
+        return Objects.from_bytes(stored.tobytes())
+
+    def crop_size(self, shapes: Sequence[tuple[int, ...]], crop: int) -> tuple[int, int]:
+        """`crop`; a smaller image is used whole, because detectors take images of different sizes."""
+        return crop, crop
+
+    def augment(self, image: Image, target: Objects, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Objects]:
+        """A random window of `crop` (height, width), or the whole of a smaller side, flipped horizontally half the time. An
+        object of which the window shows less than 30% becomes a crowd. Objects of another image size are scaled to the image's.
+        """
+        height, width = image.shape[:2]
+        target = _scaled(target, height, width)
+        rows, columns = min(crop[0], height), min(crop[1], width)
+        top, left = int(draws[0] * (height - rows + 1)), int(draws[1] * (width - columns + 1))
+        if (rows, columns) != (height, width):
+            image, target = image[top : top + rows, left : left + columns], _window(target, top, left, rows, columns)
+        return (image[:, ::-1], _flipped(target)) if draws[2] < 0.5 else (image, target)
+
+    def collate(self, samples: Sequence[tuple[Image, Objects]]) -> Batch:
+        """uint8 x_BCHW where the images have one size, else a list; the targets as `models.detector.Target`."""
+        images = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image, _ in samples]
+        equal = len({image.shape for image in images}) == 1
+        return Batch(torch.stack(images) if equal else images, _Targets(_tensors(target) for _, target in samples))
+
+    def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
+        """The network's own terms. A plain number, as torchvision's detectors return it, counts as one item."""
+        found = forward(batch.images, list(batch.targets))
+        if not isinstance(found, dict) or not found:
+            raise UserError(
+                f"the network returned a {type(found).__name__} for images with targets: expected its losses by name, so see "
+                "gearnn_ray.models.detector for what a detector is called with"
+            )
+        one = torch.ones(())
+        return {
+            name: LossTerm(*(term if isinstance(term, tuple) else (term, one.to(term.device)))) for name, term in found.items()
+        }
+
+    def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
+        """Not defined: two answers have no objects in common that a distance could be taken of."""
+        raise NotImplementedError
+
+    def outputs(self, raw: Any) -> list[dict[str, Tensor]]:
+        """The predictions of the images, highest scores first; empty places are dropped."""
+        if isinstance(raw, dict):
+            raw = [dict(zip(raw, parts, strict=True)) for parts in zip(*raw.values(), strict=True)]
+        if not isinstance(raw, list) or not all(
+            isinstance(each, dict) and {"boxes", "scores", "labels"} <= each.keys() for each in raw
+        ):
+            raise UserError(
+                f"the network returned a {type(raw).__name__}: expected boxes, scores and labels of each image, so a network of "
+                "raw tensors needs a decoder (see gearnn_ray.models.detector)"
+            )
+        return [_prediction(each) for each in raw]
+
+    def tensors(self, raw: Any) -> tuple[Tensor, ...]:
+        """Boxes [B, D, 4], scores [B, D] and labels [B, D] of a network that finds D in every image, empty places included."""
+        if not isinstance(raw, dict):
+            raise UserError(
+                "the network returns a list with the detections of each image, and a graph needs tensors of fixed shape: use "
+                ".safetensors, or a single-stage detector (see gearnn_ray.models.detector)"
+            )
+        return raw["boxes"].float(), raw["scores"].float(), raw["labels"]
+
+    def at_frame_size(self, outputs: Any, height: int, width: int) -> Any:
+        """Outputs are in pixels of the frame already."""
+        return outputs
+
+    def evidence(self, prediction: Prediction, target: Objects, size: tuple[int, int], num_classes: int) -> dict[str, Tensor]:
+        """`coco_ap.image_evidence` of the boxes, and under names that begin with `mask` that of the masks."""
+        order = torch.argsort(prediction["scores"], descending=True, stable=True)[: coco_ap.MOST_DETECTIONS]
+        chosen = {name: part[order].cpu() for name, part in prediction.items()}
+        (height, width), scores, labels = target.size, chosen["scores"].numpy(), chosen["labels"].numpy()
+        areas_G, crowd_G = target.areas.astype(np.float64), target.crowd
+        boxes = chosen["boxes"].numpy().astype(np.float64) * np.array([width / size[1], height / size[0]] * 2)
+
+        def judged(iou_DG: NDArray[np.float64], areas_D: NDArray[np.float64], prefix: str) -> dict[str, Tensor]:
+            found = coco_ap.image_evidence(iou_DG, scores, labels, areas_D, target.labels, areas_G, crowd_G, num_classes)
+            return {f"{prefix}{name}": torch.from_numpy(array) for name, array in found.items()}
+
+        evidence = judged(coco_ap.box_iou(boxes, target.boxes.astype(np.float64), crowd_G), coco_ap.box_areas(boxes), "")
+        if "masks" in chosen and target.rles is not None:
+            rles_D, rles_G = (
+                [{"size": [height, width], "counts": c} for c in each] for each in (_rles(chosen, height, width), target.rles)
+            )
+            ious = coco_masks.iou(rles_D, rles_G, crowd_G.tolist()) if rles_D and rles_G else np.zeros((len(rles_D), len(rles_G)))
+            evidence |= judged(np.asarray(ious), np.array([coco_masks.area(rle) for rle in rles_D], np.float64), _OF_MASKS)
+        return evidence
+
+    def aggregate(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`coco_ap.METRICS` of the boxes [R, 7], with masks also of these [R, 14]."""
+        arrays = {name: tensor.numpy() for name, tensor in evidence.items()}
+        of_masks = {name.removeprefix(_OF_MASKS): array for name, array in arrays.items() if name.startswith(_OF_MASKS)}
+        of_boxes = {name: array for name, array in arrays.items() if not name.startswith(_OF_MASKS)}
+        return np.hstack([coco_ap.average_precision(each, weights_RN) for each in (of_boxes, of_masks) if each])
+
+    def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
+        """Objects by image, class and range of area [N, K, 4]."""
+        objects: NDArray[np.int64] = evidence["objects"].numpy().astype(np.int64)
+        return objects
+
+    def answer(self, prediction: Prediction) -> dict[str, NDArray[Any]]:
+        """The prediction as arrays."""
+        return {name: part.cpu().numpy() for name, part in prediction.items()}
+
+    def content(self, prediction: Prediction, media_type: str) -> dict[str, NDArray[Any]]:
+        """The answer, whatever the type."""
+        return self.answer(prediction)
+
+    def encode(self, content: Mapping[str, NDArray[Any]], media_type: str, served: Served) -> bytes:
+        """JSON with COCO's fields, or the frame with the detections drawn: the `coco_ap.MOST_DETECTIONS` with the highest scores,
+        from the client's least score on, or from 0.05 in JSON and 0.3 in a picture.
+        """
+        least = _LEAST_SCORE[media_type] if served.least_score is None else served.least_score
+        enough = content["scores"] >= least
+        found = {name: part[enough][: coco_ap.MOST_DETECTIONS] for name, part in content.items()}
+        names = [_class_name(served.class_names, label) for label in found["labels"].tolist()]
+        if media_type == _PNG:
+            texts = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"], strict=True)]
+            return pictures.png(pictures.drawn(served.frame, found["boxes"], texts, found["labels"], found.get("masks")))
+        height, width = served.frame.shape[:2]
+        answer = {"image": {"width": width, "height": height}, **served.facts, "detections": _coco_results(found, names)}
+        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+
+    def close(self, a: Sequence[Prediction], b: Sequence[Prediction]) -> bool:
+        """Whether every image has the same detections, to a thousandth of its highest score and of a box's position. Images in
+        which `b` finds nothing show nothing, so they are not close to any.
+        """
+        return all(len(y["scores"]) and _has_all(x, y) and _has_all(y, x) for x, y in zip(a, b, strict=True))
+
+
+class _Targets(list[dict[str, Tensor]]):
+    """The targets of a batch."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "_Targets":
+        return _Targets({name: part.to(device, non_blocking=non_blocking) for name, part in each.items()} for each in self)
+
+
+def _tensors(target: Objects) -> dict[str, Tensor]:
+    """The objects as `models.detector.Target`."""
+    boxes, crowd = torch.from_numpy(target.boxes), torch.from_numpy(target.crowd)
+    tensors = {"boxes": boxes[~crowd], "labels": torch.from_numpy(target.labels)[~crowd], "crowd": boxes[crowd]}
+    return tensors if target.rles is None else tensors | {"masks": torch.from_numpy(target.masks())[~crowd]}
+
+
+def _prediction(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # in a graph, shapes do not depend on values: there, empty places stay, behind all others
+    there = slice(None) if torch.compiler.is_compiling() else found["scores"] > 0
+    order = torch.argsort(found["scores"].detach()[there], descending=True, stable=True)
+    chosen = {name: found[name][there][order] for name in ("boxes", "scores", "labels", "masks") if name in found}
+    if "masks" in chosen and chosen["masks"].is_floating_point():
+        chosen["masks"] = (chosen["masks"] > _MASK).flatten(0, -3)  # torchvision's have a channel
+    return {**chosen, "boxes": chosen["boxes"].float(), "scores": chosen["scores"].float()}
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else f"class {label}"
+
+
+def _coco_results(found: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, object]]:
+    """Detections as entries of COCO's result files, with the class's name beside its id."""
+    corners_D4 = found["boxes"].astype(np.float64)  # in which a difference of two float32 is exact enough to be added again
+    boxes_D4 = np.hstack([corners_D4[:, :2], corners_D4[:, 2:] - corners_D4[:, :2]])
+    columns = zip(found["labels"].tolist(), names, boxes_D4.tolist(), found["scores"].tolist(), strict=True)
+    results: list[dict[str, object]] = [
+        {"category_id": label, "category": name, "bbox": box, "score": score} for label, name, box, score in columns
+    ]
+    for result, mask in zip(results, found.get("masks", ()), strict=False):
+        result["segmentation"] = {"size": list(mask.shape), "counts": rle_of(mask).decode("ascii")}
+    return results
+
+
+def _rles(prediction: Prediction, height: int, width: int) -> list[bytes]:
+    """The masks of a prediction in an image of this size."""
+    masks = prediction["masks"]
+    if masks.shape[-2:] != (height, width):
+        masks = F.interpolate(masks[None].float(), size=(height, width), mode="nearest-exact")[0] > 0 if len(masks) else masks
+    return [rle_of(mask) for mask in masks.numpy()]
+
+
+def _has_all(a: Prediction, b: Prediction) -> bool:
+    """Whether `b` has each detection of `a`, but for those at the end, which may fall out of either."""
+    if not len(a["scores"]):
+        return True
+    most = float(a["scores"].max())
+    sure = a["scores"] > a["scores"].min() + 1e-3 * most
+    if not len(b["scores"]):
+        return not bool(sure.any())
+    size = float(a["boxes"].abs().max())
+    near = (a["scores"][:, None] - b["scores"]).abs() <= 1e-3 * most
+    near &= a["labels"][:, None] == b["labels"]
+    near &= (a["boxes"][:, None] - b["boxes"]).abs().amax(2) <= 1e-3 * size
+    return bool(near.any(1)[sure].all())
+
+
+def _scaled(target: Objects, height: int, width: int) -> Objects:
+    """Objects in an image of another size: that of a level whose frames are smaller."""
+    if target.size == (height, width):
+        return target
+    down, across = height / target.size[0], width / target.size[1]
+    boxes = target.boxes * np.array([across, down, across, down], np.float32)
+    rles = None
+    if target.rles is not None:
+        rows = ((np.arange(height) + 0.5) / down).astype(np.int64)
+        columns = ((np.arange(width) + 0.5) / across).astype(np.int64)
+        rles = tuple(rle_of(mask[rows[:, None], columns]) for mask in target.masks())
+    return replace(target, boxes=boxes, areas=target.areas * np.float32(down * across), size=(height, width), rles=rles)
+
+
+def _window(target: Objects, top: int, left: int, height: int, width: int) -> Objects:
+    """The objects in a window of their image: those of which nothing is seen are left out."""
+    boxes = target.boxes - np.array([left, top, left, top], np.float32)
+    inside = boxes.clip(0, np.array([width, height, width, height], np.float32))
+    masks = target.masks()[:, top : top + height, left : left + width] if target.rles is not None else None
+    if masks is not None:
+        seen = masks.any((1, 2))
+        inside[seen] = boxes_of(masks[seen])
+    else:
+        seen = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
+    whole, part = (coco_ap.box_areas(each.astype(np.float64)) for each in (target.boxes, inside))
+    share = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    return Objects(
+        inside[seen],
+        target.labels[seen],
+        (target.areas * share).astype(np.float32)[seen],
+        (target.crowd | (share < _LEAST_SEEN))[seen],
+        (height, width),
+        None if masks is None else tuple(map(rle_of, masks[seen])),
+    )
+
+
+def _flipped(target: Objects) -> Objects:
+    width = target.size[1]
+    boxes = np.stack([width - target.boxes[:, 2], target.boxes[:, 1], width - target.boxes[:, 0], target.boxes[:, 3]], 1)
+    rles = None if target.rles is None else tuple(rle_of(mask[:, ::-1]) for mask in target.masks())
+    return replace(target, boxes=boxes, rles=rles)
