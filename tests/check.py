@@ -35,8 +35,8 @@ if arguments := sys.argv[1:]:
     sys.exit(ended(start("pytest", *arguments)))
 # Tests on a Ray wait for processes much of the time, which the others fill, also those with a Ray of their own.
 with tempfile.TemporaryFile("w+") as said:
-    others = start("pytest", "-m", "not ray", out=said)
-    codes = [ended(start("pytest", "-m", "ray")), ended(others)]
+    others = start("pytest", "-m", "not ray and not slow", out=said)
+    codes = [ended(start("pytest", "-m", "ray and not slow")), ended(others)]
     said.seek(0)
-    print("$ pytest -m not ray (beside it)", said.read(), sep="\n", end="", flush=True)
+    print("$ pytest -m not ray and not slow (beside it)", said.read(), sep="\n", end="", flush=True)
 sys.exit(max(codes))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.models.detector import SingleStageDetector, Target, Terms
 
@@ -133,3 +134,9 @@ class _TinyDetector(SingleStageDetector):
 
 def tiny_detector(num_classes: int) -> nn.Module:
     return _TinyDetector(num_classes)
+
+
+def frozen(num_classes: int) -> nn.Module:
+    model = _TinyDetector(num_classes)
+    model.bn1 = FrozenBatchNorm2d(8)
+    return model

@@ -128,6 +128,8 @@ def test_a_release_is_evaluated_and_swept(released: Path, capsys: pytest.Capture
         ({"task": "segmentation"}, "data of kind yolo has no targets for segmentation: use scenes or camvid"),
         ({"model.name": "centre_detector", "model.arguments": ["min_size", "64"]}, "centre_detector has no argument 'min_size'"),
         ({"model.weights": "a.pt", "model.start": "b.pt"}, "model.start and model.weights are both given"),
+        ({"model.name": "light_maskrcnn"}, "light_maskrcnn does not learn from random weights"),
+        ({"model.name": "tests.nets:frozen"}, "has 1 frozen batch normalisations, the first at bn1, which no fine-tune can move"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_a_sentence(

@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from gearnn_ray.config.catalogue import BUILT_IN
+from gearnn_ray.config.catalogue import BUILT_IN, NEEDS_WEIGHTS
 from gearnn_ray.config.command_line import from_mapping
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
@@ -24,6 +24,11 @@ from gearnn_ray.store.releases import Store
 def check_split(config: SplitConfig) -> None:
     """Raise UserError for a data set, network, weights file or store that the split job cannot use."""
     check_name(config.model.name)
+    if config.model.name in NEEDS_WEIGHTS and config.model.weights is None and config.model.start is None:
+        raise UserError(
+            f"{config.model.name} does not learn from random weights, because its batch normalisations stay as they are: give "
+            "model.weights, or model.start with a pretrained network or backbone"
+        )
     if starts_own_cluster():
         _check_module(config.model.name)
         for path in (config.model.weights, config.model.start):

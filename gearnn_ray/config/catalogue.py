@@ -15,6 +15,9 @@ BUILT_IN = {
 }  # fmt: skip
 """Every built-in network, and the module of `gearnn_ray.models` that it is in."""
 
+NEEDS_WEIGHTS = (*TORCHVISION_DETECTORS, "light_maskrcnn")
+"""Networks whose batch normalisations are never in training mode: without weights they do not normalise anything."""
+
 KINDS = {
     "scenes": ("segmentation", "detection"), "camvid": ("segmentation",), "cityscapes": ("segmentation",),
     "folder": ("segmentation",), "coco": ("detection",), "penn-fudan": ("detection",), "yolo": ("detection",),

@@ -137,6 +137,14 @@ def tensors_of(layers: Collection[Layer], chosen: Collection[str]) -> tuple[str,
     return tuple(t for layer in layers if layer.name in chosen for t in layer.tensors)
 
 
+def frozen_norms(model: nn.Module) -> list[str]:
+    """Paths of batch normalisations that training cannot move, because their weights are buffers (torchvision's frozen ones)."""
+    norms = [(path, module) for path, module in model.named_modules() if "BatchNorm" in type(module).__name__]
+    return [
+        path for path, norm in norms if not isinstance(norm, _NormBase) and "weight" in dict(norm.named_buffers(recurse=False))
+    ]
+
+
 def set_trainable(model: nn.Module, chosen: Collection[str] | None) -> list[tuple[str, nn.Parameter]]:
     """Freeze every layer outside `chosen` (None: freeze nothing) and set the modes as `set_training_mode` does. A parameter that
     the network itself has frozen (DRN's upsampler) stays frozen. Returns the trainable parameters by name, in state-dict order.

@@ -14,7 +14,7 @@ from gearnn_ray.config.split import ModelConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit
 from gearnn_ray.data.dataset import Dataset
-from gearnn_ray.models.layers import layers_of, network_state
+from gearnn_ray.models.layers import frozen_norms, layers_of, network_state
 from gearnn_ray.models.weights import load_weights, read_weights, start_from
 from gearnn_ray.offline.job_spec import Network, level_data, stage_key
 from gearnn_ray.offline.records import BaseResult, Execution
@@ -64,6 +64,11 @@ def check_network(network: Network, weights: str | None, start: str | None = Non
     model = _network_from_weights(network, weights)
     if start is not None:
         start_from(model, read_weights(start), start)
+    if frozen := frozen_norms(model):
+        raise UserError(
+            f"the network {network.name} has {len(frozen)} frozen batch normalisations, the first at {frozen[0]}, which no "
+            "fine-tune can move: build it with norm_layer=torch.nn.BatchNorm2d"
+        )
     layers = layers_of(model)
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")

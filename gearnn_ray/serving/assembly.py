@@ -6,7 +6,8 @@ inspection can. Whatever fails runs as a whole, once per level. At last it measu
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gearnn_ray.serving import convolution
 from gearnn_ray.serving.batch import CompressedTable, Mixture, Selection, Table
 from gearnn_ray.serving.level_estimation import Reference
 from gearnn_ray.serving.modules import Adaptive, AdaptiveConv, NeedsParentError, PerLevel, kind_of
+from gearnn_ray.serving.regions import has_regions, with_regions
 from gearnn_ray.store.manifest import Manifest
 from gearnn_ray.store.releases import Release
 from gearnn_ray.tasks import task_by_name
@@ -66,6 +68,10 @@ def assemble(
     cannot be built, does not fit its weights, or takes no batch of images.
     """
     network = _base_network(release, device, trust)
+    if mixes and has_regions(network):
+        raise UserError(
+            f"the network of {release.name} sees regions of its images, which cannot mix two levels: use untrained='nearest'"
+        )
     source = _source_levels(release, levels)
     adaptors = {level: parts_of(release.stored_state(level)) for level in source.values() if level in release.levels}
     adapted = [name for name in network.state_dict() if any(name in adaptor for adaptor in adaptors.values())]
@@ -85,6 +91,8 @@ def assemble(
     whole: set[str] = set()  # paths of modules that run as a whole, once per level
     while True:
         built = _with_tables(network, tables, whole)
+        if not isinstance(built, PerLevel):
+            built = with_regions(built, selection)
         try:
             _dry_run(release, built)
         except NeedsParentError as error:
@@ -214,7 +222,9 @@ def _dry_run(release: Release, network: nn.Module) -> None:
     parts = _adaptive_modules(network)
     selections = [module for module in network.modules() if isinstance(module, Selection)]
     for selection in selections:
-        selection.forget()
+        selection.set_all(0)
+        if not has_regions(network):  # else every region would get weights of its own
+            selection.forget()
     for part in parts:
         part.check_batch = _DRY_BATCH
     try:
@@ -247,9 +257,9 @@ def _dry_run(release: Release, network: nn.Module) -> None:
 def _agrees(release: Release, network: nn.Module, built: nn.Module, selection: Selection, tables: Mapping[str, Table]) -> bool:
     """Whether the adaptive network gives what the plain one gives with each level's tensors, mixed and alone.
 
-    A network may use its modules in ways that no inspection shows; three images of different levels show them. A detector with a
-    threshold may find nothing in noise, and two empty outputs are equal whatever the weights: the task does not call these close,
-    so that such a network runs as a whole, which is right for any.
+    A network may use its modules in ways that no inspection shows; three images of different levels show them. Two empty outputs
+    are equal whatever the weights, and a detector with a threshold finds nothing in noise: torchvision's thresholds are set to 0
+    meanwhile. Where nothing is found even so, the task does not call the outputs close, and the network runs as a whole.
     """
     levels = [0, *range(1, len(selection.maps[0]))][:_DRY_BATCH]
     levels += levels[-1:] * (_DRY_BATCH - len(levels))
@@ -263,7 +273,7 @@ def _agrees(release: Release, network: nn.Module, built: nn.Module, selection: S
     for _, height, width in _trial_sizes(release):
         images = torch.randn(_DRY_BATCH, 3, height, width).to(selection.maps.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _without_thresholds(network, built):
                 expected = [plain(level, images[[sample]]) for sample, level in enumerate(levels)]
                 selection.set_each([Mixture(level) for level in levels])
                 mixed = _outputs(release, built, images)
@@ -277,6 +287,21 @@ def _agrees(release: Release, network: nn.Module, built: nn.Module, selection: S
         if not all(task.close(a, b) for a, b in zip(found, [*expected, expected[-1]], strict=True)):
             return False
     return True
+
+
+@contextmanager
+def _without_thresholds(*networks: nn.Module) -> Iterator[None]:
+    """Let torchvision's detectors return what they are least sure of, too."""
+    found = {
+        module: module.score_thresh for network in networks for module in network.modules() if hasattr(module, "score_thresh")
+    }
+    try:
+        for module in found:
+            module.score_thresh = 0.0  # type: ignore[assignment]
+        yield
+    finally:
+        for module, threshold in found.items():
+            module.score_thresh = threshold
 
 
 def _adaptive_modules(network: nn.Module) -> list[Adaptive]:

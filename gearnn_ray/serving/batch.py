@@ -34,7 +34,7 @@ class Mixture:
 class _Host:
     """The host's view of the batch; a plain object, because setting a Module's attributes takes microseconds."""
 
-    __slots__ = ("held", "holds", "indices", "mixed", "restored", "rows", "unwritten")
+    __slots__ = ("held", "holds", "images", "indices", "mixed", "regions", "restored", "rows", "unwritten")
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
@@ -44,6 +44,8 @@ class _Host:
         self.held: int | None = None  # the level whose restored tensors are kept in `restored`
         self.restored: dict[Table, Tensor] = {}
         self.holds = False  # whether all samples of this batch use the level `held`
+        self.regions: int | None = None  # how many samples there are while they are regions of images
+        self.images: NDArray[np.int64] | None = None  # `rows` of the images, while samples are regions
 
 
 class Selection(nn.Module):
@@ -129,6 +131,26 @@ class Selection(nn.Module):
         if self.mixes:
             self.weights.zero_()
 
+    def spread(self, counts: Sequence[int]) -> None:
+        """Let samples be regions until `collect`: the first counts[0] of image 0, and so on. In eager execution only."""
+        host = self.host
+        if host.regions is None:
+            host.images = host.rows
+        host.regions, rows_Mn = sum(counts), host.images
+        if rows_Mn is not None and rows_Mn.shape[1] > 1:
+            host.rows = rows_Mn[:, np.repeat(np.arange(len(counts)), counts)]
+            self.reserve(host.regions)
+            self.rows[:, : host.regions].copy_(torch.from_numpy(host.rows))
+
+    def collect(self) -> None:
+        """Let samples be images again."""
+        host = self.host
+        if host.regions is None:
+            return
+        host.rows, host.regions = host.images, None
+        if host.rows is not None and host.rows.shape[1] > 1:
+            self.rows[:, : host.rows.shape[1]].copy_(torch.from_numpy(host.rows))
+
     def forget(self) -> None:
         """Hide the levels from the host: modules then compute as they do in a compiled graph."""
         self.write()
@@ -149,6 +171,8 @@ class Selection(nn.Module):
         if torch.compiler.is_compiling() or self.host.rows is None or self.host.mixed:
             return None
         rows = self.host.rows[map_index]
+        if not len(rows):  # no regions: any row will do
+            return [0]
         first = int(rows[0])
         return [first] if (rows == first).all() else rows.tolist()
 

@@ -7,7 +7,7 @@ level, torch's plain kernels run. Knows nothing about releases or level names.
 Legend: n samples, C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ class Adaptive(nn.Module):
     def check(self, x: Any) -> None:
         """Raise NeedsParentError in the dry run, and UserError later, unless the first dimension is the batch."""
         if self.check_batch is not None:
-            if not isinstance(x, Tensor) or x.shape[:1] != (self.check_batch,):
+            regions = self._selection.host.regions
+            if not isinstance(x, Tensor) or x.shape[:1] != (self.check_batch if regions is None else regions,):
                 raise NeedsParentError(self.path)
             return
         samples = self._selection.samples()
@@ -142,7 +143,8 @@ class AdaptiveConv(Adaptive):
             weight = conv.weight if table is None or rows is None else table.row(rows[0])
             y = convolution.plain(x, conv, weight, None if bias_each else bias)
             return y if not bias_each or bias is None else y + _over_pixels(bias, y)
-        if rows is not None and self.eager_method == convolution.BY_ROW:
+        if rows is not None and (self.eager_method == convolution.BY_ROW or self._selection.host.regions is not None):
+            # of regions there are hundreds: a weight for each would take gigabytes
             y = convolution.by_row(x, conv, table, rows)
         else:
             name = self.compiled_method if rows is None else self.eager_method
@@ -156,8 +158,14 @@ class AdaptiveLinear(Adaptive):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         n = x.shape[0]
-        weight, weight_each = self.values("weight", n)
+        table = self.table("weight")
+        rows = None if table is None or self._selection.host.regions is None else table.rows()
         bias, bias_each = self.values("bias", n)
+        if table is not None and rows is not None and len(rows) > 1:
+            # of regions there are hundreds: a weight for each would take gigabytes
+            y = by_row(x, table, rows)
+            return y if bias is None else y + bias
+        weight, weight_each = self.values("weight", n)
         assert weight is not None
         if not weight_each and not bias_each:
             return F.linear(x, weight, bias)
@@ -168,6 +176,16 @@ class AdaptiveLinear(Adaptive):
         if bias is None:
             return y
         return y + (bias.view(n, *(1 for _ in y.shape[2:]), -1) if bias_each and y.dim() > 2 else bias)
+
+
+def by_row(x: Tensor, weights: Table, rows: Sequence[int]) -> Tensor:
+    """A linear layer [n, features], once per distinct row, over the samples that use it. rows: one per sample."""
+    of_each = torch.tensor(rows, device=x.device)
+    y = x.new_empty(len(x), weights.row(rows[0]).shape[0])
+    for row in dict.fromkeys(rows):
+        samples = (of_each == row).nonzero()[:, 0]
+        y[samples] = F.linear(x[samples], weights.row(row))
+    return y
 
 
 class AdaptiveLayerNorm(Adaptive):
