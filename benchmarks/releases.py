@@ -1,7 +1,7 @@
-"""A synthetic release for measurements: DRN-D-22 with untrained weights, and adaptors of the size and layers of real ones."""
+"""Synthetic releases for measurements: DRN-D-22 with untrained weights and adaptors like real ones, or of any tensors."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,20 +29,30 @@ def made_up(levels: Sequence[str]) -> Release:
             chosen.add(layer.name)
     names = tensors_of(layers, chosen)
     adaptors = {level: {name: _moved(base[name]) for name in names} for level in levels}
-    digests = {level: f"sha256:{number:064x}" for number, level in enumerate(levels, 1)}
-    entry = {"bytes": 1, "floats": 1, "layers": names, "scores": {}}
+    return in_memory("drn_d_22", CLASSES, "segmentation", base, adaptors)
+
+
+def in_memory(
+    network: str, classes: int, task: str, base: Mapping[str, Tensor], adaptors: Mapping[str, Mapping[str, Tensor]]
+) -> Release:
+    """A release of these tensors that is in no store. adaptors: by level, `clean` apart."""
+    digests = {level: f"sha256:{number:064x}" for number, level in enumerate(adaptors, 1)}
     nothing = {"digest": None, "bytes": 0, "floats": 0, "layers": [], "scores": {}}
+    floats = {level: sum(tensor.numel() for tensor in adaptor.values()) for level, adaptor in adaptors.items()}
+    entries = {
+        level: {"digest": digests[level], "bytes": 1, "floats": floats[level], "layers": sorted(adaptor), "scores": {}}
+        for level, adaptor in adaptors.items()
+    }
     content = {
         "name": "made-up",
         "model": {
-            "name": "drn_d_22", "num_classes": CLASSES, "floats": model_size(model), "task": "segmentation",
+            "name": network, "num_classes": classes, "floats": sum(tensor.numel() for tensor in base.values()), "task": task,
             "normalisation": {"mean": [0.41, 0.42, 0.43], "std": [0.3, 0.31, 0.31]},
         },
         "base": {"digest": "sha256:" + "0" * 64, "bytes": 1},
-        "levels": {"clean": nothing, **{level: {"digest": digest, **entry} for level, digest in digests.items()}},
-        "budget": {"floats": budget}, "recipe": {}, "versions": {},
+        "levels": {"clean": nothing, **entries}, "budget": {}, "recipe": {}, "versions": {},
     }  # fmt: skip
-    return Release(Manifest.model_validate(content), "sha256:" + "0" * 64, base, {"clean": {}, **adaptors})
+    return Release(Manifest.model_validate(content), "sha256:" + "0" * 64, dict(base), {"clean": {}, **adaptors})
 
 
 def _moved(tensor: Tensor) -> Tensor:

@@ -140,3 +140,25 @@ def frozen(num_classes: int) -> nn.Module:
     model = _TinyDetector(num_classes)
     model.bn1 = FrozenBatchNorm2d(8)
     return model
+
+
+class _RawDetector(_TinyDetector):
+    """Returns its raw tensors: somebody forgot the decoder."""
+
+    def forward(self, images: Tensor, targets: Sequence[Target] | None = None) -> Tensor:
+        return self.raw(images)
+
+
+def raw_detector(num_classes: int) -> nn.Module:
+    return _RawDetector(num_classes)
+
+
+class _TooDeep(Small):
+    """Takes only images with sides of whole multiples of 64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.interpolate(F.avg_pool2d(x, 64), scale_factor=64)[:, :1]
+
+
+def too_deep(num_classes: int) -> nn.Module:
+    return _TooDeep(num_classes)

@@ -129,6 +129,11 @@ def test_a_release_is_evaluated_and_swept(released: Path, capsys: pytest.Capture
         ({"model.name": "centre_detector", "model.arguments": ["min_size", "64"]}, "centre_detector has no argument 'min_size'"),
         ({"model.weights": "a.pt", "model.start": "b.pt"}, "model.start and model.weights are both given"),
         ({"model.name": "light_maskrcnn"}, "light_maskrcnn does not learn from random weights"),
+        (
+            {"model.name": "tests.nets:raw_detector"},
+            "the network returned a Tensor: expected boxes, scores and labels of each image",
+        ),
+        ({"model.name": "tests.nets:small"}, "the network returned a Tensor: expected boxes, scores and labels of each image"),
         ({"model.name": "tests.nets:frozen"}, "has 1 frozen batch normalisations, the first at bn1, which no fine-tune can move"),
     ],
 )

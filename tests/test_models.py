@@ -1,6 +1,7 @@
 """DRN against its published sizes and names; weights files in the true formats, and everything wrong with one."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,18 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from gearnn_ray.config.command_line import parse_command_line
+from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.dataset import Split, open_dataset
+from gearnn_ray.data.objects import Objects
 from gearnn_ray.models.drn import bilinear_kernel
 from gearnn_ray.models.layers import layers_of, model_size, network_state
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.models.weights import load_weights, read_weights
-from tests.conftest import ROOT
+from gearnn_ray.models.weights import WeightsFile, load_weights, read_weights, start_from
+from gearnn_ray.offline.base import check_network
+from gearnn_ray.offline.job_spec import Network
+from tests.conftest import NORMALISATION, ROOT
 
 
 @pytest.mark.parametrize(
@@ -182,3 +189,66 @@ def test_the_shared_checkpoint_loads_unchanged() -> None:
     weights = read_weights(ROOT.parent / "shared/weights/drn_d_22_camvid.safetensors")
     load_weights(model, weights, "shared")
     assert weights.about["mean"] == [0.41, 0.42, 0.43]
+
+
+def test_training_starts_from_the_part_of_a_network_that_a_file_has(tmp_path: Path) -> None:
+    """A file of a backbone, one of a network with other classes; and one of something else."""
+    whole, other = build_model("light_maskrcnn", num_classes=2), build_model("light_maskrcnn", num_classes=5)
+    body = {name.removeprefix("backbone.body."): t for name, t in whole.state_dict().items() if name.startswith("backbone.body.")}
+    classifier = {"_fc.weight": torch.zeros(10, 4), "_fc.bias": torch.zeros(10)}
+    assert start_from(other, WeightsFile(body | classifier), "lite0.pth") == sum(t.numel() > 1 for t in body.values())
+    assert torch.equal(
+        other.state_dict()["backbone.body._conv_stem.weight"], whole.state_dict()["backbone.body._conv_stem.weight"]
+    )
+    fresh = build_model("light_maskrcnn", num_classes=5)
+    before = fresh.state_dict()["roi_heads.box_predictor.cls_score.weight"].clone()
+    start_from(fresh, WeightsFile(whole.state_dict()), "two.pth")
+    after = fresh.state_dict()
+    assert torch.equal(after["roi_heads.box_predictor.cls_score.weight"], before)  # six outputs, not three
+    assert torch.equal(after["rpn.head.bbox_pred.weight"], whole.state_dict()["rpn.head.bbox_pred.weight"])
+    with pytest.raises(UserError, match=r"x\.pth has no tensor of this network or of a part of it"):
+        start_from(other, WeightsFile(classifier), "x.pth")
+    with pytest.raises(
+        UserError, match=r"'backbone\.body\._conv_stem\.weight' in the weights file x\.pth holds values that are not"
+    ):
+        start_from(other, WeightsFile({"_conv_stem.weight": torch.full((32, 3, 3, 3), torch.nan)}), "x.pth")
+
+
+def test_penn_fudans_experiment_is_a_configuration() -> None:
+    yaml = str(ROOT / "docs/results/penn_fudan.yaml")
+    config, _ = parse_command_line(SplitConfig, ["--config", yaml, "--data.path", "x", "--model.start", "lite0.pth"], "")
+    assert (config.task, config.model.name, config.base_recipe.warm_up, len(config.levels)) == (
+        "detection",
+        "light_maskrcnn",
+        30,
+        14,
+    )
+    plain, _ = parse_command_line(
+        SplitConfig,
+        ["--model.name", "maskrcnn_resnet50_fpn", "--data.kind", "penn-fudan", "--data.path", "x", "--budget", "0.4%"],
+        "",
+    )
+    assert (plain.task, plain.budget) == ("detection", "0.4%")
+
+
+def test_a_network_is_tried_on_an_image_before_anything_is_trained() -> None:
+    data = open_dataset("scenes", train=1, val=1)
+    network = Network("tests.nets:too_deep", data.num_classes, NORMALISATION)
+    with pytest.raises(UserError, match=r"too_deep fails on a validation image of 128x96 \(RuntimeError: .*segmentation"):
+        check_network(network, None, None, data)
+    detection = open_dataset("scenes", task="detection", train=1, val=1)
+    masks = Network("light_maskrcnn", 2, NORMALISATION, "detection")
+    assert check_network(masks, None, None, detection).floats == model_size(masks.build())
+    boxes = replace(detection, val=_WithoutMasks(detection.val))
+    with pytest.raises(UserError, match="Mask R-CNN trains on masks and the data set has only boxes"):
+        check_network(masks, None, None, boxes)
+
+
+class _WithoutMasks:
+    """A split with boxes alone."""
+
+    def __init__(self, split: Split) -> None:
+        self._split, self.ids, self.image = split, split.ids, split.image
+
+    def target(self, index: int) -> Objects:
+        return replace(self._split.target(index), rles=None)

@@ -22,7 +22,7 @@ from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import task_by_name
-from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, predict_image
 from gearnn_ray.training.trainer import fine_tune
 
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # used to train torchvision's and DRN's networks
@@ -59,8 +59,10 @@ def _triple(value: object) -> tuple[float, float, float] | None:
     return None
 
 
-def check_network(network: Network, weights: str | None, start: str | None = None) -> NetworkFacts:
-    """Build the network and load its weights, or those that its training starts from, to see that it works. Raises UserError."""
+def check_network(network: Network, weights: str | None, start: str | None = None, data: Dataset | None = None) -> NetworkFacts:
+    """Build the network and load its weights, or those that its training starts from, and let it predict one validation image of
+    `data`, to see that all of it works. Raises UserError.
+    """
     model = _network_from_weights(network, weights)
     if start is not None:
         start_from(model, read_weights(start), start)
@@ -72,7 +74,29 @@ def check_network(network: Network, weights: str | None, start: str | None = Non
     layers = layers_of(model)
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
+    if data is not None:
+        _try_on_an_image(network, model, data)
     return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
+
+
+def _try_on_an_image(network: Network, model: nn.Module, data: Dataset) -> None:
+    """Predict and judge the first validation image, and compute the loss on it."""
+    task, image, target = task_by_name(network.task), data.val.image(0), data.val.target(0)
+    task.check(image, target, network.num_classes, f"val sample {data.val.ids[0]!r}")
+    predictor = Predictor(for_inference(model), network.normalisation)
+    try:
+        prediction = predict_image(task, predictor, image, torch.device("cpu"))
+        task.evidence(prediction, target, image.shape[:2], network.num_classes)
+        with torch.no_grad():
+            task.losses(predictor, task.collate([(image, target)]))
+    except UserError:
+        raise
+    except Exception as error:  # of a network of the user's own, anything
+        size, reason = f"{image.shape[1]}x{image.shape[0]}", " ".join(str(error).split())
+        raise UserError(
+            f"the network {network.name} fails on a validation image of {size} ({type(error).__name__}: {reason[:300]}): "
+            f"expected a network for {network.task} that takes images of this size"
+        ) from error
 
 
 def _network_from_weights(network: Network, weights: str | None) -> nn.Module:

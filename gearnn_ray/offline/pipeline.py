@@ -132,9 +132,9 @@ def open_data(config: SplitConfig) -> Dataset:
     return data
 
 
-def _look_at_network(model: ModelConfig, num_classes: int, task: str) -> tuple[Network, NetworkFacts]:
-    network = network_of(model, num_classes, task)
-    return network, check_network(network, model.weights, model.start)
+def _look_at_network(model: ModelConfig, data: Dataset, task: str) -> tuple[Network, NetworkFacts]:
+    network = network_of(model, data.num_classes, task)
+    return network, check_network(network, model.weights, model.start, data)
 
 
 def _prepare_images(data: Dataset, task: str, level: str, part: Any, cache: str) -> ImageStatistics | None:
@@ -172,7 +172,7 @@ def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
             f"resources.workers_per_level is {workers} and there are {len(data.train)} training images: every worker needs an "
             "image of each batch, so give fewer workers"
         )
-    network, facts = tasks.check(_look_at_network, config.model, data.num_classes, config.task)
+    network, facts = tasks.check(_look_at_network, config.model, data, config.task)
     budget = budget_floats(config.budget, facts.floats)
     if budget < facts.least_budget(config.selection.criterion):
         raise UserError(
