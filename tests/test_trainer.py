@@ -1,7 +1,9 @@
 """One function fine-tunes: what moves, what must not, and that a killed one goes on to the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from gearnn_ray.adaptors.adaptor import take_adaptor
 from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.core.errors import TrainingFailedError
+from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.layers import network_state, same_bits
 from gearnn_ray.models.registry import build_model
+from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Image, score
 from gearnn_ray.training import trainer
 from gearnn_ray.training.precision import fastest_precision
@@ -263,6 +267,25 @@ CHOSEN = ("conv1.weight", "head.weight", "head.bias")
 NETWORKS = ("tests.nets:small", "tests.nets:with_auxiliary_head")
 
 
+def tune_detector(checkpoint: Memory | None = None) -> dict[str, Tensor]:
+    """A detector on four scenes, of which one has no object at all."""
+    data = open_dataset("scenes", task="detection", train=4, val=1, height=48, width=64)
+    images, targets = ([part(index) for index in range(4)] for part in (data.train.image, data.train.target))
+    nothing = np.zeros(len(targets[0]), np.bool_)
+    targets[0] = replace(
+        targets[0], boxes=targets[0].boxes[nothing], labels=targets[0].labels[nothing], areas=targets[0].areas[nothing],
+        crowd=targets[0].crowd[nothing], rles=(),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model("tests.nets:tiny_detector", num_classes=2)
+    recipe = Recipe(epochs=3, learning_rate=0.01, batch_size=4, crop=64)
+    fine_tune(
+        task_by_name("detection"), model, images, targets, recipe, NORMALISATION, "float32", chosen=CHOSEN, seed=2,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    return network_state(model)
+
+
 def _two_undisturbed(rank: int, folder: Path, pictures: tuple[list[Image], list[Image]]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
@@ -270,6 +293,7 @@ def _two_undisturbed(rank: int, folder: Path, pictures: tuple[list[Image], list[
         torch.manual_seed(0)
         model = build_model(name, num_classes=3)
         torch.save(tune(model, pictures, chosen=CHOSEN, checkpoint=Memory()), folder / f"{name}-{rank}.pt")
+    torch.save(tune_detector(Memory()), folder / f"detector-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -287,6 +311,12 @@ def test_two_workers_share_each_batch_and_agree_with_one(tmp_path: Path, picture
         for tensor_name, tensor in alone.items():
             assert same_bits(zero[tensor_name], one[tensor_name])
             torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)
+    detector, zero = tune_detector(), torch.load(tmp_path / "detector-0.pt")
+    torch.manual_seed(0)
+    start = network_state(build_model("tests.nets:tiny_detector", num_classes=2))
+    assert not torch.allclose(detector["head.weight"], start["head.weight"], atol=1e-3)
+    for tensor_name, tensor in detector.items():
+        torch.testing.assert_close(zero[tensor_name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_the_learning_rate_rises_before_it_falls() -> None:

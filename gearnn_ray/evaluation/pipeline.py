@@ -97,7 +97,7 @@ def _compare(
 ) -> tuple[list[DifferenceRow], list[AverageRow]]:
     del emit
     cells = {place: [measurements.evidence_of(spec, each) for each in seeds] for place, seeds in evaluated.items()}
-    return statistics.differences(spec.task, cells), statistics.averages(spec.task, cells, axes)
+    return statistics.compare(spec.task, cells, axes)
 
 
 @dataclass(frozen=True)

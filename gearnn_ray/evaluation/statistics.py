@@ -30,9 +30,22 @@ PUBLISHED: dict[str, dict[str, float]] = {"mIoU": {"original": 18.12, "stability
 """Metric and method to GearNN's average gain over the method in points, on Cityscapes (abstract of Xie & Kim 2020)."""
 
 
+def compare(
+    task: Task, cells: Cells, axes: Mapping[str, Sequence[str]], against: str = "gearnn", resamples: int = 1000, seed: int = 0
+) -> tuple[list[DifferenceRow], list[AverageRow]]:
+    """Each method against GearNN: at every level (`differences`), and on the average of each axis (`averages`). axes: axis to its
+    levels. Raises ValueError if the images of two cells differ.
+    """
+    scores = _scores(task, cells, resamples, seed)
+    return _differences(cells, scores, against), _averages(task, cells, scores, axes, against)
+
+
 def differences(task: Task, cells: Cells, against: str = "gearnn", resamples: int = 1000, seed: int = 0) -> list[DifferenceRow]:
     """Each method minus `against`, at every level that both have. Raises ValueError if the images of two cells differ."""
-    scores = _scores(task, cells, resamples, seed)
+    return _differences(cells, _scores(task, cells, resamples, seed), against)
+
+
+def _differences(cells: Cells, scores: Mapping[tuple[str, str], Scores], against: str) -> list[DifferenceRow]:
     rows: list[DifferenceRow] = []
     for (method, level), own_R in scores.items():
         if method == against or (against, level) not in scores:
@@ -50,7 +63,13 @@ def averages(
 
     axes: axis to its levels. A resample holds the same images at all levels, so that the interval is that of the mean itself.
     """
-    scores, published = _scores(task, cells, resamples, seed), PUBLISHED.get(task.metrics[0], {})
+    return _averages(task, cells, _scores(task, cells, resamples, seed), axes, against)
+
+
+def _averages(
+    task: Task, cells: Cells, scores: Mapping[tuple[str, str], Scores], axes: Mapping[str, Sequence[str]], against: str
+) -> list[AverageRow]:
+    published = PUBLISHED.get(task.metrics[0], {})
     rows: list[AverageRow] = []
     for axis, levels in axes.items():
         for method in dict.fromkeys(method for method, _ in cells if method != against):
@@ -94,7 +113,7 @@ def _scores(task: Task, cells: Cells, resamples: int, seed: int) -> dict[tuple[s
                 f"the labels of {' at '.join(cell)} are not those of {' at '.join(first)}: "
                 "expected the same images in the same order for every method, level and seed"
             )
-        scores[cell] = np.stack([task.aggregate(evidence, weights_RN)[:, 0] for evidence in seeds]).mean(0)
+        scores[cell] = np.stack([task.first_metric(evidence, weights_RN) for evidence in seeds]).mean(0)
     return scores
 
 

@@ -156,6 +156,11 @@ class Detection:
         of_boxes = {name: array for name, array in arrays.items() if not name.startswith(_OF_MASKS)}
         return np.hstack([coco_ap.average_precision(each, weights_RN) for each in (of_boxes, of_masks) if each])
 
+    def first_metric(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
+        """AP of the boxes [R]."""
+        arrays = {name: evidence[name].numpy() for name in ("scores", "labels", "matched", "ignored", "objects")}
+        return coco_ap.average_precision(arrays, weights_RN, only_all_areas=True)[:, 0]
+
     def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """Objects by image, class and range of area [N, K, 4]."""
         objects: NDArray[np.int64] = evidence["objects"].numpy().astype(np.int64)

@@ -123,6 +123,10 @@ class Segmentation:
         iou_RK = inside_RK / np.where(present_RK, union_RK, 1)
         return np.asarray(100 * iou_RK.sum(-1) / np.maximum(present_RK.sum(-1), 1), dtype=np.float64)[:, None]
 
+    def first_metric(self, evidence: Mapping[str, Tensor], weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
+        """mIoU [R]."""
+        return self.aggregate(evidence, weights_RN)[:, 0]
+
     def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """Labelled pixels by image and class [N, K]."""
         labelled_NK: NDArray[np.int64] = evidence["counts"].numpy().astype(np.int64).sum(-1)
