@@ -47,7 +47,7 @@ def summary_row(result: LevelResult, spec: JobSpec, model_floats: int) -> Summar
         model_floats=model_floats,
         seconds_full=result.seconds_full,
         seconds_partial=result.seconds_partial,
-        others={metric: _of_each_network(result, metric) for metric in spec.task.metrics[1 : spec.task.shown]},
+        others={metric: _of_each_network(result, metric) for metric in spec.task.shown if metric in result.others_by_metric},
     )
 
 

@@ -57,15 +57,15 @@ class Served:
 
 class Task(Protocol):
     """A vision task. `name` and `version` stand in manifests and stage keys; `version` is raised when the same data would give
-    other losses or scores. Metrics are percentages from 0 to 100; the first one is optimised, and the first `shown` stand in
-    tables. has_stability: whether `stability_losses` is there. stored_as: names the stored targets in keys of the cache.
+    other losses or scores. Metrics are percentages from 0 to 100; the first one is optimised, and a job prints those of `shown`
+    that it has. has_stability: whether `stability_losses` is there. stored_as: names the stored targets in keys of the cache.
     media_types: of the answers of a service, the default first. exported: names of what `tensors` gives.
     """
 
     name: str
     version: int
     metrics: tuple[str, ...]
-    shown: int
+    shown: tuple[str, ...]
     has_stability: bool
     stored_as: str
     media_types: tuple[str, ...]

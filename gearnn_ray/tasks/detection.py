@@ -39,7 +39,7 @@ class Detection:
     name = "detection"
     version = 1
     metrics: tuple[str, ...] = (*coco_ap.METRICS, *(f"mask {metric}" for metric in coco_ap.METRICS))
-    shown = 2
+    shown: tuple[str, ...] = ("AP", "AP50", "mask AP", "mask AP50")
     has_stability = False
     stored_as = "objects"
     media_types: tuple[str, ...] = (_JSON, _PNG)

@@ -26,7 +26,7 @@ class Segmentation:
     name = "segmentation"
     version = 1
     metrics: tuple[str, ...] = ("mIoU",)
-    shown = 1
+    shown: tuple[str, ...] = ("mIoU",)
     has_stability = True
     stored_as = "labels"
     media_types: tuple[str, ...] = (_PNG, _NPY)
