@@ -10,10 +10,12 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from releases import in_memory
 
 from gearnn_ray import AdaptiveModel, Release, Store
+from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.layers import layers_of, network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.serving.assembly import predictor, released_network
@@ -38,7 +40,10 @@ def main() -> None:
     adaptive = AdaptiveModel(release, trust=arguments.trust)
     constant = released_network(release, release.base_state(), arguments.trust).requires_grad_(False)
     run = predictor(release.content, constant)
-    images = torch.randint(0, 255, (arguments.batch, 3, *arguments.size), dtype=torch.uint8)
+    scenes = open_dataset("scenes", train=1, val=arguments.batch, height=arguments.size[0], width=arguments.size[1]).val
+    images = (
+        torch.from_numpy(np.stack([scenes.image(index) for index in range(arguments.batch)])).permute(0, 3, 1, 2).contiguous()
+    )
     mixed = [adaptive.levels[i % len(adaptive.levels)] for i in range(arguments.batch)]
     ways: dict[str, Callable[[], object]] = {
         "constant weights": lambda: task.outputs(run(images)),
