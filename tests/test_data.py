@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from gearnn_ray.config.catalogue import BUILT_IN
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED, KINDS, Dataset, Split, open_dataset
 from tests.conftest import ROOT
@@ -156,7 +157,7 @@ print(sorted({{"torch", "ray", "pyarrow", "pydantic"}} & sys.modules.keys()))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.splitlines() == [
         "/nowhere does not exist: expected a folder of camvid data, so correct the path.",
-        "there is no network 'drn_d_99': expected drn_d_22, drn_d_38 or an import path like package.module:function",
+        f"there is no network 'drn_d_99': expected {', '.join(BUILT_IN)} or an import path like package.module:function",
         "[]",
     ]
 
