@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.models.detector import SingleStageDetector, Target, Terms
 
@@ -137,6 +136,8 @@ def tiny_detector(num_classes: int) -> nn.Module:
 
 
 def frozen(num_classes: int) -> nn.Module:
+    from torchvision.ops import FrozenBatchNorm2d  # imports torch's compiler
+
     model = _TinyDetector(num_classes)
     model.bn1 = FrozenBatchNorm2d(8)
     return model
