@@ -276,6 +276,8 @@ def test_close_outputs_have_the_same_detections_in_any_order_of_ties(seed: int) 
         assert TASK.close([prediction], [shuffled])
         moved = {**prediction, "boxes": prediction["boxes"] + 3}
         assert not TASK.close([prediction], [moved])
+        level = {**prediction, "scores": torch.full_like(prediction["scores"], 0.5)}
+        assert not TASK.close([level], [{**level, "boxes": moved["boxes"]}])
         weaker = {**prediction, "scores": prediction["scores"] * 0.9}
         assert not TASK.close([prediction], [weaker])
 

@@ -206,8 +206,12 @@ def test_training_starts_from_the_part_of_a_network_that_a_file_has(tmp_path: Pa
     after = fresh.state_dict()
     assert torch.equal(after["roi_heads.box_predictor.cls_score.weight"], before)  # six outputs, not three
     assert torch.equal(after["rpn.head.bbox_pred.weight"], whole.state_dict()["rpn.head.bbox_pred.weight"])
-    with pytest.raises(UserError, match=r"x\.pth has no tensor of this network or of a part of it"):
+    with pytest.raises(UserError, match=r"0 of the 2 tensors in the weights file x\.pth fit this network or a part of it"):
         start_from(other, WeightsFile(classifier), "x.pth")
+    stranger = {f"layer{index}.weight": torch.zeros(7, index + 1) for index in range(3)}
+    few = {"_conv_stem.weight": body["_conv_stem.weight"], "_bn0.weight": body["_bn0.weight"]}
+    with pytest.raises(UserError, match="2 of the 5 tensors"):
+        start_from(other, WeightsFile(few | stranger), "x.pth")
     with pytest.raises(
         UserError, match=r"'backbone\.body\._conv_stem\.weight' in the weights file x\.pth holds values that are not"
     ):

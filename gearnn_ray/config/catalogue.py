@@ -15,7 +15,7 @@ BUILT_IN = {
 }  # fmt: skip
 """Every built-in network, and the module of `gearnn_ray.models` that it is in."""
 
-NEEDS_WEIGHTS = (*TORCHVISION_DETECTORS, "light_maskrcnn")
+NEEDS_WEIGHTS = (*(name for name in TORCHVISION_DETECTORS if name != "ssd300_vgg16"), "light_maskrcnn")
 """Networks whose batch normalisations are never in training mode: without weights they do not normalise anything."""
 
 KINDS = {

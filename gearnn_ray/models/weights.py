@@ -77,8 +77,8 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def start_from(model: nn.Module, weights: WeightsFile, source: str) -> int:
     """Put the tensors of a file into the network, or into the part of it that has most of them (a backbone), wherever name and
-    shape are the same. Returns how many. `source` names the file in errors. Raises UserError if there are none, or one of them is
-    not finite.
+    shape are the same. Returns how many. `source` names the file in errors. Raises UserError if fewer than half of the file's
+    tensors fit, or one of them is not finite.
     """
     expected, given = model.state_dict(), _todays_names(model, weights.state)
     prefixes = ("", *(f"{path}." for path, _ in model.named_modules() if path))
@@ -88,8 +88,12 @@ def start_from(model: nn.Module, weights: WeightsFile, source: str) -> int:
         return {n: t for n, t in named.items() if n in expected and expected[n].shape == t.shape and t.numel() > 1}
 
     taken = max(map(fitting, prefixes), key=len)
-    if not taken:
-        raise UserError(f"the weights file {source} has no tensor of this network or of a part of it: give another, or none")
+    whole = sum(tensor.numel() > 1 for tensor in given.values())
+    if 2 * len(taken) < whole or not taken:
+        raise UserError(
+            f"{len(taken)} of the {whole} tensors in the weights file {source} fit this network or a part of it: expected at "
+            "least half, so give another file, or none"
+        )
     for name, tensor in taken.items():
         _check_finite(name, tensor, source)
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in taken.items()}, strict=False)

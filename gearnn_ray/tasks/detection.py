@@ -86,17 +86,15 @@ class Detection:
         return Batch(torch.stack(images) if equal else images, _Targets(_tensors(target) for _, target in samples))
 
     def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
-        """The network's own terms. A plain number, as torchvision's detectors return it, counts as one item."""
+        """The network's own terms. A plain number, as torchvision's own detectors return it, counts as one item."""
         found = forward(batch.images, list(batch.targets))
         if not isinstance(found, dict) or not found:
             raise UserError(
                 f"the network returned a {type(found).__name__} for images with targets: expected its losses by name, so see "
                 "gearnn_ray.models.detector for what a detector is called with"
             )
-        one = torch.ones(())
-        return {
-            name: LossTerm(*(term if isinstance(term, tuple) else (term, one.to(term.device)))) for name, term in found.items()
-        }
+        terms = {name: term if isinstance(term, tuple) else (term, torch.ones_like(term)) for name, term in found.items()}
+        return {name: LossTerm(total, count.detach()) for name, (total, count) in terms.items()}
 
     def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
         """Not defined: two answers have no objects in common that a distance could be taken of."""
@@ -106,9 +104,7 @@ class Detection:
         """The predictions of the images, highest scores first; empty places are dropped."""
         if isinstance(raw, dict):
             raw = [dict(zip(raw, parts, strict=True)) for parts in zip(*raw.values(), strict=True)]
-        if not isinstance(raw, list) or not all(
-            isinstance(each, dict) and {"boxes", "scores", "labels"} <= each.keys() for each in raw
-        ):
+        if not isinstance(raw, list) or not all(isinstance(each, dict) and each.keys() >= _PARTS for each in raw):
             raise UserError(
                 f"the network returned a {type(raw).__name__}: expected boxes, scores and labels of each image, so a network of "
                 "raw tensors needs a decoder (see gearnn_ray.models.detector)"
@@ -142,9 +138,9 @@ class Detection:
 
         evidence = judged(coco_ap.box_iou(boxes, target.boxes.astype(np.float64), crowd_G), coco_ap.box_areas(boxes), "")
         if "masks" in chosen and target.rles is not None:
-            rles_D, rles_G = (
-                [{"size": [height, width], "counts": c} for c in each] for each in (_rles(chosen, height, width), target.rles)
-            )
+            both = (_rles(chosen, height, width), target.rles)
+            rles_D, rles_G = ([{"size": [height, width], "counts": counts} for counts in each] for each in both)
+            # pycocotools returns an empty list where one side is empty
             ious = coco_masks.iou(rles_D, rles_G, crowd_G.tolist()) if rles_D and rles_G else np.zeros((len(rles_D), len(rles_G)))
             evidence |= judged(np.asarray(ious), np.array([coco_masks.area(rle) for rle in rles_D], np.float64), _OF_MASKS)
         return evidence
@@ -211,6 +207,7 @@ def _tensors(target: Objects) -> dict[str, Tensor]:
 
 
 def _prediction(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was found in one image (`models.detector.Found`) as a prediction."""
     # in a graph, shapes do not depend on values: there, empty places stay, behind all others
     there = slice(None) if torch.compiler.is_compiling() else found["scores"] > 0
     order = torch.argsort(found["scores"].detach()[there], descending=True, stable=True)
@@ -259,7 +256,9 @@ def _has_all(a: Prediction, b: Prediction) -> bool:
     near = (a["scores"][:, None] - b["scores"]).abs() <= 1e-3 * most
     near &= a["labels"][:, None] == b["labels"]
     near &= (a["boxes"][:, None] - b["boxes"]).abs().amax(2) <= 1e-3 * size
-    return bool(near.any(1)[sure].float().mean() >= _SAME) if bool(sure.any()) else True
+    if not bool(sure.any()):  # all scores are about equal, so that none is at the end
+        sure[:] = True
+    return bool(near.any(1)[sure].float().mean() >= _SAME)
 
 
 def _scaled(target: Objects, height: int, width: int) -> Objects:
@@ -299,6 +298,7 @@ def _window(target: Objects, top: int, left: int, height: int, width: int) -> Ob
 
 
 def _flipped(target: Objects) -> Objects:
+    """The objects of the image mirrored left to right."""
     width = target.size[1]
     boxes = np.stack([width - target.boxes[:, 2], target.boxes[:, 1], width - target.boxes[:, 0], target.boxes[:, 3]], 1)
     rles = None if target.rles is None else tuple(rle_of(mask[:, ::-1]) for mask in target.masks())

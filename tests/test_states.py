@@ -1,8 +1,9 @@
-"""Reading safetensors without a copy, against the format's own library."""
+"""State dicts as safetensors: equal states have equal bytes, and reading copies nothing, as the format's own library has it."""
 
 import json
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from gearnn_ray.core.errors import CorruptStoreError
+from gearnn_ray.store.blobs import digest_of
 from gearnn_ray.store.states import decode_state, encode_state
+from tests.test_store import base_state, equal
 
 STATE = {
     "weight": torch.arange(24.0).reshape(2, 3, 4),
@@ -111,3 +114,45 @@ def test_a_header_that_lies_is_refused(header: object) -> None:
         decode_state(data)
     with pytest.raises((SafetensorError, KeyError)):
         safetensors.torch.load(data)
+
+
+# ── the bytes of a state dict ────────────────────────────────────────────────────────────────────────────────────
+
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64])
+shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+states = st.dictionaries(st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(dtypes, shapes))
+metadata = st.none() | st.dictionaries(st.text(max_size=4).filter(str.isidentifier), st.integers() | st.text(max_size=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(states, metadata, st.randoms(use_true_random=False))
+def test_equal_states_have_equal_bytes(spec: Any, meta: Any, random: Any) -> None:
+    state = {name: (torch.rand(shape) * 100).to(dtype) for name, (dtype, shape) in spec.items()}
+    data = encode_state(state, meta)
+    names, keys = list(state), list(meta or ())
+    random.shuffle(names)
+    random.shuffle(keys)
+
+    assert equal(decode_state(data), state)
+    assert list(decode_state(data)) == sorted(state)
+    shuffled = None if meta is None else {key: meta[key] for key in keys}
+    assert encode_state({name: state[name] for name in names}, shuffled) == data
+
+
+def test_many_metadata_keys_are_byte_stable() -> None:
+    # written as safetensors metadata of their own they come in another order nearly every time
+    meta = {f"key-{i}": i for i in range(20)}
+    assert len({encode_state({}, meta) for _ in range(10)}) == 1
+    assert encode_state({}, meta) != encode_state({}, {**meta, "key-0": 1})
+
+
+def test_strides_and_shared_memory_do_not_show() -> None:
+    dense = torch.arange(120.0).reshape(2, 3, 4, 5)
+    strided = dense.to(memory_format=torch.channels_last)
+    assert encode_state({"a": strided, "b": strided}) == encode_state({"a": dense, "b": dense.clone()})
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors at all", encode_state(base_state())[:-1]])
+def test_what_is_no_safetensors_is_refused_by_its_digest(damage: bytes) -> None:
+    with pytest.raises(CorruptStoreError, match=digest_of(damage)):
+        decode_state(damage)
