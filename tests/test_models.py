@@ -7,19 +7,24 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gearnn_ray.config.command_line import parse_command_line
+from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.core.events import Event
 from gearnn_ray.data.dataset import Split, open_dataset
 from gearnn_ray.data.objects import Objects
+from gearnn_ray.models import light_maskrcnn
 from gearnn_ray.models.drn import bilinear_kernel
 from gearnn_ray.models.layers import layers_of, model_size, network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.models.weights import WeightsFile, load_weights, read_weights, start_from
-from gearnn_ray.offline.base import check_network
+from gearnn_ray.offline.base import check_network, train_base
 from gearnn_ray.offline.job_spec import Network
+from gearnn_ray.offline.records import Execution
 from tests.conftest import NORMALISATION, ROOT
 
 
@@ -256,3 +261,35 @@ class _WithoutMasks:
 
     def target(self, index: int) -> Objects:
         return replace(self._split.target(index), rles=None)
+
+
+def test_convolutions_of_the_light_mask_rcnn_pad_as_tensorflow_does() -> None:
+    """SAME: as many outputs as input / stride, rounded up; an odd pixel of padding goes to the bottom and the right."""
+    x = torch.randn(1, 2, 8, 9)
+    for kernel, stride, pads in ((3, 2, (1, 1, 0, 1)), (5, 2, (2, 2, 1, 2)), (3, 1, (1, 1, 1, 1)), (1, 1, (0, 0, 0, 0))):
+        conv = light_maskrcnn._Conv(2, 4, kernel, stride, bias=False)
+        expected = F.conv2d(F.pad(x, pads), conv.weight, None, stride)
+        assert expected.shape[-2:] == (-(-8 // stride), -(-9 // stride))
+        assert torch.equal(conv(x), expected)
+
+
+def test_a_base_is_trained_anew_from_another_start_or_with_other_arguments(tmp_path: Path) -> None:
+    data = open_dataset("scenes", train=2, val=1, height=48, width=48)
+    network, recipe = Network("tests.nets:small", data.num_classes, NORMALISATION), Recipe(epochs=1, batch_size=2, crop=32)
+    start = tmp_path / "start.pt"
+    torch.save(network_state(network.build()), start)
+    events: list[Event] = []
+
+    def train(start: Path | None) -> str:
+        told = (str(tmp_path / "store"), str(tmp_path / "cache"), network, start and str(start), data, recipe, 0)
+        return train_base(*told, Execution("cpu", "float32", 1), events.append).digest
+
+    plain = train(None)
+    assert train(start) != plain
+    assert [event.kind for event in events if event.kind != "progress"] == ["started", "finished"] * 2
+    events.clear()
+    assert train(None) == plain
+    assert events[0].kind == "reused"
+    key = Network("m:f", 2, NORMALISATION).inputs()
+    assert "arguments" not in key  # the keys of networks without any stay what they were
+    assert Network("m:f", 2, NORMALISATION, arguments={"min_size": 64}).inputs() != key

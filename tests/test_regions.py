@@ -43,6 +43,11 @@ def publish(folder: Path, name: str, arguments: Mapping[str, int]) -> Release:
     images = torch.randint(0, 255, (2, 3, *SIZE), dtype=torch.uint8)
     # with fresh statistics, the signals of deep networks would grow beyond all bounds
     reestimate_statistics(model, [Batch(images, None)], Normalisation(*map(tuple, RGB.values())), "float32")
+    moved = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    assert moved
+    assert all(
+        norm.running_mean.abs().max() > 0 and not norm.training for norm in moved
+    )  # also norms that `train()` does not reach
     state, store = network_state(model), Store(folder)
     levels: dict[str, Any] = {"clean": CLEAN}
     names = [tensor for layer in layers_of(model) if changed(layer.name, layer.kind) for tensor in layer.tensors]
