@@ -11,6 +11,7 @@ os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -61,10 +62,31 @@ def pictures() -> tuple[list[Image], list[Image]]:
     return images, labels
 
 
+class _OneBoard:
+    """Gives every job the same board, emptied: a process less for each."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def options(self, **_: Any) -> Self:
+        return self
+
+    def remote(self) -> Any:
+        self._board.__ray_call__.remote(lambda board: board.__init__())
+        return self._board
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Mapping[str, str]]:
     """One Ray with two CPUs for the whole session; a job with these environment variables joins it."""
+    from gearnn_ray.ray_jobs import board
     from gearnn_ray.ray_jobs.local_ray import local_ray
 
-    with local_ray(num_cpus=2, log_to_driver=False, logging_level="error", namespace="tests") as own:
+    # Ray ends idle workers beyond one per CPU after a second, and the next job would import torch in new ones
+    kept = {"num_workers_soft_limit": 8}
+    with (
+        local_ray(num_cpus=2, log_to_driver=False, logging_level="error", namespace="tests", _system_config=kept) as own,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(board, "EventBoard", _OneBoard(board.EventBoard.remote()))
         yield own.joining

@@ -1,6 +1,7 @@
 """A tiny release to serve: a small network, levels whose outputs differ clearly, and the expected answers of each level."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.tiny import CLASSES
 
 LEVELS = ("jpeg-10", "jpeg-50")
 MEAN, STD = (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)
+CLASS_NAMES = ("road", "car", "sky")
 ADAPTED = ("bn2.weight", "head.weight", "head.bias")
 
 
@@ -27,22 +29,24 @@ def publish(
     tags: tuple[str, ...] = (),
     shared: bool = False,
     network_name: str = "tests.nets:small",
+    level_names: Sequence[str] = LEVELS,
+    class_names: Sequence[str] = CLASS_NAMES,
 ) -> str:
     """A release of `tests.nets:small` with random weights, under any name of a network. Returns its digest.
 
     Every level has its own head, or with `shared` all levels have the same.
     """
     torch.manual_seed(seed)
-    network = build_model("tests.nets:small", CLASSES)
+    network = build_model("tests.nets:small", len(class_names))
     state = network_state(network)
     base = store.put_state(state)
     levels: dict[str, Any] = {"clean": CLEAN}
-    adaptors = [{key: torch.randn_like(state[key]) for key in ADAPTED} for _ in LEVELS]
-    for level, adaptor in zip(LEVELS, adaptors[:1] * len(LEVELS) if shared else adaptors, strict=True):
+    adaptors = [{key: torch.randn_like(state[key]) for key in ADAPTED} for _ in level_names]
+    for level, adaptor in zip(level_names, adaptors[:1] * len(level_names) if shared else adaptors, strict=True):
         blob = store.put_state(adaptor)
         levels[level] = level_entry(blob, sum(tensor.numel() for tensor in adaptor.values()), ADAPTED)
     manifest = manifest_of(
-        name, network_name, CLASSES, base, levels, class_names=["road", "car", "sky"],
+        name, network_name, len(class_names), base, levels, class_names=list(class_names),
         reference={"height": 64, "width": 80, "luma": 100.0, "luma_spread": 0.3},
         normalisation={"mean": MEAN, "std": STD},
     )  # fmt: skip

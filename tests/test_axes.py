@@ -77,12 +77,12 @@ def test_short_names(level: str, short: str) -> None:
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        ("clean", (0, 0, 0, 101)),
-        ("jpeg-10", (0, 0, 0, 10)),
-        ("brightness-0.5", (math.log(0.5), 0, 0, 101)),
-        ("h264-640x360", (0, math.log(1 / 4), 0, 101)),
+        ("clean", (0, 0, 17.5, 101)),
+        ("jpeg-10", (0, 0, 17.5, 10)),
+        ("brightness-0.5", (math.log(0.5), 0, 17.5, 101)),
+        ("h264-640x360", (0, math.log(1 / 4), 17.5, 101)),
         ("h264-crf24", (0, 0, 24, 101)),
-        ("brightness-0.5+h264-640x360+brightness-0.8+jpeg-30", (math.log(0.4), math.log(1 / 4), 0, 30)),
+        ("brightness-0.5+h264-640x360+brightness-0.8+jpeg-30", (math.log(0.4), math.log(1 / 4), 17.5, 30)),
     ],
 )
 def test_coordinates(level: str, expected: tuple[float, ...]) -> None:

@@ -1,15 +1,18 @@
 """The bundles of a replica without Ray: a moved tag is followed, and whatever goes wrong leaves the old release serving."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.serving.bundles import Bundle, Item, check_bundles, passes, predict
+from gearnn_ray.service import bundles
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict
 from gearnn_ray.serving.frames import Evidence, Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate
 from gearnn_ray.store.releases import Store
@@ -91,3 +94,50 @@ def test_a_pass_gives_answers_and_raw_outputs_side_by_side(tmp_path: Path) -> No
         assert np.array_equal(answer.content, raw.content.argmax(0))
         assert (answer.content.dtype, raw.content.dtype) == (np.uint8, np.float32)
         assert answer.release == f"tiny@{bundle.model().digest}"
+
+
+def level_of(bundle: Bundle, stream: str, qp: float) -> str:
+    return bundle.level_of_next(stream, Evidence(64, 80, 100.0, qp=qp))[1].level
+
+
+def test_a_stream_keeps_its_level_until_the_release_is_replaced(tmp_path: Path) -> None:
+    names = ("h264-crf18", "h264-crf40")
+    served.publish(Store(tmp_path), level_names=names)
+    bundle = Bundle("tiny:latest", config_for(tmp_path))
+    with pytest.raises(CorruptStoreError, match="not loaded"):
+        level_of(bundle, "north", 30)
+    bundle.refresh()
+    # halfway between both, where a level in use is kept
+    assert [level_of(bundle, "north", qp) for qp in (30, 34.1)] == ["h264-crf18"] * 2
+    assert [level_of(bundle, "south", qp) for qp in (40, 33.9)] == ["h264-crf40"] * 2
+    assert level_of(bundle, "north", 34.1) == "h264-crf18"
+    served.publish(Store(tmp_path), seed=1, level_names=names)
+    bundle.refresh()
+    assert level_of(bundle, "north", 34.1) == "h264-crf40"
+
+
+def test_streams_that_are_not_used_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_STREAMS", 2)
+    served.publish(Store(tmp_path), level_names=("h264-crf18", "h264-crf40"))
+    bundle = Bundle("tiny:latest", config_for(tmp_path))
+    bundle.refresh()
+    for stream in ("north", "south", "north", "west"):
+        level_of(bundle, stream, 30)
+    assert [level_of(bundle, stream, 34.1) for stream in ("north", "south")] == ["h264-crf18", "h264-crf40"]
+
+
+def test_an_answer_names_the_shares_that_its_network_has(tmp_path: Path) -> None:
+    served.publish(Store(tmp_path))
+    bundle = Bundle("tiny:latest", config_for(tmp_path).model_copy(update={"untrained": "entropy"}))
+    bundle.refresh()
+    model, pixels = bundle.model(), served.picture()
+    frame = Frame(pixels, Evidence(*pixels.shape[:2], 0.0))
+    between = model.level_estimator.match("jpeg-20")
+    (answer,) = predict([Item(model, frame, between, "application/x-npy", 0.0)])
+    share = answer.estimate.weight
+    assert share is not None
+    assert 0 < share < 1
+    assert answer.estimate == replace(between, weight=share)
+    assert answer.estimate.spelled == f"jpeg-10*{1 - share:.2f}, jpeg-50*{share:.2f}"
+    images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    assert np.array_equal(answer.content, model(images, [answer.estimate])[0].numpy())

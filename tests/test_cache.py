@@ -20,11 +20,13 @@ from PIL import Image
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.data import cache as images
 from gearnn_ray.data.cache import ImageStatistics, PackedImages, level_images, level_statistics, split_targets
+from gearnn_ray.levels.h264_codec import Picture
 from gearnn_ray.levels.level import CLEAN, Level, parse_level
 from tests.conftest import SEGMENTATION
 
 H, W, CLASSES = 48, 64, 4
 JPEG = parse_level("jpeg-10")
+H264 = parse_level("h264-32x48")
 processes = multiprocessing.get_context("fork")  # spawned ones would import torch by way of the package first
 
 
@@ -103,26 +105,64 @@ def test_clean_images_and_labels_are_those_of_the_split(split: TinySplit, cache:
     assert same(level_images(split, CLEAN, cache), originals(split))
 
 
-def directly(pictures: list[np.ndarray]) -> ImageStatistics:
+def made(level: Level, split: TinySplit) -> list[Picture]:
+    """The pictures of a level, clip by clip."""
+    frames = originals(split)
+    return [*level.pictures(frames[:3]), *level.pictures(frames[3:])]
+
+
+def directly(pictures: list[np.ndarray], qp: float | None = None) -> ImageStatistics:
     """The statistics of these images, computed as their definition says."""
     lumas = [float(np.asarray(Image.fromarray(picture).convert("L")).mean()) for picture in pictures]
     (height, width), _ = Counter(picture.shape[:2] for picture in pictures).most_common(1)[0]
     spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
-    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))
+    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4), qp)
 
 
 @pytest.mark.parametrize("free", [10**9, 60_000], ids=["raw", "png"])
-@pytest.mark.parametrize("level", [JPEG, parse_level("brightness-0.01"), parse_level("h264-32x48")], ids=str)
+@pytest.mark.parametrize("level", [JPEG, parse_level("brightness-0.01"), H264], ids=str)
 def test_statistics_come_with_the_images(
     split: TinySplit, cache: Path, level: Level, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_free_bytes", lambda _: free)
-    expected = directly(level.apply(originals(split)[:3]) + level.apply(originals(split)[3:]))
+    pictures = made(level, split)
+    qps = [qp for _, qp in pictures if qp is not None]
+    assert len(qps) == (5 if level == H264 else 0)
+    expected = directly([pixels for pixels, _ in pictures], round(statistics.fmean(qps), 3) if qps else None)
     split.log.unlink()
     assert level_statistics(split, level, cache) == expected
     assert level_images(split, level, cache).statistics() == expected
     assert level_statistics(split, level, cache) == expected
     assert split.reads() == len(split), "one pass made the images and the statistics"
+
+
+def test_qps_of_all_pictures_count(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come with the encoding of all images, while luma is measured on some."""
+    monkeypatch.setattr(images, "_MEASURED_IMAGES", 2)
+
+    class StillSplit(TinySplit):
+        def image(self, index: int) -> np.ndarray:
+            return super().image(0)
+
+    still = StillSplit(split.log)
+    qps = [qp for _, qp in made(H264, still)]
+    assert len(qps) == 5
+    assert len(set(qps)) > 1, "the first picture of a clip has another QP than its repetitions"
+    assert level_statistics(still, H264, cache).qp == pytest.approx(np.mean(qps), abs=0.001)
+
+
+@pytest.mark.parametrize("level", [H264, JPEG], ids=str)
+def test_images_of_a_version_that_measured_no_qps_are_used_and_the_qps_measured_again(
+    split: TinySplit, cache: Path, level: Level
+) -> None:
+    expected, packed = level_statistics(split, level, cache), level_images(split, level, cache)
+    index = packed.folder / "index.json"
+    older = {name: value for name, value in json.loads(index.read_text()).items() if name != "qps"}
+    index.write_text(json.dumps(older))
+    assert level_statistics(split, level, cache) == expected
+    split.log.unlink()
+    assert same(level_images(split, level, cache), [packed[i] for i in range(5)])
+    assert split.reads() == 0
 
 
 def test_the_most_frequent_size_counts(split: TinySplit, cache: Path) -> None:
@@ -321,7 +361,7 @@ def test_a_builder_that_fails_leaves_nothing(split: TinySplit, cache: Path) -> N
 
 
 def test_a_level_that_loses_a_frame_is_no_entry(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(JPEG), "stream", lambda level, frames: iter(list(frames)[1:]))
+    monkeypatch.setattr(type(JPEG), "pictures", lambda level, frames: map(Picture, list(frames)[1:]))
     with pytest.raises(RuntimeError, match="3 images were made of 5"):
         level_images(split, JPEG, cache)
     assert entries(cache) == []

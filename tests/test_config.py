@@ -91,7 +91,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
         (["--model.std", "1", "1", "1"], r"line: only one of model\.mean and model\.std is given"),
         (["--selection.against", "noise"], "invalid choice 'noise' for argument '--selection.against'. Expected one of"),
         (["--config"], "--config stands alone"),
-        (["--preset"], "--preset stands alone: expected fast or compact after it"),
+        (["--preset"], "--preset stands alone: expected fast or compact or video after it"),
         (["--preset", "slow"], "the preset 'slow' is unknown: expected fast"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["stray"], "stray"),

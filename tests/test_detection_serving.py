@@ -21,17 +21,21 @@ from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.models.centre_detector import CentreDetector
 from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.serving.bundles import Bundle, Item, predict
+from gearnn_ray.service.backend import Health, Prediction
+from gearnn_ray.service.bundles import Bundle, Item, predict
 from gearnn_ray.serving.export import export_level
 from gearnn_ray.serving.frames import Frame
-from gearnn_ray.serving.http import Health, Prediction
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Served, Task
 from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.video.decoding import DEFAULT_LIMITS, VideoFrame
+from gearnn_ray.video.upload import segment_frames
 from tests.manifests import CLEAN, level_entry, manifest_of
 from tests.nets import TRUST
 from tests.served import MEAN, STD, jpeg, picture, png
-from tests.test_http import Answer, ask, problem, serve
+from tests.streams import encoded, moving
+from tests.test_http import Answer, NoCameras, ask, problem, serve
+from tests.test_segment_requests import lines_of
 
 LEVELS = ("jpeg-10", "jpeg-50")
 NAMES = ("person", "vélo", "car")
@@ -241,6 +245,10 @@ class Direct:
 
     bundle: Bundle
     received: list[Any] = field(default_factory=list)
+    cameras: Any = field(default_factory=NoCameras)
+
+    def has_cameras(self, bundle: str | None) -> bool:
+        return True
 
     def task(self, bundle: str | None) -> Task:
         return self.bundle.model().task
@@ -253,6 +261,15 @@ class Direct:
         if level is not None:
             estimate = replace(model.level_estimator.match(level), found=estimate.found)
         return predict([Item(model, frame, estimate, media_type, time.perf_counter())])[0]
+
+    def answer_bytes(self, bundle: str | None, media_type: str, height: int, width: int) -> int:
+        return 0
+
+    async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
+        model, estimate = self.bundle.level_of_next(stream, frame.evidence)
+        return predict([Item(model, frame, estimate, None, time.perf_counter())])[0]
+
+    def count_line(self, bundle: str | None, level: str, status: int) -> None: ...
 
     def health(self) -> Health:
         return Health("ok", "cpu", {self.bundle.ref: self.bundle.health()})
@@ -273,7 +290,7 @@ def port(release: Release, folder: Path) -> Iterator[int]:
 def body_of(answer: Answer) -> Any:
     """The JSON of an answer, which must fit the documented schema."""
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
-    schema = json.loads(resources.files("gearnn_ray.serving").joinpath("detections.schema.json").read_bytes())
+    schema = json.loads(resources.files("gearnn_ray.service").joinpath("detections.schema.json").read_bytes())
     said = json.loads(answer.body)
     pytest.importorskip("jsonschema").Draft202012Validator(schema).validate(said)
     return said
@@ -319,6 +336,16 @@ def test_json_says_of_the_frame_what_the_headers_say(port: int, release: Release
     timing = dict(part.strip().split(";dur=") for part in answer.headers["server-timing"].split(","))
     assert list(timing) == ["decode", "queue", "network", "encode"]
     assert said["milliseconds"] == {name: float(timing[name]) for name in ("decode", "queue", "network")}
+
+
+def test_a_line_of_a_segment_has_the_detections_of_its_frame(port: int) -> None:
+    segment = encoded(moving(3, *SIZE), "libvpx-vp9", "webm", crf=4)
+    lines = lines_of(ask(port, "POST", "/streams/camera/segments", segment, x_gearnn_score="0"))
+    few = lines_of(ask(port, "POST", "/streams/camera/segments", segment))
+    for number, frame in enumerate(segment_frames(segment, DEFAULT_LIMITS, 10)):
+        whole = body_of(ask(port, "POST", "/predict", png(frame.pixels), x_gearnn_score="0"))
+        assert lines[number]["detections"] == whole["detections"]
+        assert few[number]["detections"] == [each for each in whole["detections"] if each["score"] >= 0.05]
 
 
 def test_a_picture_shows_the_detections_above_a_score(port: int) -> None:

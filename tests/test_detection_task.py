@@ -291,3 +291,33 @@ def test_a_predictor_takes_images_of_different_sizes() -> None:
     assert targets == "targets"
     assert [tuple(image.shape) for image in normalised] == [(3, 8, 8), (3, 9, 7)]
     assert all(torch.allclose(image, torch.zeros(()), atol=1e-6) for image in normalised)
+
+
+def found_with(scores: list[float]) -> dict[str, Tensor]:
+    boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0]]).expand(len(scores), -1)
+    return {"boxes": boxes, "scores": torch.tensor(scores), "labels": torch.zeros(len(scores), dtype=torch.int64)}
+
+
+def unsure(*scores: float) -> float:
+    return TASK.uncertainty(found_with([*scores]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), max_size=30), st.floats(0, 1, width=32))
+def test_a_detection_more_or_a_higher_score_never_makes_a_network_less_certain(scores: list[float], more: float) -> None:
+    before = unsure(*scores)
+    assert 0 <= before <= np.log(2) + 1e-6
+    assert unsure(*scores, more) <= before + 1e-6
+    assert unsure(*(max(score, more) for score in scores)) <= before + 1e-6
+    assert unsure(*scores[::-1]) == pytest.approx(before)
+
+
+def test_a_network_that_finds_nothing_is_not_certain() -> None:
+    blind = np.log(2)
+    for low in ((), (0.0,), (0.02, 0.01), (0.4,) * 30, (0.5,)):
+        assert unsure(*low) == pytest.approx(blind)
+    assert unsure(0.99) < unsure(0.9) < unsure(0.6) < blind
+    assert unsure(0.9, 0.8) < unsure(0.9)  # two objects rather than one
+    assert unsure(*(1.0,) * 10) == pytest.approx(0)
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert unsure(0.9) == pytest.approx((entropy + 9 * blind) / 10)

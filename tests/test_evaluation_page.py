@@ -36,7 +36,7 @@ UNTRAINED = ("jpeg-20", "jpeg-40", "jpeg-60", "jpeg-80")
 GAINS = {
     "original": 0.0, "switching": 1.05, "mixed": 0.7, "stability": 0.3, "gearnn": 1.0, "gearnn-released": 0.97,
     "clean-tuned": 0.02, "bn-statistics": 0.5, "bn-tuned": 1.04, "first-block": 0.4, "auto-rgn": 0.85, "random": 0.3,
-    "gearnn-nearest": 0.9, "gearnn-interpolated": 0.96,
+    "gearnn-nearest": 0.9, "gearnn-interpolated": 0.96, "gearnn-entropy": 0.95,
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def evaluation() -> Evaluation:
     loss["clean"] = 0.0
     accuracy, means = [], {}
     for method in TITLES:
-        own = UNTRAINED if method in ("gearnn-nearest", "gearnn-interpolated") else BASELINE_LEVELS
+        own = UNTRAINED if method in ("gearnn-nearest", "gearnn-interpolated", "gearnn-entropy") else BASELINE_LEVELS
         for level in LEVELS if method in ("original", "switching", "gearnn") else own:
             seeds = {"switching": 3, "gearnn": 3, "random": 5}.get(method, 1) if level in BASELINE_LEVELS else 1
             floats = {"original": 0, "switching": MODEL, "bn-statistics": 8_000, "bn-tuned": 16_000}.get(method, 31_243)

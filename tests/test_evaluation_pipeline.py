@@ -24,6 +24,7 @@ from gearnn_ray.config.release_jobs import EvaluateConfig
 from gearnn_ray.core.events import Event
 from gearnn_ray.evaluation import findings, memory, pipeline
 from gearnn_ray.evaluation.baselines import CONSTANT, TITLES
+from gearnn_ray.evaluation.entropy import MixedByEntropy
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.reporting.progress import Plan
@@ -192,7 +193,7 @@ def test_a_row_per_method_level_and_seed(done: Done) -> None:
     assert max(Counter(found).values()) == 1
     expected = cells(LEVELS, BASELINES, 2, ADAPTIVE_BASELINES, CONSTANT_BASELINES)
     expected |= {("gearnn-released", level, SEED) for level in DISTORTED}
-    expected |= {(f"gearnn-{kind}", "jpeg-30", SEED) for kind in ("nearest", "interpolated")}
+    expected |= {(f"gearnn-{kind}", "jpeg-30", SEED) for kind in ("nearest", "interpolated", "entropy")}
     assert set(found) == expected
     assert table.to_pylist() == list(done.outcome.accuracy)
     assert set(table["metric"].to_pylist()) == {"mIoU"}
@@ -234,7 +235,7 @@ def test_what_each_method_stores(done: Done) -> None:
             assert stored == 0, row
         elif method in ("switching", *CONSTANT_BASELINES):
             assert stored == floats, row
-        elif method not in ("bn-statistics", "bn-tuned", "gearnn-interpolated"):
+        elif method not in ("bn-statistics", "bn-tuned", "gearnn-interpolated", "gearnn-entropy"):
             assert 0 < stored <= budget, row
     stored_at = {(row["method"], row["level"]): row["floats"] for row in done.rows("accuracy") if row["seed"] == SEED}
     assert {stored_at["bn-statistics", level] for level in BASELINES} == {32}  # two BatchNorms of 8 channels
@@ -254,8 +255,9 @@ def test_interpolated_adaptors_are_those_of_both_neighbours_mixed(done: Done) ->
     layers = [{row["layer"] for row in done.rows("weight_changes") if row["level"] == level and row["selected"]}
               for level in ("jpeg-10", "jpeg-60")]  # fmt: skip
     numel = {row["layer"]: row["numel"] for row in done.rows("weight_changes")}
-    (row,) = (row for row in done.rows("accuracy") if row["method"] == "gearnn-interpolated")
-    assert row["floats"] == sum(numel[layer] for layer in layers[0] | layers[1])
+    for method in ("gearnn-interpolated", "gearnn-entropy"):
+        (row,) = (row for row in done.rows("accuracy") if row["method"] == method)
+        assert row["floats"] == sum(numel[layer] for layer in layers[0] | layers[1])
 
 
 def test_differences_and_averages_are_those_of_the_accuracy_rows(done: Done) -> None:
@@ -534,6 +536,11 @@ def test_an_untrained_level_has_its_neighbours_adaptors(spec: Path, tmp_path: Pa
         assert row["value"] == pytest.approx(expected, abs=0.1)
     put_adaptor(model, base, upper)
     assert abs(mean_iou(model, images, labels, normalisation) - expected) > 0.2
+    put_adaptor(model, base, {})
+    mixed = MixedByEntropy(SEGMENTATION, model, base, lower, upper)
+    (evidence,) = collect_evidence(SEGMENTATION, model, [Predictor(mixed, normalisation)], images, labels, tiny.CLASSES)
+    (row,) = (row for row in outcome.accuracy if row["method"] == "gearnn-entropy")
+    assert row["value"] == pytest.approx(score(SEGMENTATION, evidence), abs=0.1)
 
 
 # ── what a failure costs ─────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,9 @@
 import functools
 import io
 import re
+import statistics
 from fractions import Fraction
+from itertools import pairwise
 from time import monotonic
 
 import av
@@ -13,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.serving.frames import Evidence
 from gearnn_ray.serving.h264 import DECODER_OPTIONS, H264Quality, picture_qp, read_h264, x264_crf
+from gearnn_ray.serving.level_estimation import LevelEstimator, Reference
 
 H, W = 64, 96
 
@@ -29,18 +33,20 @@ def clip(count: int = 12) -> list[np.ndarray]:
     return [np.clip(frame, 0, 255).astype(np.uint8) for frame in frames]
 
 
-def encode(pixels: str = "yuv420p", profile: str | None = None, preset: str = "medium", **x264: object) -> list[bytes]:
-    """The packets of `clip()`, by libx264 with these of its own parameters."""
+def encode(
+    pixels: str = "yuv420p", profile: str | None = None, preset: str = "medium", count: int = 12, height: int = H, **x264: object
+) -> list[bytes]:
+    """The packets of `clip(count)`, cut off below `height`, by libx264 with these of its own parameters."""
     encoder = av.CodecContext.create("libx264", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = W, H, pixels
+    encoder.width, encoder.height, encoder.pix_fmt = W, height, pixels
     encoder.framerate, encoder.time_base, encoder.thread_count = Fraction(25), Fraction(1, 25), 1
     parameters = {"cpu-independent": 1} | x264
     encoder.options = {"preset": preset, "x264-params": ":".join(f"{key}={value}" for key, value in parameters.items())}
     if profile:
         encoder.options |= {"profile": profile}
     packets = []
-    for time, pixels_HW3 in enumerate(clip()):
-        frame = av.VideoFrame.from_ndarray(pixels_HW3, format="rgb24").reformat(format=pixels)
+    for time, pixels_HW3 in enumerate(clip(count)):
+        frame = av.VideoFrame.from_ndarray(pixels_HW3[:height], format="rgb24").reformat(format=pixels)
         frame.pts = time
         packets += encoder.encode(frame)
     return [bytes(packet) for packet in packets + encoder.encode(None)]
@@ -178,10 +184,120 @@ def test_another_encoding_is_noticed_by_its_settings() -> None:
     for frame in decode(encode(crf=40), **DECODER_OPTIONS):
         quality.add(frame)
     assert quality.crf == 40
-    bounded = encode(crf=20, **{"vbv-maxrate": 5000, "vbv-bufsize": 5000})
-    first, *_ = decode(bounded, **DECODER_OPTIONS)
-    quality.add(first)
-    assert (quality.crf, quality.mean_qp) == (None, picture_qp(first))
+    bounded = decode(encode(crf=20, **{"vbv-maxrate": 5000, "vbv-bufsize": 5000}), **DECODER_OPTIONS)
+    quality.add(bounded[0])
+    assert quality.crf is None
+    assert quality.mean_qp == pytest.approx(mean_qp(bounded), abs=3)
+
+
+def mean_qp(frames: list[av.VideoFrame]) -> float:
+    return statistics.fmean(qp for frame in frames if (qp := picture_qp(frame)) is not None)
+
+
+def means(frames: list[av.VideoFrame]) -> list[float]:
+    """The mean QP after each frame of a stream."""
+    quality, values = H264Quality(), []
+    for frame in frames:
+        quality.add(frame)
+        assert quality.mean_qp is not None
+        values.append(quality.mean_qp)
+    return values
+
+
+CODINGS = {
+    "P pictures alone": {"bframes": 0, "keyint": 25},
+    "B pictures": {"bframes": 3, "keyint": 25, "scenecut": 0},
+    "short groups": {"bframes": 2, "keyint": 10, "min_keyint": 10},
+    "other ratios": {"bframes": 3, "keyint": 25, "ipratio": 1.6, "pbratio": 1.6},
+    "equal ratios": {"bframes": 3, "keyint": 25, "ipratio": 1, "pbratio": 1, "mbtree": 0},
+}
+
+
+@functools.cache
+def coded(coding: str, crf: int) -> list[av.VideoFrame]:
+    """Frames of a stream that does not say what it was encoded with."""
+    return decode(without_sei(encode(count=100, preset="veryfast", crf=crf, **CODINGS[coding])), **DECODER_OPTIONS)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_where_nothing_changes_it_is_the_mean_of_the_latest_64_pictures(coding: str) -> None:
+    frames = coded(coding, 30)
+    plain = [mean_qp(frames[max(0, last - 63) : last + 1]) for last in range(len(frames))]
+    assert means(frames) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize(("before", "after"), [(20, 30), (30, 20), (22, 42)])
+@pytest.mark.parametrize("coding", [name for name in CODINGS if name != "equal ratios"])
+def test_a_change_of_quality_counts_on_its_keyframe(coding: str, before: int, after: int) -> None:
+    old, new = coded(coding, before), coded(coding, after)
+    changed, lasting = means(old + new)[100:], mean_qp(new[:64])
+    assert lasting - mean_qp(old) == pytest.approx(after - before, abs=1)
+    assert changed == pytest.approx([lasting] * 100, abs=2)
+    assert changed[63:] == pytest.approx(means(new)[63:])  # by then the old pictures are forgotten
+
+
+@pytest.mark.parametrize("coding", ["P pictures alone", "B pictures", "short groups"])
+def test_a_rendition_that_says_nothing_is_found_from_its_first_picture_on(coding: str) -> None:
+    qps = {f"h264-crf{crf}": mean_qp(coded(coding, crf)) for crf in (20, 30, 42)}
+    level_estimator = LevelEstimator(list(qps), Reference(H, W, 100.0, 0.2, level_qp=qps))
+    stream, quality, found = (20, 42, 30, 20), H264Quality(), []
+    for frame in (frame for crf in stream for frame in coded(coding, crf)):
+        quality.add(frame)
+        found.append(level_estimator.estimate(Evidence(H, W, 100.0, qp=quality.mean_qp, crf=quality.crf)).level)
+    assert found[1:] == [f"h264-crf{crf}" for crf in stream for _ in range(100)][1:]
+
+
+def test_only_a_keyframe_begins_another_quality() -> None:
+    """A coarse picture amid a group, such as after a burst of motion, counts as one of 64."""
+    old, new = coded("P pictures alone", 22), coded("P pictures alone", 42)
+    burst = [frame for frame in new if not frame.key_frame][:3]
+    steps = [abs(later - earlier) for earlier, later in pairwise(means(old[:80] + burst))]
+    assert max(steps[64:]) < 1
+
+
+def test_another_frame_size_is_another_encoding() -> None:
+    """A rate factor that the first rendition wrote says nothing about the second one."""
+    quality = H264Quality()
+    for frame in decode(encode(crf=40), **DECODER_OPTIONS):
+        quality.add(frame)
+    smaller = encode(crf=38, height=H - 16)
+    silent, told = (decode(packets, **DECODER_OPTIONS) for packets in (without_sei(smaller), smaller))
+    quality.add(silent[0])
+    assert quality.crf is None
+    assert quality.mean_qp == pytest.approx(mean_qp(silent), abs=4)
+    quality.add(silent[1])
+    quality.add(told[0])
+    assert quality.crf == 38
+    quality.add(told[1])
+    assert quality.crf == 38
+
+
+def test_equal_settings_at_another_size_keep_the_rate_factor_but_not_the_pictures() -> None:
+    quality = H264Quality()
+    large, small = (decode(encode(crf=30, height=height), **DECODER_OPTIONS) for height in (H, H - 16))
+    for frame in large:
+        quality.add(frame)
+    quality.add(small[0])
+    assert quality.crf == 30
+    assert len(quality._recent) == 1
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "mpeg2video"])
+def test_quantisers_of_other_codecs_are_not_qps(codec: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.width, encoder.height, encoder.pix_fmt = W, H, "yuv420p"
+    encoder.framerate, encoder.time_base = Fraction(25), Fraction(1, 25)
+    frames = [av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p") for pixels in clip()[:4]]
+    for time, frame in enumerate(frames):
+        frame.pts = time
+    packets = [packet for frame in (*frames, None) for packet in encoder.encode(frame)]
+    decoder = av.CodecContext.create(codec.removeprefix("libvpx-"), "r")
+    decoder.options = DECODER_OPTIONS
+    decoded = [frame for packet in (*packets, None) for frame in decoder.decode(packet)]
+    assert any("VIDEO_ENC_PARAMS" in {data.type.name for data in frame.side_data} for frame in decoded)
+    assert {picture_qp(frame) for frame in decoded} == {None}
 
 
 def test_a_damaged_picture_has_no_qp() -> None:

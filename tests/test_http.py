@@ -20,16 +20,42 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.service.admission import Admission, Quota
+from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
+from gearnn_ray.service.http import answer
 from gearnn_ray.serving.frames import Frame, Limits
-from gearnn_ray.serving.http import BundleHealth, Health, Prediction, UnknownBundleError, answer
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
 from gearnn_ray.tasks.base import Task
+from gearnn_ray.video.decoding import VideoFrame
+from gearnn_ray.video.stream_levels import StreamLevels
 from tests.conftest import SEGMENTATION
 
 LEVELS = ("clean", "jpeg-10", "jpeg-40", "jpeg-80")
+VIDEO_LEVELS = ("h264-crf18", "h264-crf40")
 CLASS_NAMES = ("dark", "dim", "light", "bright")
 BUNDLES = {"street:latest": "sha256:" + "12" * 32, "night:latest": "sha256:" + "ab" * 32}
 LIMITS = Limits(body_bytes=200_000, pixels=300_000)
+
+
+def admission(**limits: Any) -> Admission:
+    """What the servers of these tests admit; `limits` are fields of `Admission`, for quotas their sizes."""
+    quotas = {"requests": 100, "streams": 8, "memory": 50_000_000}
+    sizes = {"body_seconds": 10.0, "answer_bytes": 5_000_000, "segment_frames": 100, **quotas, **limits}
+    return Admission(LIMITS, **{name: Quota(size, name) if name in quotas else size for name, size in sizes.items()})
+
+
+class NoCameras:
+    """No camera, whatever it is asked for."""
+
+    async def state(self, name: str) -> None: ...
+
+    async def picture(self, name: str) -> None: ...
+
+    async def lines_after(self, name: str, number: int) -> list[Any]:
+        return []
+
+    async def all(self) -> Mapping[str, Any]:
+        return {}
 
 
 @dataclass
@@ -41,6 +67,12 @@ class Luma:
     problem: str | None = None
     delays: list[float] = field(default_factory=list)  # seconds, for the next answers in turn
     received: list[tuple[bytes, Mapping[str, str]]] = field(default_factory=list)  # bodies and headers of the requests
+    streams: dict[str, StreamLevels] = field(default_factory=dict)
+    counted: list[tuple[str, int]] = field(default_factory=list)  # levels and statuses of lines
+    cameras: Any = field(default_factory=NoCameras)
+
+    def has_cameras(self, bundle: str | None) -> bool:
+        return bundle in (None, "street:latest")
 
     def task(self, bundle: str | None) -> Task:
         if bundle not in (None, *BUNDLES):
@@ -67,6 +99,24 @@ class Luma:
             {"queue": 0.001, "network": 0.002},
         )
 
+    def answer_bytes(self, bundle: str | None, media_type: str, height: int, width: int) -> int:
+        return SEGMENTATION.answer_bytes(media_type, len(CLASS_NAMES), height, width)
+
+    async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
+        levels = self.streams.setdefault(stream, StreamLevels(LevelEstimator(VIDEO_LEVELS, None), stream))
+        estimate = levels.estimate(frame.evidence)
+        if self.delays:
+            await asyncio.sleep(self.delays.pop(0))
+        if self.fails:
+            raise self.fails
+        classes = luma_logits(frame.pixels, "clean").argmax(0).astype(np.uint8)
+        return Prediction(
+            classes, estimate, f"street@{BUNDLES['street:latest']}", {"queue": 0.001, "network": 0.002}, CLASS_NAMES
+        )
+
+    def count_line(self, bundle: str | None, level: str, status: int) -> None:
+        self.counted.append((level, status))
+
     def health(self) -> Health:
         bundles = {
             name: BundleHealth(digest, SEGMENTATION.name, LEVELS, CLASS_NAMES, self.problem) for name, digest in BUNDLES.items()
@@ -82,8 +132,9 @@ def luma_logits(pixels: np.ndarray, level: str) -> np.ndarray:
 
 
 @contextmanager
-def serve(backend: Luma, limits: Limits = LIMITS) -> Iterator[int]:
+def serve(backend: Luma, admitted: Admission | None = None) -> Iterator[int]:
     """The port on loopback of a uvicorn server that calls `answer`, in a thread."""
+    admitted = admitted or admission()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
@@ -94,7 +145,7 @@ def serve(backend: Luma, limits: Limits = LIMITS) -> Iterator[int]:
             return message
 
         request = Request(scope, heard, send)
-        response = await answer(request, backend, limits)
+        response = await answer(request, backend, admitted)
         if body:
             backend.received.append((bytes(body), request.headers))
         await response(scope, receive, send)

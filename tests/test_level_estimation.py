@@ -1,9 +1,10 @@
 """Level estimation: exact for frames of a level, the nearest level or a mixture between levels, steady over a stream."""
 
 import io
+import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -162,19 +163,77 @@ QPS = Reference(H, W, LUMA, SPREAD, level_qp={"h264-crf18": 22.0, "h264-crf24": 
         (frame(crf=24), REFERENCE, "h264-crf24", 0, "h264-crf24"),
         (frame(crf=23), REFERENCE, "h264-crf24", 1, "h264-crf23"),
         (frame(crf=21.0), REFERENCE, "h264-crf24", 3, "h264-crf21"),
-        (frame(crf=5), REFERENCE, "clean", 5, "h264-crf5"),
+        (frame(crf=5), REFERENCE, "clean", 0, "h264-crf5"),  # better than undistorted images need
         (frame(crf=30, qp=18), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # the rate factor takes precedence
         (frame(qp=35.0), REFERENCE, "h264-crf30", 0, "h264-crf30"),  # libx264's mean QP is its CRF + 5
         (frame(qp=28.0), REFERENCE, "h264-crf24", 1, "h264-crf23"),
         (frame(qp=22), QPS, "h264-crf18", 0, "h264-crf18"),
         (frame(qp=28.5), QPS, "h264-crf24", 0, "h264-crf24"),
-        (frame(qp=34.25), QPS, "h264-crf30", 0, "h264-crf30"),  # as far above its CRF as the others are
+        (frame(qp=34.5), QPS, "h264-crf30", 0, "h264-crf30"),  # as far above its CRF as the nearest one with a QP is
+        (frame(qp=19), QPS, "clean", 0, "h264-crf15"),
+        (frame(qp=26.333333), QPS, "h264-crf24", 2, "h264-crf22"),  # two thirds of the way from 22 to 28.5
+        (frame(qp=24), Reference(H, W, LUMA, SPREAD, level_qp={"h264-crf24": 24.0}), "h264-crf24", 0, "h264-crf24"),
+        (frame(qp=29), Reference(H, W, LUMA, SPREAD, level_qp={"h264-crf24": 24.0}), "h264-crf30", 1, "h264-crf29"),
         (frame(crf=24), QPS, "h264-crf24", 0, "h264-crf24"),
     ],
 )
 def test_h264_quality(evidence: Evidence, reference: Reference, level: str, distance: float, read: str) -> None:
     estimate = found(CRFS, evidence, reference)
-    assert (estimate.level, estimate.distance, estimate.found) == (level, distance, read)
+    assert (estimate.level, estimate.found) == (level, read)
+    assert estimate.distance == pytest.approx(distance, abs=1e-5)
+
+
+tables = st.dictionaries(st.integers(0, 51), st.integers(-24, 102).map(lambda half: half / 2), min_size=1, max_size=6)
+
+
+@given(tables, st.lists(st.floats(-36, 51), min_size=2))
+@settings(deadline=None)
+def test_a_higher_qp_is_a_higher_rate_factor(table: dict[int, float], qps: list[float]) -> None:
+    """Whatever QPs a manifest says that its levels have."""
+    qp_of = {f"h264-crf{crf}": qp for crf, qp in table.items()}
+    level_estimator = LevelEstimator(["h264-crf0", *qp_of], Reference(H, W, LUMA, SPREAD, level_qp=qp_of))
+    found = [level_estimator.estimate(frame(qp=qp)).found for qp in sorted(qps)]
+    crfs = [int(name.removeprefix("h264-crf")) for name in found]
+    assert crfs == sorted(crfs)
+
+
+rising = st.dictionaries(st.integers(1, 51), st.floats(0.5, 5), min_size=2, max_size=6).map(
+    lambda steps: dict(zip(sorted(steps), itertools.accumulate(steps.values(), initial=10.0), strict=False))
+)
+
+
+@given(rising, st.integers(1, 51))
+@settings(deadline=None)
+def test_a_qp_between_two_levels_is_the_rate_factor_between_them(table: dict[int, float], crf: int) -> None:
+    names = {f"h264-crf{crf}": qp for crf, qp in table.items()}
+    level_estimator = LevelEstimator(list(names), Reference(H, W, LUMA, SPREAD, level_qp=names), "interpolate")
+    for name, qp in names.items():
+        assert level_estimator.estimate(frame(qp=qp)) == LevelEstimate(name, found=name)
+    qp = float(np.interp(crf, list(table), list(table.values())))
+    if min(table) <= crf <= max(table):
+        by_name, by_qp = level_estimator.match(f"h264-crf{crf}"), level_estimator.estimate(frame(qp=qp))
+        assert by_qp.found == f"h264-crf{crf}"
+        assert shares(by_qp) == pytest.approx(shares(by_name), abs=1e-6)
+
+
+def shares(estimate: LevelEstimate) -> dict[str, float]:
+    """Of both levels of a mixture, without those of no weight to speak of."""
+    share = estimate.weight or 0.0
+    both = {estimate.level: 1 - share} | ({estimate.neighbour: share} if estimate.neighbour else {})
+    return {level: share for level, share in both.items() if share > 1e-6}
+
+
+def test_light_and_size_move_the_qp_of_a_level_but_not_of_others() -> None:
+    dark, small = "brightness-0.4+h264-crf24", "h264-640x360"
+    qps = {"h264-crf18": 22.0, "h264-crf24": 28.0, dark: 25.0, small: 20.0}
+    level_estimator = LevelEstimator([*CRFS, dark, small], Reference(H, W, LUMA, SPREAD, level_qp=qps))
+    assert level_estimator.estimate(frame(qp=28)).found == "h264-crf24"
+    estimate = level_estimator.estimate(frame(qp=25, luma=40))
+    assert (estimate.level, estimate.distance) == (dark, 0)
+    estimate = level_estimator.estimate(frame(qp=20, size=(360, 640)))
+    assert (estimate.level, estimate.distance) == (small, 0)
+    # where every level has its own light, their QPs are all there is
+    assert found([dark], frame(qp=25, luma=40), Reference(H, W, LUMA, SPREAD, level_qp=qps)).found == dark
 
 
 def test_sizes_beside_rate_factors() -> None:
@@ -346,7 +405,7 @@ def test_a_level_that_no_other_is_near_is_refused(level: str) -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="'nearest' or 'interpolate'"):
+    with pytest.raises(UserError, match="'nearest', 'interpolate' or 'entropy'"):
         LevelEstimator(JPEGS, REFERENCE, "best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="jpeg-0"):
         LevelEstimator(["jpeg-0"], REFERENCE)
@@ -357,6 +416,46 @@ def test_only_what_matters_need_be_read() -> None:
     assert not LevelEstimator(["brightness-0.4", "h264-crf20"], None).sees_jpeg
     assert not LevelEstimator([], REFERENCE).sees_jpeg
     assert found([], frame(jpeg=5, luma=3)) == LevelEstimate("clean")
+
+
+def used(level_estimator: LevelEstimator, frames: Iterable[Evidence], margin: float) -> list[str]:
+    """The levels of a stream whose estimates are held."""
+    levels: list[str] = []
+    for evidence in frames:
+        levels.append(level_estimator.estimate(evidence, held=levels[-1] if levels else None, margin=margin).level)
+    return levels
+
+
+@given(st.lists(st.floats(-0.24, 0.24), min_size=2), st.sampled_from(["nearest", "interpolate"]))
+@settings(deadline=None)
+def test_noise_of_less_than_half_the_margin_never_changes_the_level(noise: list[float], untrained: str) -> None:
+    level_estimator = LevelEstimator(CRFS, REFERENCE, untrained)  # type: ignore[arg-type]
+    halfway = [frame(qp=21 + 5 + each) for each in noise]
+    assert len(set(used(level_estimator, halfway, margin=0.5))) == 1
+
+
+def test_a_real_change_is_taken_at_once() -> None:
+    level_estimator = LevelEstimator(CRFS, REFERENCE)
+    stream = [frame(crf=crf) for crf in (18, 20.9, 21.2, 21.3, 24, 20.8, 30)]
+    assert used(level_estimator, stream, 0.5) == [
+        "h264-crf18", "h264-crf18", "h264-crf18", "h264-crf24", "h264-crf24", "h264-crf24", "h264-crf30",
+    ]  # fmt: skip
+    assert used(level_estimator, stream, 0.0)[2] == "h264-crf24"
+
+
+def test_the_facts_are_those_of_the_level_that_is_held() -> None:
+    level_estimator = LevelEstimator(CRFS, REFERENCE, "interpolate")
+    evidence = frame(crf=21.2)
+    free, held = (level_estimator.estimate(evidence, held=level, margin=0.5) for level in (None, "h264-crf18"))
+    assert (free.level, free.neighbour, free.weight) == ("h264-crf24", "h264-crf18", pytest.approx(2.8 / 6))
+    assert (held.level, held.neighbour, held.weight) == ("h264-crf18", "h264-crf24", pytest.approx(3.2 / 6))
+    assert (free.distance, held.distance) == (pytest.approx(2.8), pytest.approx(3.2))
+    assert (free.spelled, held.spelled) == ("h264-crf24*0.53, h264-crf18*0.47", "h264-crf18*0.47, h264-crf24*0.53")
+    assert LevelEstimate("jpeg-30").spelled == "jpeg-30"
+
+
+def test_a_level_of_another_release_is_not_held() -> None:
+    assert LevelEstimator(CRFS, REFERENCE).estimate(frame(crf=24), held="h264-crf23", margin=9.0).level == "h264-crf24"
 
 
 def levels_of(level_estimator: LevelEstimator, lumas: Sequence[float], stream: str = "a") -> list[str]:

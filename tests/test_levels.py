@@ -257,6 +257,19 @@ def test_a_clip_may_have_no_frame_or_one(name: str) -> None:
     assert len(level.apply([texture()])) == 1
 
 
+def qps(name: str) -> list[float | None]:
+    return [qp for _, qp in parse_level(name).pictures(moving_clip(12))]
+
+
+def test_pictures_have_the_qp_of_the_last_h264_part() -> None:
+    assert set(qps("brightness-0.4+jpeg-30")) == {None}
+    coarse, fine = (np.array(qps(f"h264-crf{crf}"), float) for crf in (40, 20))
+    assert (coarse - fine).mean() == pytest.approx(20, abs=3)
+    assert qps("h264-crf40+brightness-0.4+jpeg-90") == coarse.tolist()
+    assert np.array(qps("h264-crf40+h264-crf20"), float).mean() < fine.mean() + 5
+    assert len(qps("h264-32x24")) == 12
+
+
 def test_a_long_clip_is_streamed() -> None:
     read = []
 

@@ -77,6 +77,9 @@ def test_from_weights_to_a_release(options: Options, tmp_path: Path, capsys: pyt
     assert found["clean"] == reference["luma"]
     assert found["jpeg-10"] == pytest.approx(reference["luma"], rel=0.02)
     assert found["brightness-0.4+jpeg-30"] == pytest.approx(0.4 * reference["luma"], rel=0.05)
+    qps = {level: entry["qp"] for level, entry in release.manifest["levels"].items() if "qp" in entry}
+    assert qps == {"h264-32x24": pytest.approx(18 + 7, abs=5)}, "7 above the rate factor, as still images are"
+    assert "qp" not in reference
 
     model = build_model("tests.nets:small", tiny.CLASSES)
     given = safetensors.torch.load_file(tmp_path / "weights.safetensors")

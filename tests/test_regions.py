@@ -125,8 +125,9 @@ def test_images_without_regions_are_answered(tmp_path: Path) -> None:
         assert found["masks"].shape == (0, *SIZE)
 
 
-def test_levels_of_regions_cannot_be_mixed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("untrained", ["interpolate", "entropy"])
+def test_levels_of_regions_cannot_be_mixed(untrained: Any, tmp_path: Path) -> None:
     release = publish(tmp_path, "light_maskrcnn", {"min_size": 64})
     assert has_regions(build_model("light_maskrcnn", CLASSES))
     with pytest.raises(UserError, match="sees regions of its images, which cannot mix two levels: use untrained='nearest'"):
-        AdaptiveModel(release, untrained="interpolate")
+        AdaptiveModel(release, untrained=untrained)

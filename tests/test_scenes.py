@@ -202,3 +202,26 @@ def test_the_boxes_of_no_masks_are_empty() -> None:
     empty = boxes_of(np.zeros((0, 5, 7), np.bool_))
     assert empty.shape == (0, 4)
     assert empty.dtype == np.float32
+
+
+def test_frames_of_one_scene_are_a_pan_over_it() -> None:
+    stills, panned = (open_scenes(train=8, val=8, frames=frames).val for frames in (1, 4))
+    assert panned.clips == ("val-00000",) * 4 + ("val-00004",) * 4
+    assert stills.clips == stills.ids
+    assert panned.digest != stills.digest
+    for scene in (0, 4):
+        first, last = panned.target(scene), panned.target(scene + 3)
+        assert np.array_equal(first[:, 6:], last[:, :-6])
+        assert np.array_equal(panned.image(scene)[:, 6:], panned.image(scene + 3)[:, :-6])
+
+
+def test_objects_of_a_pan_are_those_that_are_seen() -> None:
+    wide = open_scenes(train=1, val=8, frames=8, task="detection").val
+    for index in range(8):
+        found = wide.target(index)
+        masks = found.masks()
+        assert found.size == masks.shape[1:] == (96, 128)
+        assert masks.any((1, 2)).all()
+        assert np.array_equal(found.boxes, boxes_of(masks))
+        assert np.array_equal(found.areas, masks.sum((1, 2)))
+        assert found.crowd[found.areas < 12].all()

@@ -176,3 +176,24 @@ def test_stability_training_adds_the_divergence_of_the_perturbed_copy() -> None:
     p, q = forward(x).softmax(1), forward(perturbed).softmax(1)
     divergence = (p * (p.log() - q.log())).sum(1).mean()
     torch.testing.assert_close(found, F.cross_entropy(forward(x), y) + 0.7 * divergence)
+
+
+def test_uncertainty_is_the_mean_entropy_of_the_pixels() -> None:
+    K = 5
+    even, sure = torch.zeros(K, 4, 6), torch.full((K, 4, 6), float("-inf"))
+    sure[2] = 3.0
+    assert SEGMENTATION.uncertainty(even) == pytest.approx(np.log(K))
+    assert SEGMENTATION.uncertainty(sure) == 0
+    assert SEGMENTATION.uncertainty(torch.cat([even, sure], 1)) == pytest.approx(np.log(K) / 2)
+    logits = torch.randn(K, 4, 6, generator=torch.Generator().manual_seed(1))
+    p = logits.double().softmax(0)
+    assert SEGMENTATION.uncertainty(logits) == pytest.approx(float(-(p * p.log()).sum(0).mean()), rel=1e-5)
+
+
+def test_the_logits_of_an_answer_keep_no_batch_in_memory() -> None:
+    batch = torch.zeros(4, 3, 6, 8)
+    logits = SEGMENTATION.content(batch[1], "application/x-npy")
+    batch += 1
+    assert not logits.any()
+    assert SEGMENTATION.answer_bytes("application/x-npy", 3, 6, 8) == logits.nbytes
+    assert SEGMENTATION.answer_bytes("image/png", 3, 6, 8) == SEGMENTATION.content(batch[1], "image/png").nbytes

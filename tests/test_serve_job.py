@@ -22,7 +22,7 @@ from tests import served
 from tests.conftest import ROOT
 
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
-from gearnn_ray.serving import service
+from gearnn_ray.service import deployment as service
 
 PINNED = "tiny@sha256:" + "0" * 64
 

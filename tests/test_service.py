@@ -29,14 +29,19 @@ from PIL import Image
 from gearnn_ray.config.serve import LimitsConfig, ServeConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.store.releases import Store
+from gearnn_ray.video.decoding import DEFAULT_LIMITS
+from gearnn_ray.video.upload import segment_frames
 from tests import served
 from tests.nets import TRUST
+from tests.streams import encoded, moving
+from tests.test_segment_requests import Client, lines_of
+from tests.test_segments import bombs, claiming
 
 # read when the session's Ray starts; ten seconds, Ray's default, is long for a test
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
-from gearnn_ray.serving import service
+from gearnn_ray.service import deployment as service
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,16 @@ def server(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     root = tmp_path_factory.mktemp("served") / "store"
     served.publish(Store(root), "tiny", tags=("first",))
     served.publish(Store(root), "other", seed=7, shared=True)
+    served.publish(Store(root), "video", seed=8, level_names=VIDEO_LEVELS)
     config = ServeConfig(
-        store=str(root), bundles=("tiny", "other"), port=free_port(), device="cpu", max_batch=8, poll_seconds=0.3, trust=TRUST,
-        limits=LimitsConfig(body_mib=0.1, megapixels=0.05),
+        store=str(root), bundles=("tiny", "other", "video"), port=free_port(), device="cpu", max_batch=8, poll_seconds=0.3,
+        trust=TRUST, limits=LimitsConfig(body_mib=0.1, megapixels=0.05, body_seconds=4),
     )  # fmt: skip
     with service.serving(config) as serving:
         yield Server(root, config.port, serving)
 
 
+VIDEO_LEVELS = ("h264-crf18", "h264-crf40")
 FRAMES = {
     "jpeg-10": served.jpeg(served.picture(1), 10),
     "jpeg-50": served.jpeg(served.picture(2, 48, 96), 50),
@@ -210,6 +217,59 @@ def test_levels_sizes_and_bundles_mixed_by_many_clients_are_each_answered_right(
 
     with ThreadPoolExecutor(12) as clients:
         list(clients.map(client, range(12)))
+
+
+def test_two_streams_at_the_same_time_are_each_answered_at_their_levels(server: Server) -> None:
+    shots = {crf: encoded(moving(30, 64, 80, seed=crf), container="mpegts", crf=crf) for crf in (18, 40)}
+
+    def client(crf: int) -> Answer:
+        return server.ask("POST", f"/streams/camera-{crf}/segments", shots[crf], serve_multiplexed_model_id="video")
+
+    with ThreadPoolExecutor(2) as clients:
+        answers = dict(zip(shots, clients.map(client, shots), strict=True))
+    for crf, answer in answers.items():
+        lines = lines_of(answer)
+        assert [line["frame"] for line in lines] == list(range(30))
+        assert {line["level"] for line in lines} == {f"h264-crf{crf}"}
+        for frame, line in zip(segment_frames(shots[crf], DEFAULT_LIMITS, 30), lines, strict=True):
+            classes = server.expected(line["release"], line["level"], served.png(frame.pixels))
+            shares = {each["category_id"]: each["share"] for each in line["classes"]}
+            for label in range(3):
+                assert abs(shares.get(label, 0) - float(np.mean(classes == label))) < 0.01
+
+
+def test_lines_of_an_upload_come_through_serves_proxy_while_it_is_sent(server: Server) -> None:
+    data = encoded(moving(40, 64, 80), container="mpegts", g=5, crf=18)
+    with Client(server.port, head="transfer-encoding: chunked\r\nserve_multiplexed_model_id: video") as client:
+        client.send(data[: len(data) // 2])
+        assert [client.line()["frame"] for _ in range(10)] == list(range(10))
+        client.send(data[len(data) // 2 :])
+        client.send(b"")
+        assert [line["frame"] for line in client.rest()] == list(range(10, 40))
+
+
+def test_hostile_segments_are_refused_and_the_replica_lives(server: Server) -> None:
+    (replica,) = replica_pids()
+    bodies = [b"#EXTM3U\nfile:///etc/passwd\n", claiming(100_000, 100_000), claiming(16_000, 16_000), bombs(50_000_000)["trun"]]
+    for body in (*bodies, bytes(5000), encoded(moving(3, 240, 320))):
+        for chunked in (False, True):
+            sent: Any = iter([body]) if chunked else body
+            answer = server.ask("POST", "/streams/x/segments", sent, serve_multiplexed_model_id="video")
+            assert (answer.status // 100, answer.headers["content-type"]) == (4, "application/problem+json"), answer
+    assert replica_pids() == [replica]
+
+
+def test_slow_clients_hold_up_neither_health_nor_a_good_request(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            client = stack.enter_context(Client(server.port, "/predict", "content-length: 1000"))
+            client.socket.sendall(b"x")
+        start = time.monotonic()
+        assert server.health()["status"] == "ok"
+        server.check(FRAMES["clean"], "clean", server.predict(FRAMES["clean"]))
+        assert time.monotonic() - start < 3
+        assert client.response.status == 408
+        assert time.monotonic() - start < 8
 
 
 class Load:
@@ -313,6 +373,9 @@ def test_prometheus_sees_levels_batches_distances_and_the_release(server: Server
     assert metric(text, "batch_size_sum") > metric(text, "batch_size_count") > 0
     assert metric(text, "batch_levels_sum") > metric(text, "batch_levels_count")
     assert metric(text, "requests_total", bundle="none", level="none", status="415") >= 1
+    for level in VIDEO_LEVELS:
+        assert metric(text, "lines_total", bundle="video:latest", level=level, status="200") >= 30
+    assert metric(text, "lines_total", bundle="video:latest", level="none", status="413") >= 1
     digest = server.store.tags("tiny")["latest"]
     eventually(lambda: metric(scraped(), "release", bundle="tiny:latest", digest=digest) >= 1)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gearnn_ray.service.backend import Prediction
 from gearnn_ray.serving.frames import Frame
-from gearnn_ray.serving.http import Prediction
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Task
 from tests.test_http import BUNDLES, CLASS_NAMES, Luma, encoded, luma_logits, picture, serve

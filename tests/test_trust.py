@@ -48,7 +48,7 @@ def forged(folder: Path, network: str) -> Release:
 
 
 def serve(release: Release, folder: Path, trust: Collection[str]) -> None:
-    bundles = pytest.importorskip("gearnn_ray.serving.bundles", reason="the extra `serve` is not installed")
+    bundles = pytest.importorskip("gearnn_ray.service.bundles", reason="the extra `serve` is not installed")
     bundles.check_bundles(ServeConfig(store=str(folder), bundles=("tiny",), trust=tuple(trust)))
 
 

@@ -15,6 +15,7 @@ from gearnn_ray.config.command_line import from_mapping
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.config.split import DataConfig, SplitConfig
+from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.names import check_name, check_released_name, check_weights_path
@@ -58,6 +59,17 @@ def check_bundles(config: ServeConfig) -> None:
     store = Store(config.store)
     for ref in config.bundles:
         check_released_name(store.manifest(ref)[1].model.name, config.trust)
+
+
+def check_watch(config: WatchConfig) -> None:
+    """Raise UserError for a release that is not in the store, whose network is not trusted, or a file that cannot be written."""
+    check_released_name(Store(config.store).manifest(config.release)[1].model.name, config.trust)
+    for path in filter(None, (config.ndjson, config.mp4)):
+        folder = Path(path).resolve().parent
+        if not folder.is_dir():
+            raise UserError(f"the folder {folder} does not exist: create it, or write {Path(path).name} elsewhere")
+        if config.source and Path(config.source).exists() and Path(path).resolve() == Path(config.source).resolve():
+            raise UserError(f"{path} is the source itself, which would be overwritten: write to another file")
 
 
 def starts_own_cluster() -> bool:

@@ -1,22 +1,30 @@
-"""The four jobs, from a command line to an exit code: parse the configuration, run the job, print its result."""
+"""The five jobs, from a command line to an exit code: parse the configuration, run the job, print its result."""
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gearnn_ray.cli import early_checks, output
 from gearnn_ray.config.command_line import ConfigT, JobOptions, parse_command_line
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.reporting.progress import reporter, split_plan
+
+if TYPE_CHECKING:
+    from gearnn_ray.video.live import LiveStream
 
 _SPLIT = "Split a network into one base and a small adaptor per distortion level, and publish them (GearNN, CVPR 2020)."
 _EVALUATE = "Evaluate every method at every level of a release on the same images: how much accuracy for how many bytes."
 _SWEEP = "Try several budgets M on the levels of a release, and recommend the smallest that is nearly as good as the best."
+_WATCH = "Take a video through the adaptive network: every frame with the network of its own distortion level."
 _SERVE = "Serve releases over HTTP: one base network, and for each frame the adaptor of its own distortion level."
 
 
@@ -72,7 +80,7 @@ def run_serve(arguments: Sequence[str]) -> int:
         try:
             early_checks.check_bundles(config)
             try:
-                from gearnn_ray.serving import service
+                from gearnn_ray.service import deployment as service
             except ModuleNotFoundError as error:
                 raise UserError(f"{error.name} is not installed: install the extra `serve` (uv sync --extra serve)") from error
 
@@ -85,6 +93,52 @@ def run_serve(arguments: Sequence[str]) -> int:
         return False
 
     return _run(ServeConfig, arguments, _SERVE, run)
+
+
+def run_watch(arguments: Sequence[str]) -> int:
+    """`jobs/watch.py`. Exit codes: 0 the video has ended, or Ctrl-C or SIGTERM ended it; 1 the source failed after its first
+    frame; 2 invalid configuration, or no video.
+    """
+
+    def run(config: WatchConfig, options: JobOptions) -> bool:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        early_checks.check_watch(config)
+        from gearnn_ray.video.sources import SourceError
+        from gearnn_ray.video.watching import Seen, watched
+
+        seen, problem = Seen(), None
+        try:
+            with _live_page(config, options) as live, closing(watched(config, seen, live)) as lines:
+                output.show_lines(lines, seen, options.json_lines)
+        except KeyboardInterrupt:
+            pass
+        except SourceError as error:
+            if not seen.frames:
+                raise
+            problem = str(error)
+        output.show_watch(config, seen, problem, options.json_lines)
+        return problem is None
+
+    return _run(WatchConfig, arguments, _WATCH, run)
+
+
+@contextmanager
+def _live_page(config: WatchConfig, options: JobOptions) -> Iterator["LiveStream | None"]:
+    """The page of a stream while it is watched, where a port is given for it."""
+    if config.port is None:
+        yield None
+        return
+    from gearnn_ray.video.live import LiveStream
+    from gearnn_ray.video.watching import stream_name
+
+    try:
+        from gearnn_ray.service.stream_pages import stream_page_at
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: install the extra `serve` (uv sync --extra serve)") from error
+    live = LiveStream(stream_name(config))
+    with stream_page_at(config.port, live) as address:
+        output.show_page(address, options.json_lines)
+        yield live
 
 
 def _run(kind: type[ConfigT], arguments: Sequence[str], description: str, run: Callable[[ConfigT, JobOptions], bool]) -> int:

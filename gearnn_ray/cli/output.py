@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.reporting.summary import LayerChange, accuracy_figure, print_summary, weight_change_figure
 from gearnn_ray.store.releases import Store
@@ -21,9 +23,12 @@ from gearnn_ray.store.releases import Store
 if TYPE_CHECKING:
     from gearnn_ray.evaluation.findings import Outcome as Evaluated
     from gearnn_ray.offline.pipeline import Outcome
-    from gearnn_ray.serving.service import Serving
+    from gearnn_ray.service.deployment import Serving
     from gearnn_ray.sweep.findings import Point
     from gearnn_ray.sweep.pipeline import Outcome as Swept
+    from gearnn_ray.video.watching import Seen
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def show_split(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
@@ -220,6 +225,55 @@ def show_serving(serving: "Serving", json_lines: bool) -> None:
         print(f"serving {ref} ({digest[:19]}…) with {len(levels)} levels on {serving.url} (page)")
     print(f"try it:   curl --data-binary @frame.jpg {serving.url}predict -o classes.png")
     print(f"health:   {serving.url}health\nmetrics:  {' '.join(serving.metrics)}\nCtrl-C ends it", flush=True)
+
+
+def show_lines(lines: Iterable[Mapping[str, object]], seen: "Seen", json_lines: bool) -> None:
+    """Print every line as JSON; or, for people, every few seconds what is being seen."""
+    shown = time.monotonic()
+    for line in lines:
+        if json_lines:
+            _print_json("frame", **line)
+        elif time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            lost = f", {seen.dropped} dropped" * bool(seen.dropped) + f", {seen.lost} lost" * bool(seen.lost)
+            rate = seen.frames / max(seen.seconds, 1e-9)
+            print(f"{seen.frames} frames, {rate:.1f} a second{lost}; now {line['found']} with {line['level']}", flush=True)
+
+
+def show_page(address: str, json_lines: bool) -> None:
+    """Print where a stream can be looked at."""
+    if json_lines:
+        _print_json("page", address=address)
+    else:
+        print(f"page: {address}", flush=True)
+
+
+def show_watch(config: WatchConfig, seen: "Seen", problem: str | None, json_lines: bool) -> None:
+    """Print what was seen in a video, and where it is written."""
+    if json_lines:
+        _print_json(**asdict(seen), problem=problem, ndjson=config.ndjson, mp4=config.mp4)
+        return
+    console = _console()
+    rate = seen.frames / max(seen.seconds, 1e-9)
+    console.print(
+        f"\n{seen.frames} frames in {seen.seconds:.1f} s ({rate:.1f} a second), {seen.dropped} dropped, "
+        f"{seen.lost} packets lost; the level changed {seen.changes} times",
+        highlight=False,
+    )
+    if seen.frames:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for head in ("level", "frames", *(f"{method} {seen.metric}" for method in seen.scores)):
+            table.add_column(head, justify="left" if head == "level" else "right", no_wrap=True)
+        for level, frames in sorted(seen.levels.items(), key=lambda item: -item[1]):
+            table.add_row(level, str(frames), *(f"{score:.1f}" for score in seen.level_scores.get(level, {}).values()))
+        if seen.scores:
+            table.add_row("all", str(seen.frames), *(f"{score:.1f}" for score in seen.scores.values()), style="bold")
+        console.print(table, highlight=False)
+    for remark in seen.remarks:
+        console.print(remark, highlight=False, markup=False)
+    if problem:
+        console.print(f"\nthe source failed: {problem}", style="bold red", highlight=False, markup=False)
+    _print_places(console, [(what, place) for what, place in (("lines", config.ndjson), ("video", config.mp4)) if place])
 
 
 def _console() -> Console:

@@ -79,6 +79,7 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
             given = {**given, "preset": options.preset}
         if kind is SplitConfig:
             given = _with_what_decides_the_task(given, rest)
+    rest = _with_values_of_flags(kind, rest)
     base = from_mapping(kind, given, options.config or "the command line")
     shown = io.StringIO()
     try:
@@ -91,8 +92,8 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
                 description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line takes "
                 "precedence. --json: print one JSON object per line instead of text."
                 + (
-                    f" --preset {' or '.join(PRESETS)}: fewer epochs, or more accuracy for each byte; all other options take "
-                    "precedence." * (kind is SplitConfig)
+                    f" --preset {' or '.join(PRESETS)}: fewer epochs, more accuracy for each byte, or levels of video; all other "
+                    "options take precedence." * (kind is SplitConfig)
                 ),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
@@ -119,6 +120,17 @@ def _with_what_decides_the_task(given: Mapping[str, object], arguments: Sequence
                 if isinstance(own, Mapping) or own is None:
                     changed = {**(own or {}), name: value if equals else following}
                     found = {**found, section: changed} if section else changed
+    return found
+
+
+def _with_values_of_flags(kind: type[BaseModel], arguments: Sequence[str]) -> list[str]:
+    """The arguments, with True after each yes-or-no option that stands alone."""
+    flags = {f"--{name.replace('_', '-')}" for name, field in kind.model_fields.items() if field.annotation is bool}
+    found = []
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        found.append(argument)
+        if argument.replace("_", "-") in flags and following not in ("True", "False"):
+            found.append("True")
     return found
 
 

@@ -31,6 +31,8 @@ class ScenesConfig(Section):
     """width of an image in pixels"""
     seed: int = Field(0, ge=0)
     """seed of the generator; another seed gives other scenes"""
+    frames: int = Field(1, ge=1, le=256)
+    """images of each scene, which the camera pans over: H.264 levels then are those of video, not of stills"""
 
 
 class DataConfig(Section):
@@ -102,7 +104,7 @@ class SelectionConfig(Coupling, Criterion):
 
 BASE_RECIPE = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
 
-PRESETS: dict[str, dict[str, dict[str, object]]] = {
+PRESETS: dict[str, dict[str, object]] = {
     "fast": {"sensitivity": {"epochs": 0.125}, "recipe": {"epochs": 3}},
     "compact": {
         "selection": {
@@ -112,9 +114,26 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "storage_formats": ["float32", "bfloat16", "int8"],
         }
     },
+    "video": {
+        "task": "detection",
+        "name": "centre-video",
+        "levels": [
+            "h264-crf36",
+            "h264-crf44",
+            "h264-64x48+h264-crf28",
+            "h264-64x48+h264-crf36",
+            "brightness-0.5",
+            "brightness-0.2",
+            "brightness-0.1",
+            "brightness-0.2+h264-crf36",
+        ],
+        "data": {"scenes": {"train": 768, "val": 128, "frames": 8}},
+        "base_recipe": {"epochs": 6},
+        "recipe": {"epochs": 1},
+    },
 }
-"""Values that a preset gives to options of `SplitConfig` that are not given: fewer epochs, or more accuracy for each byte.
-docs/budget.md has what they cost and gain."""
+"""Values that a preset gives to options of `SplitConfig` that are not given: fewer epochs, more accuracy for each byte
+(docs/budget.md has what they cost and gain), or levels as video streams have them (docs/streams.md)."""
 
 
 DETECTION: dict[str, object] = {
@@ -169,7 +188,6 @@ class SplitConfig(Section):
     """how the base is trained if no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
 
-    @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: object) -> object:
         """Replace `preset`, which is no field, by the values that it stands for."""
@@ -179,14 +197,12 @@ class SplitConfig(Section):
         name = given.pop("preset")
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"the preset {name!r} is unknown: expected {' or '.join(PRESETS)}")
-        for section, settings in PRESETS[name].items():
-            own = given.get(section, {})
-            given[section] = {**settings, **own} if isinstance(own, dict) else own
-        return given
+        return _filled(given, PRESETS[name])
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_task(cls, values: object) -> object:
+        values = cls._preset(values)  # first, because it may name the task
         if not isinstance(values, dict):
             return values
         data, model = (values.get(section) for section in ("data", "model"))

@@ -1,5 +1,5 @@
 """The distorted images of a split, computed once and then read from disk. A cache entry is a folder named by the digest of
-everything that decides its pixels: a flat data file, mapped into memory, and an index with the images' sizes and brightness.
+everything that decides its pixels: a flat data file, mapped into memory, and an index with the images' sizes, brightness and QPs.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -25,6 +25,7 @@ from PIL import Image
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.data.dataset import Split
+from gearnn_ray.levels.h264_codec import Picture
 from gearnn_ray.levels.level import CLEAN, LEVELS_VERSION, Level, codec_versions
 
 __all__ = [
@@ -46,14 +47,16 @@ Pixels = NDArray[np.uint8]  # an RGB image [H, W, 3] or a map of class ids [H, W
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """Size and brightness of a level's images, from which a server estimates levels. height, width: the most frequent size in
-    pixels. luma: mean over images of their mean Rec. 601 luma, 0 to 255. luma_spread: standard deviation of ln(mean luma).
+    """Statistics of a level's images, from which a server estimates levels. height, width: the most frequent size in pixels.
+    luma: mean over images of their mean Rec. 601 luma, 0 to 255. luma_spread: standard deviation of ln(mean luma). qp: mean
+    macroblock QP of the pictures of the level's last H.264 part; None without H.264.
     """
 
     height: int
     width: int
     luma: float
     luma_spread: float
+    qp: float | None = None
 
 
 class PackedImages(Sequence[Pixels]):
@@ -70,6 +73,7 @@ class PackedImages(Sequence[Pixels]):
             self._offsets: list[int] = index["offsets"]
             self._shapes: list[tuple[int, ...]] = [tuple(shape) for shape in index["shapes"]]
             self._lumas: list[float] = index["lumas"]
+            self._qps: list[float] = index.get("qps", [])  # earlier versions did not measure them
             size = (folder / _DATA).stat().st_size
             if size != self._offsets[-1] or len(self._offsets) != len(self._shapes) + 1:
                 raise ValueError(f"{size} bytes of {self._offsets[-1]}")
@@ -86,8 +90,8 @@ class PackedImages(Sequence[Pixels]):
         return list(self._shapes)
 
     def statistics(self) -> ImageStatistics:
-        """Statistics of at most 200 evenly spaced images, without reading any; only of RGB images."""
-        return _statistics([self._shapes[i] for i in _measured_positions(len(self))], self._lumas)
+        """Statistics of at most 200 evenly spaced images, QPs of all, without reading any; only of RGB images."""
+        return _statistics([self._shapes[i] for i in _measured_positions(len(self))], self._lumas, self._qps)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -116,20 +120,18 @@ def level_images(split: Split, level: Level, cache: Path) -> PackedImages:
     are streamed: memory does not grow with the split. Raises `UserError` if an image cannot be read, the frames of a clip differ
     in size (H.264 only), the cache cannot be written, or its disk probably has too little space.
     """
-
-    def frames() -> Iterator[Pixels]:
-        for _, clip in itertools.groupby(range(len(split)), key=split.clips.__getitem__):
-            yield from level.stream(map(split.image, clip))
-
-    return _entry(split, level.name, codec_versions(level), frames(), cache)
+    return _entry(split, level.name, codec_versions(level), _pictures(split, level), cache)
 
 
 def level_statistics(split: Split, level: Level, cache: Path) -> ImageStatistics:
-    """Statistics of at most 200 evenly spaced images of a level. Equal images give equal numbers. Raises as `level_images`. If
-    the cache does not have the undistorted images, only the measured ones are read, and none is stored.
+    """Statistics of at most 200 evenly spaced images of a level, QPs of all. Equal images give equal numbers. Raises as
+    `level_images`. If the cache does not have the undistorted images, only the measured ones are read, and none is stored.
     """
     if not level.is_clean:
-        return level_images(split, level, cache).statistics()
+        found = level_images(split, level, cache).statistics()
+        if level.uses_h264 and found.qp is None:  # the cached images are of a version that did not measure QPs
+            found = replace(found, qp=_mean_qp([qp for _, qp in _pictures(split, level) if qp is not None]))
+        return found
     with suppress(CorruptStoreError):
         return PackedImages(cache / _key(split, level.name, codec_versions(level))).statistics()
     images = [split.image(index) for index in _measured_positions(len(split))]
@@ -165,14 +167,19 @@ def split_targets(split: Split, num_classes: int, cache: Path, task: TargetForma
     raises `UserError` naming the sample. Raises `UserError` also if a file cannot be read or the cache cannot be written.
     """
 
-    def targets() -> Iterator[Pixels]:
+    def targets() -> Iterator[Picture]:
         for index, sample in enumerate(split.ids):
             image, target = split.image(index), split.target(index)
             task.check(image, target, num_classes, f"{split.name} sample {sample!r}")
-            yield task.store(target)
+            yield Picture(task.store(target))
 
     packed = _entry(split, f"{task.stored_as}-{num_classes}", codec_versions(CLEAN), targets(), cache)
     return PackedTargets(packed, task.restore)
+
+
+def _pictures(split: Split, level: Level) -> Iterator[Picture]:
+    for _, clip in itertools.groupby(range(len(split)), key=split.clips.__getitem__):
+        yield from level.pictures(map(split.image, clip))
 
 
 def _measured_positions(images: int) -> list[int]:
@@ -185,12 +192,16 @@ def _mean_luma(pixels: Pixels) -> float:
     return float(np.asarray(Image.fromarray(pixels).convert("L")).mean())
 
 
-def _statistics(shapes: Sequence[tuple[int, ...]], lumas: Sequence[float]) -> ImageStatistics:
+def _mean_qp(qps: Sequence[float]) -> float | None:
+    return round(statistics.fmean(qps), 3) if qps else None
+
+
+def _statistics(shapes: Sequence[tuple[int, ...]], lumas: Sequence[float], qps: Sequence[float] = ()) -> ImageStatistics:
     height, width, *_ = Counter(shapes).most_common(1)[0][0]
     # The logarithm of a black image is infinite: a luma below 1 counts as 1. Rounded, because logarithms differ in their last
     # bit between machines, and equal jobs must write equal manifests.
     spread = statistics.pstdev(math.log(max(luma, 1.0)) for luma in lumas)
-    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4))
+    return ImageStatistics(height, width, round(statistics.fmean(lumas), 3), round(spread, 4), _mean_qp(qps))
 
 
 def _key(split: Split, content: str, codecs: dict[str, str]) -> str:
@@ -204,8 +215,8 @@ def _key(split: Split, content: str, codecs: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _entry(split: Split, content: str, codecs: dict[str, str], images: Iterator[Pixels], cache: Path) -> PackedImages:
-    """The entry with this content; made from `images` if it does not exist or is damaged."""
+def _entry(split: Split, content: str, codecs: dict[str, str], pictures: Iterator[Picture], cache: Path) -> PackedImages:
+    """The entry with this content; made from `pictures` if it does not exist or is damaged."""
     key = _key(split, content, codecs)
     entry = cache / key
     with suppress(CorruptStoreError):
@@ -219,7 +230,7 @@ def _entry(split: Split, content: str, codecs: dict[str, str], images: Iterator[
         try:
             with _writing(cache):
                 building.mkdir()
-            _write(building, images, len(split), cache)
+            _write(building, pictures, len(split), cache)
             with suppress(CorruptStoreError):  # another host, which the lock does not reach, made it
                 return PackedImages(entry)
             with _writing(cache):
@@ -231,18 +242,18 @@ def _entry(split: Split, content: str, codecs: dict[str, str], images: Iterator[
         return PackedImages(entry)
 
 
-def _write(entry: Path, images: Iterator[Pixels], count: int, cache: Path) -> None:
+def _write(entry: Path, pictures: Iterator[Picture], count: int, cache: Path) -> None:
     """Stream `count` images into the files of an entry, raw if there is enough space and otherwise as PNG."""
-    first = next(images, None)
+    first = next(pictures, None)
     if first is None:
         raise UserError("the split has no images, expected at least one: add images to it.")
-    encode = _encoding(first, count, _free_bytes(cache), cache)
+    encode = _encoding(first.pixels, count, _free_bytes(cache), cache)
     measured = set(_measured_positions(count))
-    offsets, shapes, lumas = [0], [], []
+    offsets, shapes, lumas, qps = [0], [], [], []
     with _writing(cache):
         data = (entry / _DATA).open("wb")
     try:
-        for position, pixels in enumerate(itertools.chain([first], images)):
+        for position, (pixels, qp) in enumerate(itertools.chain([first], pictures)):
             stored = encode(pixels)
             with _writing(cache):
                 data.write(stored)
@@ -250,10 +261,12 @@ def _write(entry: Path, images: Iterator[Pixels], count: int, cache: Path) -> No
             shapes.append(pixels.shape)
             if pixels.ndim == 3 and position in measured:
                 lumas.append(_mean_luma(pixels))
+            if qp is not None:
+                qps.append(qp)
         if len(shapes) != count:
             raise RuntimeError(f"{len(shapes)} images were made of {count}")  # they would be paired with wrong targets
         encoding = "png" if encode is _png else "raw"
-        index = {"encoding": encoding, "offsets": offsets, "shapes": shapes, "lumas": lumas}
+        index = {"encoding": encoding, "offsets": offsets, "shapes": shapes, "lumas": lumas, "qps": qps}
         with _writing(cache):
             data.flush()
             os.fsync(data.fileno())  # else a power cut could leave a file of zeros under the final name

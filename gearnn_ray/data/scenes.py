@@ -7,6 +7,7 @@ seed, split, index and size, with the same bits on every machine: it uses PCG64'
 arithmetic (+ - * / % and square roots), but no sums over arrays or transcendental functions, whose last bits differ.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,8 @@ THINGS = (CAR, PERSON)  # classes of objects with a box and a mask of their own:
 VERSION = 1  # part of every digest: raise it with any change to a pixel, a label or an object
 SPLITS = ("train", "val")
 MAX_COUNT, MIN_SIDE, MAX_SIDE, MAX_SEED = 100_000, 48, 2048, 2**63 - 1
+MAX_FRAMES = 256
+PAN = 2  # pixels to the right between two frames of a scene
 
 Plane = NDArray[np.float64]  # [H, W]
 Mask = NDArray[np.bool_]  # [H, W]
@@ -34,9 +37,10 @@ Colour = NDArray[np.float64]  # [3] RGB in 8-bit levels, or one for every pixel 
 
 @dataclass(frozen=True)
 class ScenesSplit:
-    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted at each access. Every scene is a clip of its own. The
-    targets of detection are the cars and people, with classes from `THINGS`; one of which less than a third is visible, or fewer
-    than 12 pixels, is marked as a crowd.
+    """A `gearnn_ray.data.dataset.Split` of generated scenes, painted at each access. Every scene is a clip of its own, of
+    `frames` images: it is painted wider than they are, and the camera pans over it. count: of the images. The targets of
+    detection are the cars and people, with classes from `THINGS`; one of which less than a third is visible, or fewer than 12
+    pixels, is marked as a crowd.
     """
 
     name: str
@@ -45,6 +49,7 @@ class ScenesSplit:
     width: int
     seed: int
     task: str = "segmentation"
+    frames: int = 1
 
     def __len__(self) -> int:
         return self.count
@@ -55,7 +60,7 @@ class ScenesSplit:
 
     @property
     def clips(self) -> tuple[str, ...]:
-        return self.ids
+        return tuple(f"{self.name}-{i // self.frames * self.frames:05d}" for i in range(self.count))
 
     @property
     def digest(self) -> str:
@@ -63,29 +68,44 @@ class ScenesSplit:
         what = {"generator": "scenes", "version": VERSION, "split": self.name, "count": self.count}
         what |= {"height": self.height, "width": self.width, "seed": self.seed}
         what |= {} if self.task == "segmentation" else {"task": self.task}
+        what |= {} if self.frames == 1 else {"frames": self.frames}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """RGB image [H, W, 3]."""
-        return self._scene(index).image
+        return self._scene(index).image[:, self._seen(index)].copy()
 
     def target(self, index: int) -> NDArray[np.uint8] | Objects:
         """Class ids [H, W], where lamp posts are `IGNORED`; or the objects."""
-        scene = self._scene(index)
-        return scene.label if self.task == "segmentation" else scene.objects
+        scene, seen = self._scene(index), self._seen(index)
+        if self.task == "segmentation":
+            return scene.label[:, seen].copy()
+        return scene.objects if self.frames == 1 else _window(scene.objects, seen)
 
     def _scene(self, index: int) -> "Scene":
         if not 0 <= index < self.count:
             raise IndexError(f"there is no scene {index} among the {self.count} of {self.name}")
-        return render(self.seed, SPLITS.index(self.name), index, self.height, self.width)
+        wide = self.width + PAN * (self.frames - 1)
+        return _rendered(self.seed, SPLITS.index(self.name), index // self.frames, self.height, wide)
+
+    def _seen(self, index: int) -> slice:
+        """The columns of its scene that an image shows."""
+        left = PAN * (index % self.frames)
+        return slice(left, left + self.width)
 
 
 def open_scenes(
-    train: int = 192, val: int = 32, height: int = 96, width: int = 128, seed: int = 0, task: str = "segmentation"
+    train: int = 192,
+    val: int = 32,
+    height: int = 96,
+    width: int = 128,
+    seed: int = 0,
+    frames: int = 1,
+    task: str = "segmentation",
 ) -> Dataset:
-    """The generated set: `train` and `val` images of `height` × `width` pixels. With the same size and seed, a larger set begins
-    with the images of a smaller one, and the images are the same for both tasks. Raises `UserError` for a count, side or seed out
-    of range.
+    """The generated set: `train` and `val` images of `height` × `width` pixels, `frames` of each scene. With the same size, seed
+    and frames, a larger set begins with the images of a smaller one, and the images are the same for both tasks. Raises
+    `UserError` for a number out of range.
     """
     for what, value, low, high in (
         ("train", train, 1, MAX_COUNT),
@@ -93,14 +113,15 @@ def open_scenes(
         ("height", height, MIN_SIDE, MAX_SIDE),
         ("width", width, MIN_SIDE, MAX_SIDE),
         ("seed", seed, 0, MAX_SEED),
+        ("frames", frames, 1, MAX_FRAMES),
     ):
         if type(value) is not int or not low <= value <= high:
             raise UserError(f"{what} of the scenes is {value!r}: expected a whole number from {low} to {high}.")
     return Dataset(
         name="scenes",
         class_names=CLASS_NAMES if task == "segmentation" else tuple(CLASS_NAMES[what] for what in THINGS),
-        train=ScenesSplit("train", train, height, width, seed, task),
-        val=ScenesSplit("val", val, height, width, seed, task),
+        train=ScenesSplit("train", train, height, width, seed, task, frames),
+        val=ScenesSplit("val", val, height, width, seed, task, frames),
     )
 
 
@@ -124,6 +145,26 @@ def render(seed: int, split: int, index: int, height: int, width: int) -> Scene:
         painter.houses(side)
     painter.standing()
     return Scene(painter.exposed(), painter.label, painter.objects())
+
+
+@functools.lru_cache(maxsize=4)
+def _rendered(seed: int, split: int, index: int, height: int, width: int) -> Scene:
+    """`render`, which frames of one scene share."""
+    return render(seed, split, index, height, width)
+
+
+def _window(objects: Objects, columns: slice) -> Objects:
+    """The objects of which something is seen in these columns of the image."""
+    masks = objects.masks()
+    seen = masks[:, :, columns]
+    there = seen.any((1, 2))
+    pixels = seen[there].sum((1, 2))
+    hidden = pixels < np.maximum(12, masks[there].sum((1, 2)) / 3)
+    kept = seen[there]
+    return Objects(
+        boxes_of(kept), objects.labels[there], pixels.astype(np.float32), objects.crowd[there] | hidden, kept.shape[1:],
+        tuple(map(rle_of, kept)),
+    )  # fmt: skip
 
 
 def _stripes(across: Plane, period: float) -> Plane:

@@ -39,6 +39,7 @@ TITLES: dict[str, str] = {
     "random": "random layers",
     "gearnn-nearest": "nearest adaptor",
     "gearnn-interpolated": "interpolated adaptors",
+    "gearnn-entropy": "adaptors mixed by entropy",
 }
 """The title of each method in tables and figures, in their order."""
 

@@ -22,6 +22,7 @@ from gearnn_ray.evaluation.records import (
     MainWeights,
     Picture,
     ShareRow,
+    Source,
     TuningRow,
     Weights,
 )
@@ -61,7 +62,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of weights evaluated at one level. alpha, sigma: of stability training. budget: where GearNN has a further one."""
+    """One set of weights evaluated at one level. alpha, sigma: of stability training. budget: where GearNN has a further one.
+    neighbour: the adaptor that the weights are mixed with, image by image.
+    """
 
     method: str
     level: str
@@ -70,6 +73,12 @@ class Cell:
     alpha: float | None = None
     sigma: float | None = None
     budget: int | None = None
+    neighbour: Weights | None = None
+
+    @property
+    def source(self) -> Source:
+        """What is evaluated."""
+        return self.weights.digest if self.neighbour is None else (self.weights.digest, self.neighbour.digest)
 
 
 @dataclass

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from gearnn_ray.core.events import Emit, Event
+from gearnn_ray.evaluation.entropy import MixedByEntropy
 from gearnn_ray.evaluation.frequency import frequency_response
-from gearnn_ray.evaluation.records import Evaluated, FrequencyResult, Picture, Weights
+from gearnn_ray.evaluation.records import Evaluated, FrequencyResult, Picture, Source, Weights
 from gearnn_ray.evaluation.runs import EVALUATION_VERSION, base_network, change_of, pixels_version
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.stage_cache import StageCache
@@ -23,14 +24,14 @@ FREQUENCY_IMAGES = 24
 """Validation images, evenly spaced, that a frequency response is averaged over."""
 
 
-def evaluate_weights(spec: JobSpec, level: str, digests: Sequence[str | None], emit: Emit) -> dict[str | None, Evaluated]:
-    """These weights (None: the base itself) on a level's validation images; those not yet in the store in one pass."""
+def evaluate_weights(spec: JobSpec, level: str, sources: Sequence[Source], emit: Emit) -> dict[Source, Evaluated]:
+    """These weights on a level's validation images; those not yet in the store in one pass."""
     cache = StageCache(Store(spec.store), level, emit)
-    digest_of = {_key(spec, "evaluated", level, weights=digest): digest for digest in digests}
+    source_of = {_key(spec, "evaluated", level, weights=source): source for source in sources}
 
     def evaluate(keys: Sequence[str]) -> list[Evaluated]:
         model, base = base_network(spec)
-        predictors = [_predictor(spec, model, change_of(cache.store, base, digest_of[key])) for key in keys]
+        predictors = [_predictor_of(spec, model, base, source_of[key]) for key in keys]
         images, targets = spec.validation_data(level)
 
         def report(done: int) -> None:
@@ -40,9 +41,9 @@ def evaluate_weights(spec: JobSpec, level: str, digests: Sequence[str | None], e
         return [_evaluated(spec, each, cache.store.put_state(each).digest) for each in found]
 
     results = cache.results(
-        Evaluated, list(digest_of), evaluate, lambda result: cache.store.is_intact(result.evidence), metric=spec.task.metrics[0]
+        Evaluated, list(source_of), evaluate, lambda result: cache.store.is_intact(result.evidence), metric=spec.task.metrics[0]
     )
-    return dict(zip(digest_of.values(), results, strict=True))
+    return dict(zip(source_of.values(), results, strict=True))
 
 
 def _evaluated(spec: JobSpec, evidence: Mapping[str, Tensor], digest: str) -> Evaluated:
@@ -87,6 +88,14 @@ def picture_of(spec: JobSpec, level: str, weights: Weights, original: Evaluated,
     both = (float(before_N[index]), float(after_N[index]))
     sample, names = spec.data.val.ids[index], spec.data.class_names
     return Picture(level, sample, images[index], targets[index], first, second, names, both)
+
+
+def _predictor_of(spec: JobSpec, model: nn.Module, base: Mapping[str, Tensor], source: Source) -> Predictor:
+    store = Store(spec.store)
+    if not isinstance(source, tuple):
+        return _predictor(spec, model, change_of(store, base, source))
+    network = MixedByEntropy(spec.task, model, base, *(change_of(store, base, digest) for digest in source))
+    return Predictor(network, spec.network.normalisation, spec.execution.precision)
 
 
 def _predictor(spec: JobSpec, model: nn.Module, change: Mapping[str, Tensor]) -> Predictor:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from gearnn_ray.config.recipe import PAPERS
 from gearnn_ray.evaluation.baselines import TITLES, held_back
 from gearnn_ray.evaluation.plan import Plan
+from gearnn_ray.serving.mixing import STEPS
 
 
 def notes(
@@ -85,6 +86,10 @@ def notes(
         yield (
             "Interpolated adaptors are linear mixtures of the two neighbours', by JPEG quality or CRF, or by the logarithm of "
             "brightness or frame area, as in serving. The nearest adaptor is the lower neighbour's if both are equally near."
+        )
+        yield (
+            "Adaptors mixed by entropy have a share of their own for each image, by how certain the two neighbours' networks are "
+            f"of it (Oh et al. 2025), in steps of 1/{STEPS}: as in serving, but not smoothed over a stream."
         )
     yield (
         "Intervals come from a paired bootstrap over the validation images. Consecutive frames of a clip resemble each other, so "

@@ -21,7 +21,16 @@ from gearnn_ray.evaluation import measurements, runs, statistics
 from gearnn_ray.evaluation.baselines import CONSTANT
 from gearnn_ray.evaluation.findings import Cell, Found, Outcome, publish
 from gearnn_ray.evaluation.plan import Plan, check_levels, plan_of, worst_of_each_axis
-from gearnn_ray.evaluation.records import AverageRow, DifferenceRow, Evaluated, FrequencyResult, MainWeights, Picture, Weights
+from gearnn_ray.evaluation.records import (
+    AverageRow,
+    DifferenceRow,
+    Evaluated,
+    FrequencyResult,
+    MainWeights,
+    Picture,
+    Source,
+    Weights,
+)
 from gearnn_ray.evaluation.runs import WeightsSpec
 from gearnn_ray.levels.axes import Neighbours, axes_of
 from gearnn_ray.levels.level import parse_level
@@ -345,6 +354,9 @@ class _Run:
         def mixed(weights: Weights | None) -> None:
             if weights is not None:
                 self._cells[level].append(Cell("gearnn-interpolated", level, spec.seed, weights))
+                # each image has a mixture of its own, as large as the linear one
+                own = replace(adaptors[0], floats=weights.floats)
+                self._cells[level].append(Cell("gearnn-entropy", level, spec.seed, own, neighbour=adaptors[1]))
             self._ended("its neighbours", [level])
 
         self._start(f"{level} interpolated adaptors", _mix, *adaptors, sides.share, then=mixed)
@@ -352,12 +364,12 @@ class _Run:
     def _evaluate(self, level: str) -> None:
         cells = self._cells[level]
 
-        def evaluated(results: Mapping[str | None, Evaluated] | None) -> None:
+        def evaluated(results: Mapping[Source, Evaluated] | None) -> None:
             if results is not None:
-                self.found.cells += [(cell, results[cell.weights.digest]) for cell in cells]
+                self.found.cells += [(cell, results[cell.source]) for cell in cells]
 
-        digests = list(dict.fromkeys(cell.weights.digest for cell in cells))
-        self._start(f"{level} evaluation", measurements.evaluate_weights, level, digests, then=evaluated)
+        sources = list(dict.fromkeys(cell.source for cell in cells))
+        self._start(f"{level} evaluation", measurements.evaluate_weights, level, sources, then=evaluated)
 
     def _look_closer(self) -> None:
         found, spec = self.found, self.plan.spec

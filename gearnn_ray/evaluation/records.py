@@ -20,6 +20,10 @@ class Weights(StageResult):
     floats: int = 0
 
 
+Source = str | None | tuple[str | None, str | None]
+"""What answers images: weights by their digest, None for the base itself, or two levels' that each image mixes by entropy."""
+
+
 @dataclass(frozen=True)
 class LayersResult(StageResult):
     """The layers that Auto-RGN trains, and multiples of the learning rate by parameter name."""

@@ -5,7 +5,7 @@ A level has up to four properties. Each one is an axis, and has the name of the 
     axis         coordinate                                   undistorted   unit of distance
     brightness   ln(brightness factor)                        0             spread of ln(mean luma) over images
     h264-size    ln(pixels of a frame / original pixels)      0             0.05, about 5% of the pixels
-    h264-crf     H.264 constant rate factor                   0             1
+    h264-crf     H.264 constant rate factor                   17.5          1
     jpeg         libjpeg quality, 1 to 100                    101           5
 """
 
@@ -35,6 +35,10 @@ AXIS_TITLES: dict[str, str] = {  # by family of levels, for plots, tables and me
 }
 
 LOSSLESS = 101.0  # JPEG coordinate of an image that was never a JPEG: one above 100, to differ from quality 100
+
+UNDISTORTED_CRF = (
+    17.5  # the eye sees no loss from about 18 down; not a whole number, so that no level's own is as near to a frame's
+)
 
 _SPREAD = 0.25  # of ln(mean luma) over images of street scenes by day, used where a release does not record it
 _LEAST_SPREAD = 0.05  # with images of one fixed scene, brightness would otherwise outweigh every other axis
@@ -78,7 +82,7 @@ def properties_of(level: Level) -> Properties:
 def coordinates(properties: Properties, pixels: int | None) -> tuple[float, float, float, float]:
     """Coordinates in the order of `AXES`. `pixels`: of an original frame; None, unknown: the size's coordinate is 0."""
     size = math.log(math.prod(properties.size) / pixels) if properties.size and pixels else 0.0
-    return math.log(properties.factor), size, properties.crf or 0.0, properties.quality
+    return math.log(properties.factor), size, UNDISTORTED_CRF if properties.crf is None else properties.crf, properties.quality
 
 
 def units(luma_spread: float) -> tuple[float, float, float, float]:

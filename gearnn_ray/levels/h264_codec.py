@@ -1,11 +1,11 @@
-"""Encodes clips with libx264 and decodes them, in memory. Imports PyAV only then, because other levels do not need it."""
+"""Encodes clips with libx264, decodes them and reads QPs, in memory. Imports PyAV only then, for other levels do not need it."""
 
 import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,25 @@ from gearnn_ray.core.errors import UserError
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
+    from av.sidedata.sidedata import SideData
 
-__all__ = ["Frame", "UnequalFramesError", "decode", "encode", "equal_sizes", "through_h264", "video_versions"]
+__all__ = [
+    "DECODER_OPTIONS", "Frame", "Picture", "UnequalFramesError", "decode", "encode", "equal_sizes", "picture_qp", "side_data",
+    "through_h264", "video_versions",
+]  # fmt: skip
 
 Frame = NDArray[np.uint8]  # an RGB image [H, W, 3]
+
+DECODER_OPTIONS: Final = {"export_side_data": "venc_params"}
+"""Options of a PyAV decoder that exports QPs. Assign them to `codec_context.options` before the first frame."""
+_DELTA_QP = 4  # index of delta_qp among the int32 fields of FFmpeg's AVVideoBlockParams: x, y, width, height, delta_qp
+
+
+class Picture(NamedTuple):
+    """A frame, and the mean macroblock QP of the H.264 picture that it was decoded from; None without H.264."""
+
+    pixels: Frame
+    qp: float | None = None
 
 
 class UnequalFramesError(UserError, ValueError):
@@ -35,7 +50,7 @@ def equal_sizes(frames: Iterable[Frame]) -> Iterator[Frame]:
         yield frame
 
 
-def through_h264(frames: Iterator[Frame], crf: int) -> Iterator[Frame]:
+def through_h264(frames: Iterator[Frame], crf: int) -> Iterator[Picture]:
     """Encode and decode a clip of uint8 [H, W, 3] frames of one size. Odd sides, impossible in 4:2:0, are padded meanwhile."""
     first = next(frames, None)
     if first is None:
@@ -43,8 +58,8 @@ def through_h264(frames: Iterator[Frame], crf: int) -> Iterator[Frame]:
     height, width, _ = first.shape
     padding = ((0, height % 2), (0, width % 2), (0, 0))
     clip = (np.pad(frame, padding, "edge") for frame in itertools.chain([first], frames))
-    for frame in decode(encode(clip, crf)):
-        yield np.ascontiguousarray(frame[:height, :width])
+    for pixels, qp in decode(encode(clip, crf)):
+        yield Picture(np.ascontiguousarray(pixels[:height, :width]), qp)
 
 
 def encode(frames: Iterable[Frame], crf: int) -> Iterator["Packet[Any]"]:
@@ -69,17 +84,41 @@ def encode(frames: Iterable[Frame], crf: int) -> Iterator["Packet[Any]"]:
     yield from encoder.encode(None)
 
 
-def decode(packets: Iterable["Packet[Any]"]) -> Iterator[Frame]:
-    """Decode the packets of one clip to uint8 [H, W, 3] frames, in display order."""
+def decode(packets: Iterable["Packet[Any]"]) -> Iterator[Picture]:
+    """Decode the packets of one clip to pictures of uint8 [H, W, 3], in display order."""
     import av
 
     decoder = av.CodecContext.create("h264", "r")
     assert isinstance(decoder, av.VideoCodecContext)
-    decoder.thread_count = 1
+    decoder.options, decoder.thread_count = DECODER_OPTIONS, 1
     convert = _converter("rgb24", "MPEG", "JPEG")
     for packet in itertools.chain(packets, [None]):
         for video in decoder.decode(packet):
-            yield np.asarray(convert(video).to_ndarray(), np.uint8)
+            yield Picture(np.asarray(convert(video).to_ndarray(), np.uint8), picture_qp(video))
+
+
+def picture_qp(frame: "VideoFrame") -> float | None:
+    """Mean luma QP of a frame's macroblocks, at most 51. A skipped macroblock has the QP of the one coded before it.
+
+    None if the frame has no QPs (no H.264, or decoded without `DECODER_OPTIONS`) or if FFmpeg concealed damage in it. The
+    parameters of VP9 and MPEG-2 have other scales and are ignored.
+    """
+    from av.sidedata.encparams import VideoEncParams, VideoEncParamsType
+
+    for params in side_data(frame):
+        if not isinstance(params, VideoEncParams) or params.codec_type != VideoEncParamsType.H264:
+            continue
+        if params.nb_blocks and not frame.is_corrupt:
+            ints = params.block_size // 4
+            blocks = np.frombuffer(memoryview(params), np.int32, params.nb_blocks * ints, params.blocks_offset)
+            # FFmpeg counts from 0, but QPs start at -6 for each bit above 8
+            return float(params.qp + blocks[_DELTA_QP::ints].mean()) - 6 * (frame.format.components[0].bits - 8)
+    return None
+
+
+def side_data(frame: "VideoFrame") -> Iterator["SideData"]:
+    """All side data of a frame. PyAV's type stubs name motion vectors only."""
+    return iter(cast("Iterable[SideData]", frame.side_data))
 
 
 def _converter(pixels: str, source: str, target: str) -> Callable[["VideoFrame"], "VideoFrame"]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, features
 from PIL import __version__ as pillow_version
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.levels.h264_codec import Frame, equal_sizes, through_h264, video_versions
+from gearnn_ray.levels.h264_codec import Frame, Picture, equal_sizes, through_h264, video_versions
 
 __all__ = ["CLEAN", "LEVELS_VERSION", "SIZE_CRF", "Level", "codec_versions", "parse_level"]
 
@@ -60,7 +60,14 @@ class Level(ABC):
         """Distort one clip lazily: one uint8 [H, W, 3] frame per input frame, in order, with at most a few dozen in memory. An
         H.264 level raises `UnequalFramesError` at frames of different sizes; other levels treat each frame independently.
         """
-        return map(self._distort, frames)
+        return (picture.pixels for picture in self.pictures(frames))
+
+    def pictures(self, frames: Iterable[Frame]) -> Iterator[Picture]:
+        """As `stream`, each frame with the QP of the picture that the level's last H.264 part made of it."""
+        return self._apply_to(map(Picture, frames))
+
+    def _apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        return (Picture(self._distort(pixels), qp) for pixels, qp in pictures)
 
     def _distort(self, frame: Frame) -> Frame:
         raise NotImplementedError
@@ -139,8 +146,8 @@ class H264Size(Level):
     def name(self) -> str:
         return f"h264-{self.width}x{self.height}"
 
-    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        return through_h264(map(self._distort, equal_sizes(frames)), SIZE_CRF)
+    def _apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        return through_h264(map(self._distort, equal_sizes(pixels for pixels, _ in pictures)), SIZE_CRF)
 
     def _distort(self, frame: Frame) -> Frame:
         size = (self.width, self.height)
@@ -161,8 +168,8 @@ class H264Crf(Level):
     def name(self) -> str:
         return f"h264-crf{self.crf}"
 
-    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        return through_h264(equal_sizes(frames), self.crf)
+    def _apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        return through_h264(equal_sizes(pixels for pixels, _ in pictures), self.crf)
 
 
 @dataclass(frozen=True)
@@ -185,8 +192,8 @@ class Combination(Level):
     def uses_h264(self) -> bool:
         return any(part.uses_h264 for part in self.parts)
 
-    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        return functools.reduce(lambda clip, part: part.stream(clip), self.parts, iter(frames))
+    def _apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        return functools.reduce(lambda clip, part: part._apply_to(clip), self.parts, pictures)
 
 
 def parse_level(name: str) -> Level:

@@ -78,6 +78,16 @@ class SingleStageDetector(nn.Module):
         return (torch.cat(fitted), torch.cat(scales)) if len(batches) > 1 else (fitted[0], scales[0])
 
 
+def has_its_own_size(network: nn.Module) -> bool:
+    """Whether the network scales images of any size to one of its own: by `input_size`, or by torchvision's transform."""
+    return any(
+        module.input_size is not None
+        if isinstance(module, SingleStageDetector)
+        else type(module).__name__ == "GeneralizedRCNNTransform"  # by name, because importing torchvision takes a while
+        for module in network.modules()
+    )
+
+
 def stretched(x_BCHW: Tensor, height: int, width: int) -> Tensor:
     """Images at another size, bilinearly and without antialiasing."""
     return F.interpolate(x_BCHW, size=(height, width), mode="bilinear", align_corners=False)

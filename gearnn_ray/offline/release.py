@@ -68,7 +68,8 @@ def manifest_of(
     """The manifest. It holds no time and no place, so that the same job makes the same bytes. images: statistics of the training
     images of every level, and of the undistorted ones ("clean").
     """
-    network, reference = spec.network, ReferenceEntry(**asdict(images["clean"]))
+    network, clean = spec.network, images["clean"]
+    reference = ReferenceEntry(height=clean.height, width=clean.width, luma=clean.luma, luma_spread=clean.luma_spread)
     packages = {name: version(name) for name in _PACKAGES if _installed(name)}
     return Manifest(
         name=config.name,
@@ -83,7 +84,7 @@ def manifest_of(
         ),
         data=DataEntry(name=spec.data.name, train=spec.data.train.digest, val=spec.data.val.digest, reference=reference),
         base=base,
-        levels={result.level: _level_entry(result, images[result.level].luma, spec) for result in results},
+        levels={result.level: _level_entry(result, images[result.level], spec) for result in results},
         budget=BudgetEntry(asked=config.budget, floats=spec.budget),
         recipe=spec.recipe.model_dump(),
         seed=spec.seed,
@@ -93,7 +94,7 @@ def manifest_of(
     )
 
 
-def _level_entry(result: LevelResult, luma: float, spec: JobSpec) -> LevelEntry:
+def _level_entry(result: LevelResult, images: ImageStatistics, spec: JobSpec) -> LevelEntry:
     share = None
     if result.full is not None:
         by_layer, by_weight = result.share_changed
@@ -108,7 +109,8 @@ def _level_entry(result: LevelResult, luma: float, spec: JobSpec) -> LevelEntry:
         scores=Scores(
             metric=metric, original=result.original, full=result.full, adaptor=result.adaptor, others=result.others_by_metric
         ),
-        luma=luma,
+        luma=images.luma,
+        qp=images.qp,
         storage_formats=result.storage_formats,
         share_above_2e_4=share,
         full=full,

@@ -1,1 +1,1 @@
-"""Serving: a frame in, the level it was distorted to found, and the network adapted to that level applied."""
+"""Serving: the level of a frame or stream found, and the network adapted to that level applied. Knows nothing of HTTP or Ray."""

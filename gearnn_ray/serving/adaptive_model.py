@@ -11,7 +11,8 @@ is used. Knows nothing about HTTP, Ray, or how a release is made.
 
 import copy
 import threading
-from collections.abc import Collection, Iterable
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,16 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gearnn_ray.config.serve import Untrained
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.levels.level import CLEAN
+from gearnn_ray.models.detector import has_its_own_size
 from gearnn_ray.serving.assembly import assemble, predictor, weights_of
 from gearnn_ray.serving.batch import Mixture, Selection
 from gearnn_ray.serving.frames import evidence_of
 from gearnn_ray.serving.jpeg import quality_of_pixels
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
+from gearnn_ray.serving.mixing import StreamShares, entropy_share, uncertainties
 from gearnn_ray.serving.modules import AdaptiveConv, PerLevel
 from gearnn_ray.store.releases import Release, Store
 from gearnn_ray.tasks import task_by_name
+from gearnn_ray.training.precision import fastest_precision
 from gearnn_ray.training.predict import Predictor
 
 
@@ -56,8 +61,9 @@ class AdaptiveModel(nn.Module):
         self,
         release: Release,
         device: str | torch.device = "cpu",
-        untrained: Literal["nearest", "interpolate"] = "nearest",
+        untrained: Untrained = "nearest",
         trust: Collection[str] = (),
+        precision: Literal["auto", "float32", "bfloat16"] = "float32",
     ) -> None:
         """Arguments as in `pull`.
 
@@ -70,10 +76,11 @@ class AdaptiveModel(nn.Module):
         self.task = task_by_name(self.content.model.task)
         self._number = {level: number for number, level in enumerate(self.levels)}
         with torch.random.fork_rng(devices=[]):  # building a network draws random numbers
-            self._network, self._selection = assemble(release, self.levels, _device(device), untrained == "interpolate", trust)
-        self._predictor = predictor(self.content, self._network)
+            self._network, self._selection = assemble(release, self.levels, _device(device), untrained != "nearest", trust)
+        self._predictor = replace(predictor(self.content, self._network), precision=self._precision(precision))
         self._run = self._predictor
         self._choice = _Choice(self._selection)
+        self._shares, self._has_own_size = StreamShares(), has_its_own_size(self._network)
         self.eval()
 
     @classmethod
@@ -82,16 +89,19 @@ class AdaptiveModel(nn.Module):
         uri: str,
         ref: str,
         device: str | torch.device = "cpu",
-        untrained: Literal["nearest", "interpolate"] = "nearest",
+        untrained: Untrained = "nearest",
         trust: Collection[str] = (),
+        precision: Literal["auto", "float32", "bfloat16"] = "float32",
     ) -> "AdaptiveModel":
         """The release `ref` ("name", "name:tag" or "name@sha256:…") of the store at `uri`, with every digest verified.
 
-        untrained: the weights for a level between two levels of the release: those of the nearest one, or the linear
-        interpolation of both. trust: import paths of modules, such as "my_package.nets", whose networks the release may name;
-        built-in networks need none. Raises UserError and CorruptStoreError as `Store.pull` and the constructor do.
+        untrained: the weights for a level between two levels of the release: those of the nearest one, the linear interpolation
+        of both, or their mixture by the entropies of both networks' answers (`serving.mixing`). trust: import paths of modules,
+        such as "my_package.nets", whose networks the release may name; built-in networks need none. precision: of the network's
+        arithmetic; auto: bfloat16 where the device gains from it, else float32. Raises UserError and CorruptStoreError as
+        `Store.pull` and the constructor do.
         """
-        return cls(Store(uri).pull(ref), device, untrained, trust)
+        return cls(Store(uri).pull(ref), device, untrained, trust, precision)
 
     def forward(self, images: Any, levels: Any = None) -> Any:
         """The task's outputs for images [B, 3, H, W]. For segmentation, logits float32 [B, K, H, W]. For detection a list with a
@@ -111,13 +121,13 @@ class AdaptiveModel(nn.Module):
         with self._choice.lock, torch.no_grad():
             held = self._choice.level
             self._selection.reserve(len(images))
-            if levels is not None or held is None:
-                self._selection.set_each(self._mixtures(images, levels))
-            elif self._selection.host.rows is None:  # a compiled graph of the whole model ran after `set_level`
-                self._selection.set_all(self._number[held])
-            if self._run is not self._predictor:
-                self._selection.write()
             try:
+                if levels is not None or held is None:
+                    self._selection.set_each(self._mixtures(images, levels))
+                elif self._selection.host.rows is None:  # a compiled graph of the whole model ran after `set_level`
+                    self._selection.set_all(self._number[held])
+                if self._run is not self._predictor:
+                    self._selection.write()
                 return self._outputs(self._run, images)
             finally:
                 if levels is not None and held is not None:
@@ -141,7 +151,9 @@ class AdaptiveModel(nn.Module):
                 choice.set_all(number)
 
     def estimate_levels(self, images: Tensor) -> list[LevelEstimate]:
-        """The level of each image [B, 3, H, W], from its pixels alone: its size, its brightness and traces of JPEG."""
+        """The level of each image [B, 3, H, W], from its pixels alone: its size, its brightness and traces of JPEG. With
+        `untrained="entropy"`, weights between two levels are left to `mixed`.
+        """
         pixels = images if images.dtype == torch.uint8 else self._predictor.normalisation.inverse(images)
         estimates = []
         for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
@@ -150,8 +162,27 @@ class AdaptiveModel(nn.Module):
             estimates.append(self.level_estimator.estimate(evidence_of(frame, jpeg)))
         return estimates
 
+    def mixed(self, images: Tensor, estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
+        """The estimates of these images [B, 3, H, W], one each, with the weights that both networks' answers to the image give in
+        place of those that are None, smoothed over the image's stream. A call of the model finds them by itself; this tells them.
+        Raises UserError as a call does.
+        """
+        _check_images(images)
+        if len(estimates) != len(images):
+            raise UserError(f"{len(estimates)} estimates for {len(images)} images: give one estimate per image")
+        with self._choice.lock, torch.no_grad():
+            try:
+                return self._mixed(images, estimates)
+            finally:
+                if (held := self._choice.level) is not None:
+                    self._selection.set_all(self._number[held])
+
     def compile(self, **options: Any) -> None:
-        """Compile the network with `torch.compile(fullgraph=True, **options)`: one graph for all levels and mixtures."""
+        """Compile the network with `torch.compile(fullgraph=True, **options)`: one graph for all levels and mixtures.
+
+        How certain networks are of images between two levels is still measured without the graph, because each number of such
+        images in a batch would need a graph of its own.
+        """
         self._run = replace(self._predictor, network=torch.compile(self._network, fullgraph=True, **options))
 
     def share(self) -> "AdaptiveModel":
@@ -160,11 +191,12 @@ class AdaptiveModel(nn.Module):
         twin._modules = {}
         tensors: dict[int, Any] = {id(tensor): tensor for tensor in weights_of(self._network)}
         with self._choice.lock:
-            tensors[id(self._selection.host.restored)] = {}
+            host = self._selection.host
+            tensors |= {id(host.restored): {}, id(host.merged): OrderedDict(), id(host.mixtures): []}
             twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
         twin._selection.hold(None)
         twin._predictor = twin._run = replace(self._predictor, network=twin._network)
-        twin._choice = _Choice(twin._selection)
+        twin._choice, twin._shares = _Choice(twin._selection), StreamShares()
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveModel":
@@ -181,9 +213,9 @@ class AdaptiveModel(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of the weights in memory: the base and all adaptors as they are stored.
 
-        Includes the restored tensors of the level of `set_level`, if there are any.
+        Includes the restored tensors of the level of `set_level`, and the merged tensors of the last few mixtures of two levels.
         """
-        tensors = [*weights_of(self._network), *self._selection.host.restored.values()]
+        tensors = [*weights_of(self._network), *self._selection.kept()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def methods(self) -> dict[str, tuple[str, str]]:
@@ -195,6 +227,9 @@ class AdaptiveModel(nn.Module):
             elif isinstance(module, PerLevel):
                 chosen[module.path] = ("per level", "per sample")
         return chosen
+
+    def _precision(self, precision: str) -> str:
+        return fastest_precision(self.device) if precision == "auto" else precision
 
     def _outputs(self, run: Predictor, images: Tensor) -> Any:
         x = images.to(self.device)
@@ -213,21 +248,43 @@ class AdaptiveModel(nn.Module):
         if isinstance(levels, str) or len(given) != len(images):
             found = f"one level {levels!r}" if isinstance(levels, str) else f"{len(given)} levels"
             raise UserError(f"{found} for {len(images)} images: give one level per image, or call set_level")
-        return [self._mixture(level) for level in given]
+        return [self._mixture(estimate) for estimate in self._mixed(images, [self._estimate(level) for level in given])]
 
-    def _mixture(self, level: Any) -> Mixture:
+    def _estimate(self, level: Any) -> LevelEstimate:
         if isinstance(level, str):
-            if (number := self._number.get(level)) is not None:
-                return Mixture(number)
-            level = self.level_estimator.match(level)
+            level = LevelEstimate(level) if level in self._number else self.level_estimator.match(level)
         if not isinstance(level, LevelEstimate):
             raise UserError(f"{level!r} is not a level: give the name of a level, or a LevelEstimate")
-        names = (level.level, level.neighbour or level.level)
+        return level
+
+    def _mixed(self, images: Tensor, estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
+        """As `mixed`; leaves the selection at other levels. The two networks of all images run in one pass."""
+        found = list(estimates)
+        places = [place for place, estimate in enumerate(found) if estimate.weight is None]
+        if not places:
+            return found
+        pairs = [(found[place].level, found[place].neighbour or found[place].level) for place in places]
+        self._selection.set_each([self._mixture(LevelEstimate(level)) for pair in pairs for level in pair])
+
+        def network(x_BCHW: Tensor) -> Any:
+            return self._predictor.normalised(x_BCHW.repeat_interleave(2, 0))
+
+        x = images[places].to(self.device)
+        x = self._predictor.normalisation(x) if x.dtype == torch.uint8 else x.float()
+        entropies = uncertainties(self.task, network, x, self._has_own_size)
+        for place, pair, own, neighbours in zip(places, pairs, entropies[::2], entropies[1::2], strict=True):
+            share = self._shares.add(entropy_share(own, neighbours), *pair, found[place].stream)
+            found[place] = replace(found[place], weight=share)
+        return found
+
+    def _mixture(self, estimate: LevelEstimate) -> Mixture:
+        names = (estimate.level, estimate.neighbour or estimate.level)
         if unknown := next((name for name in names if name not in self._number), None):
             raise self._unknown(unknown)
-        if level.weight and not self._selection.mixes:
-            raise UserError("this model cannot mix two levels: pull it with untrained='interpolate'")
-        return Mixture(self._number[names[0]], self._number[names[1]], level.weight)
+        assert estimate.weight is not None
+        if estimate.weight and not self._selection.mixes:
+            raise UserError("this model cannot mix two levels: pull it with untrained='interpolate' or 'entropy'")
+        return Mixture(self._number[names[0]], self._number[names[1]], estimate.weight)
 
     def _unknown(self, level: str) -> UserError:
         return UserError(f"{self.name} has no level {level!r}: choose one of {', '.join(self.levels)}")

@@ -2,12 +2,13 @@
 
 Row 0 of a table is the base's tensor. Each level that changes the tensor adds a row: base plus adaptor, bit for bit. A row in a
 storage format other than float32 (`adaptors/storage_formats.py`) is held as it is stored and restored when it is used; restored
-rows of at most one level are kept. Switching levels writes indices and copies no weight. Knows nothing about modules, releases
-or level names: a level is a number, and level 0 is the base.
+rows of at most one level are kept, and merged rows of a few mixtures of two levels. Switching levels writes indices and copies no
+weight. Knows nothing about modules, releases or level names: a level is a number, and level 0 is the base.
 
 Legend: n samples of a batch, L levels, M maps (distinct assignments of rows to levels), R rows.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gearnn_ray.adaptors.storage_formats import added, difference_of
 from gearnn_ray.models.layers import same_bits
 
+_MIXTURES = 4  # whose merged rows are kept: several calm streams' together, each at most two adaptors as float32
 _CAPACITY = 64  # samples; the index grows with the first batch that is larger
 
 
@@ -34,12 +36,17 @@ class Mixture:
 class _Host:
     """The host's view of the batch; a plain object, because setting a Module's attributes takes microseconds."""
 
-    __slots__ = ("held", "holds", "images", "indices", "mixed", "regions", "restored", "rows", "unwritten")
+    __slots__ = (
+        "held", "holds", "images", "indices", "merged", "mixed", "mixtures", "regions", "restored", "rows", "unwritten",
+    )  # fmt: skip
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
-        self.rows: NDArray[np.int64] | None = None  # [M, n], or [M, 1] if all samples use one level; None: unknown
-        self.mixed = False  # whether a sample of this batch mixes two levels
+        # [M, n], or [M, 1] if all samples use one level; None: unknown. -1 - k: what `mixtures[k]` merges
+        self.rows: NDArray[np.int64] | None = None
+        self.mixed = False  # whether this batch has more mixtures than `merged` keeps: then `rows` does not tell them
+        self.mixtures: list[Mixture] = []
+        self.merged: OrderedDict[Mixture, dict[Table, Tensor]] = OrderedDict()  # the least recently used one first
         self.unwritten: Tensor | None = None  # [M, 1]: the rows that are still to be written to `indices`
         self.held: int | None = None  # the level whose restored tensors are kept in `restored`
         self.restored: dict[Table, Tensor] = {}
@@ -117,12 +124,31 @@ class Selection(nn.Module):
         self.reserve(n)
         rows_Mn = self._maps_ML[:, [mixture.level for mixture in mixtures]]
         self.rows[:, :n].copy_(torch.from_numpy(rows_Mn))
-        self.host.rows, self.host.mixed = rows_Mn, any(mixture.weight for mixture in mixtures)
+        self.host.rows, self.host.mixed = rows_Mn, False
         self.host.unwritten, self.host.holds = None, False
         if self.mixes:
-            rows_Mn = self._maps_ML[:, [mixture.neighbour for mixture in mixtures]]
-            self.neighbours[:, :n].copy_(torch.from_numpy(rows_Mn))
+            others_Mn = self._maps_ML[:, [mixture.neighbour for mixture in mixtures]]
+            self.neighbours[:, :n].copy_(torch.from_numpy(others_Mn))
             self.weights[:n].copy_(torch.tensor([mixture.weight for mixture in mixtures]))
+            self._keep([mixture for mixture in dict.fromkeys(mixtures) if mixture.weight])
+            if not self.host.mixed:
+                numbers = {mixture: -1 - k for k, mixture in enumerate(self.host.mixtures)}
+                merged_n = np.array([numbers.get(mixture, 0) for mixture in mixtures])
+                self.host.rows = np.where((merged_n < 0) & (rows_Mn != others_Mn), merged_n, rows_Mn)
+
+    def _keep(self, mixtures: list[Mixture]) -> None:
+        """Make room for the merged rows of a batch's mixtures, unless they are too many."""
+        host = self.host
+        host.mixed = len(mixtures) > _MIXTURES
+        host.mixtures = [] if host.mixed else mixtures
+        for mixture in host.mixtures:
+            host.merged[mixture] = host.merged.pop(mixture, {})
+        while len(host.merged) > _MIXTURES:
+            host.merged.popitem(last=False)
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that are held beside the tables: restored and merged rows."""
+        return [tensor for rows in (self.host.restored, *self.host.merged.values()) for tensor in rows.values()]
 
     def set_index(self, levels_n: Tensor) -> None:
         """Use level levels_n[i] for sample i. Reads nothing on the host, so a compiled graph can contain this call."""
@@ -197,8 +223,18 @@ class Table(nn.Module):
         return self.selection.on_host(self.map_index)
 
     def row(self, row: int) -> Tensor:
-        """[*shape]: the tensor in one row."""
+        """[*shape]: the tensor in one row, or what a mixture of this batch merges (`_Host.rows`)."""
+        return self._own_row(row) if row >= 0 else self._merged(self.selection.host.mixtures[-1 - row])
+
+    def _own_row(self, row: int) -> Tensor:
         return self.values[row]
+
+    def _merged(self, mixture: Mixture) -> Tensor:
+        merged = self.selection.host.merged[mixture]
+        if self not in merged:
+            own, other = (self.selection.row(self.map_index, level) for level in (mixture.level, mixture.neighbour))
+            merged[self] = torch.lerp(self._own_row(own), self._own_row(other), mixture.weight)
+        return merged[self]
 
     def take(self, rows_n: Tensor) -> Tensor:
         """[n, *shape]: the tensors in these rows."""
@@ -259,7 +295,7 @@ class CompressedTable(Table):
     def _groups(self) -> Iterator[_StoredRows]:
         return iter(self.stored_variants)  # type: ignore[arg-type]
 
-    def row(self, row: int) -> Tensor:
+    def _own_row(self, row: int) -> Tensor:
         values, host = self.values, self.selection.host
         if row < len(values):
             return values[row]

@@ -5,7 +5,7 @@ each axis. A frame is assigned the level with the smallest sum of distances. A f
 
     brightness   ln(mean luma / mean luma of undistorted frames)
     frame size   ln(pixels / pixels of the training images)
-    H.264        constant rate factor of the encoder, or else the mean macroblock QP
+    H.264        constant rate factor of the encoder, or else the one that the levels' own QPs give for the mean macroblock QP
     JPEG         quality, or 101 if the frame was not a JPEG
 
 An axis counts only if some level differs from undistorted images on it. An axis that cannot be read (H.264 without a
@@ -16,15 +16,17 @@ the most distorted one wins.
 
 import bisect
 import math
+import statistics
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gearnn_ray.config.serve import Untrained
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.levels.axes import AXES, AXIS_TITLES, LOSSLESS, UNDISTORTED, Properties, coordinates, properties_of, units
 from gearnn_ray.levels.level import CLEAN, SIZE_CRF, parse_level
@@ -52,7 +54,7 @@ class Reference:
     """Statistics of the training images that a release was made with, without distortion and at each level.
 
     luma: mean Rec. 601 luma, above 0 to 255. luma_spread: standard deviation of ln(mean luma) over images; 0 where it is unknown.
-    level_luma, level_qp: mean luma of the images, and mean macroblock QP of the H.264 pictures, of each level.
+    level_luma, level_qp: mean luma of the images, and mean macroblock QP of their H.264 pictures, by level.
     """
 
     height: int
@@ -82,8 +84,9 @@ class Reference:
 class LevelEstimate:
     """The level to use for a frame, and how well it fits.
 
-    level: of the release, or "clean": the base, which every release has. neighbour: with interpolation, the level on the other
-    side of the frame's coordinate. weight: share of `neighbour` in the mixture, 0 <= weight < 1. distance: sum over axes of the
+    level: of the release, or "clean": the base, which every release has. neighbour: if levels are mixed, the level on the other
+    side of the frame's coordinate. weight: share of `neighbour` in the mixture, 0 <= weight < 1; None where both networks'
+    answers to the frame decide (`AdaptiveModel.mixed`), smoothed over the frames of `stream`. distance: sum over axes of the
     distance between the frame and `level`, in the units of `gearnn_ray.levels.axes`; quantisation tables that libjpeg does not
     write add their own, a mean |ln| of 0.2 as one unit. found: the frame's own properties, spelled as a level ("jpeg-34",
     "brightness-0.55+jpeg-30", "clean"), on the axes that count, in the order brightness, size, rate factor, JPEG. A size may have
@@ -92,9 +95,17 @@ class LevelEstimate:
 
     level: str
     neighbour: str | None = None
-    weight: float = 0.0
+    weight: float | None = 0.0
     distance: float = 0.0
     found: str = CLEAN.name
+    stream: str | None = None
+
+    @property
+    def spelled(self) -> str:
+        """The level, or a mixture's two levels with their shares: "jpeg-30*0.60, jpeg-40*0.40"."""
+        if self.neighbour is None or not self.weight:
+            return self.level
+        return f"{self.level}*{1 - self.weight:.2f}, {self.neighbour}*{self.weight:.2f}"
 
 
 class LevelEstimator:
@@ -103,7 +114,8 @@ class LevelEstimator:
     Args:
         levels: names of the release's levels; "clean" may be left out.
         reference: statistics of the training images; None if the release has none.
-        untrained: the answer for a frame between two levels: the "nearest" one, or a mixture of both ("interpolate").
+        untrained: the answer for a frame between two levels: the "nearest" one, or a mixture of both, by the frame's coordinate
+            ("interpolate") or by how certain both networks are of it ("entropy").
         cameras: mean luma of a stream's undistorted frames, by stream; other streams use the training images'.
 
     Raises `UserError` for an invalid level name, luma or value of `untrained`.
@@ -113,12 +125,12 @@ class LevelEstimator:
         self,
         levels: Sequence[str],
         reference: Reference | None,
-        untrained: Literal["nearest", "interpolate"] = "nearest",
+        untrained: Untrained = "nearest",
         cameras: Mapping[str, float] | None = None,
     ) -> None:
-        if untrained not in ("nearest", "interpolate"):
-            raise UserError(f"untrained is {untrained!r}: expected 'nearest' or 'interpolate'.")
-        self._interpolates = untrained == "interpolate"
+        if untrained not in get_args(Untrained):
+            raise UserError(f"untrained is {untrained!r}: expected 'nearest', 'interpolate' or 'entropy'.")
+        self._mixes, self._asks_networks = untrained != "nearest", untrained == "entropy"
         self._reference = reference
         self._pixels = reference.height * reference.width if reference else None
         self._luma = max(reference.luma, _LEAST_LUMA) if reference else None
@@ -145,16 +157,16 @@ class LevelEstimator:
             for mine in ordered
         ]
 
-        # Frames with a known rate factor are compared with levels by rate factor, the others by QP
+        # Frames with a known rate factor are compared with levels by rate factor. For the others, whose rate factor follows from
+        # the QP, a level has the one that follows from its own QP: light and frame size, which it may change too, move the QP
         qps = reference.level_qp if reference else {}
-        crfs = {name: values.crf for name, values in properties.items() if values.crf is not None}
-        offsets = [qps[name] - crf for name, crf in crfs.items() if name in qps]
-        self._qp_offset = math.fsum(offsets) / len(offsets) if offsets else _QP_OFFSET
+        coded = {name: qps[name] for name, values in properties.items() if values.crf is not None and name in qps}
+        self._qp_knots = _qp_knots([(properties[name], qp) for name, qp in coded.items()])
         self._by_crf = np.array([points[name] for name in self._names])
         self._by_qp = self._by_crf.copy()
         for row, name in enumerate(self._names):
-            if name in crfs:
-                self._by_qp[row, _H264] = qps.get(name, crfs[name] + self._qp_offset)
+            if name in coded:
+                self._by_qp[row, _H264] = _along(coded[name], *self._qp_knots, 1.0)
         self._by_crf_rows, self._by_qp_rows = self._by_crf.tolist(), self._by_qp.tolist()
 
         # ln(factor) and the measured coordinate differ because bright pixels saturate: these knots convert between
@@ -169,17 +181,22 @@ class LevelEstimator:
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._lock = threading.Lock()
 
-    def estimate(self, evidence: "Evidence", stream: str | None = None) -> LevelEstimate:
+    def estimate(
+        self, evidence: "Evidence", stream: str | None = None, held: str | None = None, margin: float = 0.0
+    ) -> LevelEstimate:
         """Estimate the level of one frame.
 
-        Brightness is smoothed over the frames of `stream`. If it is None, only this frame's brightness counts.
+        Brightness is smoothed over the frames of `stream`. If it is None, only this frame's brightness counts. `held`, the level
+        in use, stays the answer unless another level is nearer by more than `margin` units of distance, so that a frame about
+        halfway between two levels does not change the answer to and fro. A level that the release does not have is not held.
         """
         point = self._read(evidence, stream)
         by_qp = evidence.crf is None and evidence.qp is not None
-        level, neighbour, weight, distance = self._nearest(point, by_qp)
+        level, neighbour, weight, distance = self._nearest(point, by_qp, held, margin)
         if self._counts[_JPEG] and evidence.jpeg is not None:
             distance += evidence.jpeg.distance / _TABLES_UNIT
-        return LevelEstimate(level, neighbour, weight, distance, self._spell(evidence, point))
+        found, smoothed_over = self._spell(evidence, point), stream if weight is None else None
+        return LevelEstimate(level, neighbour, weight, distance, found, smoothed_over)
 
     def match(self, level: str) -> LevelEstimate:
         """Find the release's level for the name of any level: the level itself if the release has it.
@@ -207,22 +224,32 @@ class LevelEstimator:
         """Whether `Evidence.jpeg` can change an estimate."""
         return self._counts[_JPEG]
 
-    def _nearest(self, read: Sequence[float | None], by_qp: bool) -> tuple[str, str | None, float, float]:
-        """The level nearest to a point, its neighbour, the neighbour's share, and the level's distance."""
+    def _nearest(
+        self, read: Sequence[float | None], by_qp: bool, held: str | None = None, margin: float = 0.0
+    ) -> tuple[str, str | None, float | None, float]:
+        """The level nearest to a point, or the held one, its neighbour, the neighbour's share (as in `LevelEstimate`), and the
+        level's distance.
+        """
         levels = self._by_qp if by_qp else self._by_crf
+        if (crf := read[_H264]) is not None and crf < (best := float(levels[:, _H264].min())):
+            read = (*read[:_H264], best, *read[_H264 + 1 :])  # better than any level is as good as the best one
         point = [origin if value is None else value for value, origin in zip(read, self._origin, strict=True)]
         # Python floats take a third of NumPy's time for so few numbers
         axes = [(axis, point[axis], _UNREAD if read[axis] is None else 1.0) for axis in self._axes]
-        row, nearest = 0, math.inf
+        row, nearest, distances = 0, math.inf, []
         for other, coordinates_of_level in enumerate(self._by_qp_rows if by_qp else self._by_crf_rows):
             distance = 0.0
             for axis, value, weight in axes:
                 distance += weight * abs(value - coordinates_of_level[axis])
+            distances.append(distance)
             if distance < nearest - 1e-6:
                 row, nearest = other, distance
+        if held in self._names and distances[self._names.index(held)] <= nearest + margin:
+            row = self._names.index(held)
         deviations = [0.0 if value is None else value - own for value, own in zip(read, levels[row].tolist(), strict=True)]
-        neighbour, weight = self._neighbour(levels, row, deviations) if self._interpolates else (None, 0.0)
-        return self._names[row], neighbour, weight, round(sum(map(abs, deviations)), 6)
+        neighbour, weight = self._neighbour(levels, row, deviations) if self._mixes else (None, 0.0)
+        share = None if neighbour and self._asks_networks else weight
+        return self._names[row], neighbour, share, round(sum(map(abs, deviations)), 6)
 
     def _with_crf(self, properties: Properties) -> Properties:
         """Add the fixed rate factor of `h264-WxH` levels, if the release also has levels of other rate factors."""
@@ -248,7 +275,9 @@ class LevelEstimator:
         if self._pixels and self._counts[_SIZE]:
             size = math.log(evidence.height * evidence.width / self._pixels) / self._units[_SIZE]
         if self._counts[_H264]:
-            h264 = evidence.qp if evidence.crf is None else evidence.crf
+            h264 = evidence.crf
+            if h264 is None and evidence.qp is not None:
+                h264 = _along(evidence.qp, *self._qp_knots, 1.0)
         if self._counts[_JPEG]:
             jpeg = (evidence.jpeg.quality if evidence.jpeg else LOSSLESS) / self._units[_JPEG]
         return brightness, size, h264, jpeg
@@ -286,8 +315,7 @@ class LevelEstimator:
         if size:
             parts.append(f"h264-{evidence.width}x{evidence.height}")
         if h264 is not None:
-            crf = h264 if evidence.crf is not None else h264 - self._qp_offset
-            parts.append(f"h264-crf{min(max(round(crf), 0), 51)}")
+            parts.append(f"h264-crf{min(max(round(h264), 0), 51)}")
         if self._counts[_JPEG] and evidence.jpeg:
             parts.append(f"jpeg-{evidence.jpeg.quality}")
         return "+".join(parts) or CLEAN.name
@@ -316,6 +344,23 @@ class _Stream:
             self.mean, self.outliers = brightness, 0
         elif self.outliers == 0:
             self.mean += (brightness - self.mean) / _MEMORY
+
+
+def _qp_knots(levels: Sequence[tuple[Properties, float]]) -> tuple[list[float], list[float]]:
+    """Ascending QPs and the rate factors that they stand for, from the properties and mean macroblock QPs of levels.
+
+    Levels that change the rate factor alone count, or all where there is none such. Levels of one rate factor count by their mean
+    QP, and a rate factor whose QP is not above those of lower ones is left out. Without any level, libx264's usual offset holds.
+    """
+    alone = [(properties, qp) for properties, qp in levels if properties.differs_only_on(_H264, UNDISTORTED)]
+    by_crf: dict[float, list[float]] = {}
+    for properties, qp in alone or levels:
+        by_crf.setdefault(properties.crf or 0.0, []).append(qp)
+    knots: dict[float, float] = {}
+    for crf, qps in sorted(by_crf.items()):
+        if (qp := statistics.fmean(qps)) > max(knots, default=-math.inf):
+            knots[qp] = crf
+    return (list(knots), list(knots.values())) if knots else ([_QP_OFFSET], [0.0])
 
 
 def _along(x: float, xs: Sequence[float], ys: Sequence[float], slope: float) -> float:

@@ -82,8 +82,8 @@ class ShareChanged(_Entry):
 
 class LevelEntry(_Entry):
     """One published level; `clean` has no adaptor: its digest is None and it holds nothing. `luma` is the mean luma of its
-    training images, 0 to 255, and `qp` the mean quantiser of its H.264 pictures. `storage_formats` names, by tensor of the base,
-    every storage format other than float32. `full` is the fully fine-tuned network, if it was kept.
+    training images, 0 to 255, and `qp` the mean macroblock QP of their H.264 pictures. `storage_formats` names, by tensor of the
+    base, every storage format other than float32. `full` is the fully fine-tuned network, if it was kept.
     """
 
     digest: Digest | None

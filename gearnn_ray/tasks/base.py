@@ -138,12 +138,30 @@ class Task(Protocol):
         """[N, ...] that depends on the targets alone: equal for two methods judged on the same images."""
         ...
 
+    def uncertainty(self, prediction: Any) -> float:
+        """How unsure a network is of one image's prediction: an entropy in nats, 0 where it is certain. Comparable only between
+        networks of one release that saw the same image.
+        """
+        ...
+
     def answer(self, prediction: Any) -> Any:
         """What a person is shown of one image's prediction."""
         ...
 
     def content(self, prediction: Any, media_type: str) -> Any:
         """What an answer of this type is made of: arrays in the memory of the host."""
+        ...
+
+    def answer_bytes(self, media_type: str, num_classes: int, height: int, width: int) -> int:
+        """Size of an answer of this type to a frame of this size, as far as it does not depend on what is found."""
+        ...
+
+    def described(self, answer: Any, served: Served) -> dict[str, object]:
+        """What `answer` gave, as JSON values."""
+        ...
+
+    def drawn(self, answer: Any, served: Served, scale: int = 1) -> Image:
+        """The frame, `scale` times as large, with what `answer` gave drawn on it: RGB [scale·H, scale·W, 3]."""
         ...
 
     def encode(self, content: Any, media_type: str, served: Served) -> bytes:

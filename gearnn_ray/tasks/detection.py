@@ -6,6 +6,7 @@ a network that has them. Letters of shapes: B images, D detections, G objects, N
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
 _LEAST_SEEN = 0.3  # share of a box inside the crop below which an object is neither to be found nor an error
 _MASK = 0.5  # probability from which on a pixel belongs to an object
 _SAME = 0.95  # share of the detections that two equal networks have in common
+_JUDGED_PLACES = 10  # whose entropies are a network's uncertainty; an image of COCO has 7 objects on average
 _PARTS = {"boxes", "scores", "labels"}
 _JSON, _PNG = "application/json", "image/png"
 _LEAST_SCORE = {_JSON: 0.05, _PNG: 0.3}  # of what an answer has, unless the client says otherwise
@@ -162,6 +164,17 @@ class Detection:
         objects: NDArray[np.int64] = evidence["objects"].numpy().astype(np.int64)
         return objects
 
+    def uncertainty(self, prediction: Prediction) -> float:
+        """The mean entropy of "is there an object" over ten places, those of the highest scores, 0 to ln 2.
+
+        A score below 1/2, or no detection at all, counts as 1/2, the most uncertain: the scores of a network that a distortion
+        has blinded are all near 0, where their entropy would be that of a network that is sure. So a network is the more certain
+        the more objects it finds, and the higher their scores are.
+        """
+        best = prediction["scores"].sort(descending=True).values[:_JUDGED_PLACES].clamp(0.5, 1.0)
+        entropies = torch.special.entr(best) + torch.special.entr(1 - best)
+        return (float(entropies.sum()) + math.log(2) * (_JUDGED_PLACES - len(best))) / _JUDGED_PLACES
+
     def answer(self, prediction: Prediction) -> dict[str, NDArray[Any]]:
         """The prediction as arrays."""
         return {name: part.cpu().numpy() for name, part in prediction.items()}
@@ -170,19 +183,33 @@ class Detection:
         """The answer, whatever the type."""
         return self.answer(prediction)
 
+    def answer_bytes(self, media_type: str, num_classes: int, height: int, width: int) -> int:
+        """The picture on which detections are drawn; none for JSON."""
+        return 3 * height * width if media_type == _PNG else 0
+
+    def described(self, answer: Mapping[str, NDArray[Any]], served: Served) -> dict[str, object]:
+        """`detections`: entries of COCO's result files, of which the client wants the score, by default 0.05."""
+        found, names = _wanted(answer, served, _LEAST_SCORE[_JSON])
+        return {"detections": _coco_results(found, names)}
+
+    def drawn(self, answer: Mapping[str, NDArray[Any]], served: Served, scale: int = 1) -> Image:
+        """Masks, boxes, and at each its class and score; by default of those with a score of 0.3 and more."""
+        found, names = _wanted(answer, served, _LEAST_SCORE[_PNG])
+        texts = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"], strict=True)]
+        masks = found.get("masks")
+        return pictures.drawn(
+            pictures.enlarged(served.frame, scale), scale * found["boxes"], texts, found["labels"],
+            None if masks is None else pictures.enlarged(masks.transpose(1, 2, 0), scale).transpose(2, 0, 1),
+        )  # fmt: skip
+
     def encode(self, content: Mapping[str, NDArray[Any]], media_type: str, served: Served) -> bytes:
         """JSON with COCO's fields, or the frame with the detections drawn: the `coco_ap.MOST_DETECTIONS` with the highest scores,
         from the client's least score on, or from 0.05 in JSON and 0.3 in a picture.
         """
-        least = _LEAST_SCORE[media_type] if served.least_score is None else served.least_score
-        enough = content["scores"] >= least
-        found = {name: part[enough][: coco_ap.MOST_DETECTIONS] for name, part in content.items()}
-        names = [_class_name(served.class_names, label) for label in found["labels"].tolist()]
         if media_type == _PNG:
-            texts = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"], strict=True)]
-            return pictures.png(pictures.drawn(served.frame, found["boxes"], texts, found["labels"], found.get("masks")))
+            return pictures.png(self.drawn(content, served))
         height, width = served.frame.shape[:2]
-        answer = {"image": {"width": width, "height": height}, **served.facts, "detections": _coco_results(found, names)}
+        answer = {"image": {"width": width, "height": height}, **served.facts, **self.described(content, served)}
         return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
 
     def close(self, a: Sequence[Prediction], b: Sequence[Prediction]) -> bool:
@@ -215,6 +242,13 @@ def _prediction(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "masks" in chosen and chosen["masks"].is_floating_point():
         chosen["masks"] = (chosen["masks"] > _MASK).flatten(0, -3)  # torchvision's have a channel
     return {**chosen, "boxes": chosen["boxes"].float(), "scores": chosen["scores"].float()}
+
+
+def _wanted(answer: Mapping[str, NDArray[Any]], served: Served, default: float) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The detections that the client wants, the best ones only, and the names of their classes."""
+    enough = answer["scores"] >= (default if served.least_score is None else served.least_score)
+    found = {name: part[enough][: coco_ap.MOST_DETECTIONS] for name, part in answer.items()}
+    return found, [_class_name(served.class_names, label) for label in found["labels"].tolist()]
 
 
 def _class_name(names: Sequence[str], label: int) -> str:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
-__all__ = ["drawn", "npy", "palette_png", "png"]
+__all__ = ["coloured", "drawn", "enlarged", "npy", "palette_png", "png"]
 
 _GOLDEN_ANGLE = 222.5  # degrees between the hues of two classes that follow each other: any number of them stay apart
 _OPACITY = 0.45  # of a mask
+_CLASS_OPACITY = 0.6  # of the colours of classes over a whole frame
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -27,6 +28,18 @@ def palette_png(classes_HW: NDArray[np.uint8]) -> bytes:
     image = Pillow.fromarray(classes_HW)
     image.putpalette(_PALETTE)
     return _saved(image)
+
+
+def coloured(pixels: NDArray[np.uint8], classes_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The frame RGB [H, W, 3] under the colours of the classes."""
+    palette = np.frombuffer(_PALETTE, np.uint8).reshape(-1, 3).astype(np.float32)
+    mixed: NDArray[np.uint8] = (_CLASS_OPACITY * palette[classes_HW] + (1 - _CLASS_OPACITY) * pixels + 0.5).astype(np.uint8)
+    return mixed
+
+
+def enlarged(array: NDArray[Any], scale: int) -> NDArray[Any]:
+    """[H, W, …] at `scale` times the size, every pixel repeated."""
+    return array if scale == 1 else array.repeat(scale, 0).repeat(scale, 1)
 
 
 def npy(array: NDArray[Any]) -> bytes:

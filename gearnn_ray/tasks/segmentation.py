@@ -132,14 +132,42 @@ class Segmentation:
         labelled_NK: NDArray[np.int64] = evidence["counts"].numpy().astype(np.int64).sum(-1)
         return labelled_NK
 
+    def uncertainty(self, prediction: Tensor) -> float:
+        """The mean over pixels of the entropy of the class probabilities, 0 to ln K."""
+        return float(torch.special.entr(prediction.softmax(0)).sum(0).mean())
+
     def answer(self, prediction: Tensor) -> NDArray[np.uint8]:
         """Class ids [h, w]."""
         classes: NDArray[np.uint8] = prediction.argmax(0).to("cpu", torch.uint8).numpy()
         return classes
 
     def content(self, prediction: Tensor, media_type: str) -> NDArray[Any]:
-        """The answer, or for application/x-npy the logits [K, h, w]."""
-        return prediction.cpu().numpy() if media_type == _NPY else self.answer(prediction)
+        """The answer, or for application/x-npy a copy of the logits [K, h, w], which does not keep the whole batch in memory."""
+        return prediction.to("cpu", copy=True).numpy() if media_type == _NPY else self.answer(prediction)
+
+    def answer_bytes(self, media_type: str, num_classes: int, height: int, width: int) -> int:
+        """A float32 for each class and pixel, or a byte for each pixel."""
+        return height * width * (4 * num_classes if media_type == _NPY else 1)
+
+    def described(self, answer: Image, served: Served) -> dict[str, object]:
+        """`classes`: those that occur, the largest first, with their shares of the pixels."""
+        counts = np.bincount(answer.reshape(-1))
+        largest_first = sorted(np.flatnonzero(counts).tolist(), key=lambda label: -counts[label])
+        names = served.class_names
+        return {
+            "classes": [
+                {
+                    "category_id": label,
+                    "category": names[label] if label < len(names) else f"class {label}",
+                    "share": round(counts[label] / answer.size, 5),
+                }
+                for label in largest_first
+            ]
+        }
+
+    def drawn(self, answer: Image, served: Served, scale: int = 1) -> Image:
+        """The classes' colours over the frame."""
+        return pictures.coloured(pictures.enlarged(served.frame, scale), pictures.enlarged(answer, scale))
 
     def encode(self, content: NDArray[Any], media_type: str, served: Served) -> bytes:
         """A PNG whose pixel values are the class ids, or the logits as a NumPy file."""

@@ -50,6 +50,7 @@ _STYLES: dict[str, Style] = {
     "gearnn-released": {"color": "#222222", "marker": "D", "linestyle": "-."},
     "gearnn-nearest": {"color": "#d55e00", "marker": "<", "linestyle": ":"},
     "gearnn-interpolated": {"color": "#0072b2", "marker": ">", "linestyle": "--"},
+    "gearnn-entropy": {"color": "#b0508c", "marker": "d", "linestyle": (0, (5, 3))},
 }
 
 

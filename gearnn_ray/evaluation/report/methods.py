@@ -22,13 +22,14 @@ METHODS: dict[str, str] = {
     "random": "per level, layers drawn at random within M; each seed is a draw",
     "gearnn-nearest": "at an untrained level, the adaptor of the nearest trained level",
     "gearnn-interpolated": "at an untrained level, a linear mixture of the two neighbours' adaptors",
+    "gearnn-entropy": "at an untrained level, each image's own mixture of them, by both networks' entropies (Oh et al. 2025)",
 }
 """A short description of each method."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "few numbers per level": ("bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"),
     "whole networks": ("original", "switching", "mixed", "stability", "clean-tuned"),
-    "other adaptors of GearNN": ("gearnn-released", "gearnn-nearest", "gearnn-interpolated"),
+    "other adaptors of GearNN": ("gearnn-released", "gearnn-nearest", "gearnn-interpolated", "gearnn-entropy"),
 }
 """What GearNN is compared with, by memory cost."""
 

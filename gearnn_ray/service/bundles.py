@@ -5,6 +5,7 @@ Knows nothing about HTTP or Ray.
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,15 @@ import torch
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.models.names import check_released_name
+from gearnn_ray.service.backend import BundleHealth, Prediction
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
-from gearnn_ray.serving.frames import Frame
-from gearnn_ray.serving.http import BundleHealth, Prediction
+from gearnn_ray.serving.frames import Evidence, Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
 from gearnn_ray.store.releases import Store
+from gearnn_ray.video.decoding import VideoFrame
+from gearnn_ray.video.stream_levels import StreamLevels
 
+_STREAMS = 4096  # streams whose level is remembered; the one that was used least recently is dropped
 _LOG = logging.getLogger("ray.serve")  # Ray Serve writes this log to a file of the replica
 
 
@@ -31,6 +35,7 @@ class Bundle:
         self.ref, self._config = ref, config
         self.current: AdaptiveModel | None = None
         self.problem: str | None = None
+        self._streams: OrderedDict[tuple[str, str], StreamLevels] = OrderedDict()
 
     def refresh(self) -> None:
         """Load the release if there is none yet or the tag has moved. Blocks. If this fails, the old release stays."""
@@ -49,6 +54,18 @@ class Bundle:
         if self.current is None:
             raise CorruptStoreError(f"the bundle {self.ref} is not loaded ({self.problem}): try again later")
         return self.current
+
+    def level_of_next(self, stream: str, evidence: Evidence) -> tuple[AdaptiveModel, LevelEstimate]:
+        """The model and the level for the next frame of a stream. A stream is remembered from segment to segment, until the
+        release is replaced. Raises as `model` does.
+        """
+        model = self.model()
+        key = model.digest, stream
+        levels = self._streams.setdefault(key, StreamLevels(model.level_estimator, stream))
+        self._streams.move_to_end(key)
+        if len(self._streams) > _STREAMS:
+            self._streams.popitem(last=False)
+        return model, levels.estimate(evidence)
 
     def health(self) -> BundleHealth:
         """The state of this bundle."""
@@ -69,7 +86,7 @@ class Bundle:
 
     def _pull(self) -> AdaptiveModel:
         config = self._config
-        model = AdaptiveModel.pull(config.store, self.ref, config.device, config.untrained, config.trust)
+        model = AdaptiveModel.pull(config.store, self.ref, config.device, config.untrained, config.trust, config.precision)
         reference = Reference.of_manifest(model.content)
         model.level_estimator = LevelEstimator(model.levels, reference, config.untrained, config.cameras)
         return model
@@ -84,12 +101,12 @@ def check_bundles(config: ServeConfig) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One frame in a batch. media_type: of its answer. since: time.perf_counter when it entered the queue."""
+    """One frame in a batch. media_type: of its answer; None for a line. since: time.perf_counter when it entered the queue."""
 
     model: AdaptiveModel
-    frame: Frame
+    frame: Frame | VideoFrame
     estimate: LevelEstimate
-    media_type: str
+    media_type: str | None
     since: float
 
 
@@ -109,12 +126,14 @@ def predict(items: Sequence[Item]) -> list[Prediction]:
     """One forward pass over frames of one release and size, each at its own level."""
     start = time.perf_counter()
     model = items[0].model
-    images_BHWC = torch.from_numpy(np.stack([item.frame.pixels for item in items]))
-    outputs = model(images_BHWC.permute(0, 3, 1, 2).contiguous(), [item.estimate for item in items])
+    images_BCHW = torch.from_numpy(np.stack([item.frame.pixels for item in items])).permute(0, 3, 1, 2).contiguous()
+    estimates = model.mixed(images_BCHW, [item.estimate for item in items])
+    outputs = model(images_BCHW, estimates)
     release, class_names = f"{model.name}@{model.digest}", model.content.model.class_names
     predictions = []
-    for item, prediction in zip(items, outputs, strict=True):
-        content = model.task.content(prediction, item.media_type)
+    for item, estimate, prediction in zip(items, estimates, outputs, strict=True):
+        kind, task = item.media_type, model.task
+        content = task.answer(prediction) if kind is None else task.content(prediction, kind)
         seconds = {"queue": start - item.since, "network": time.perf_counter() - start}
-        predictions.append(Prediction(content, item.estimate, release, seconds, class_names))
+        predictions.append(Prediction(content, estimate, release, seconds, class_names))
     return predictions

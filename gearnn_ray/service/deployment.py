@@ -40,16 +40,21 @@ from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.ray_jobs.cluster import cluster
 from gearnn_ray.ray_jobs.local_ray import address_to_join, bind_replica_to_its_node
-from gearnn_ray.serving import http
-from gearnn_ray.serving.bundles import Bundle, Item, check_bundles, passes, predict
-from gearnn_ray.serving.frames import Frame, Limits
-from gearnn_ray.serving.http import BundleHealth, Health, Prediction, UnknownBundleError
+from gearnn_ray.service import http
+from gearnn_ray.service.admission import Admission
+from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict
+from gearnn_ray.service.cameras import CameraStreams, LevelFacts, cameras
+from gearnn_ray.serving.frames import Frame
+from gearnn_ray.serving.level_estimation import LevelEstimate, Reference
 from gearnn_ray.tasks.base import Task
+from gearnn_ray.video.decoding import VideoFrame
 
 APP = "gearnn"
 
-_QUEUED = 128  # requests that wait in Serve's proxy, each with its body in memory; more are answered with 503
-_REQUEST_SECONDS = 60.0  # after this time a client that sends only half a frame loses its place
+_SPARE = 256  # requests for the page and /health, and refusals: these never wait for those that a replica processes
+_QUEUED = 128  # requests that wait in Serve's proxy while a replica has even more than that; more are answered with 503
+_START_SECONDS = 60.0
 _LATENCIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 # boundaries between whole numbers, because Ray computes a histogram's sum from the centres of its buckets
 _COUNTS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5, 64.5, 128.5]
@@ -68,6 +73,9 @@ class _Metrics:
         self.requests = metrics.Counter(
             "gearnn_requests", "Answers of /predict, by the level used.", keys("bundle", "level", "status")
         )
+        self.lines = metrics.Counter(
+            "gearnn_lines", "Lines about frames of streams (200), and errors.", keys("bundle", "level", "status")
+        )
         self.batch_size = metrics.Histogram("gearnn_batch_size", "Frames of one pass.", _COUNTS)
         self.batch_levels = metrics.Histogram("gearnn_batch_levels", "Different levels of one pass.", _COUNTS)
         self.distance = metrics.Histogram(
@@ -82,7 +90,7 @@ class Service:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         bind_replica_to_its_node()
         self._config = config
-        self._limits = Limits(int(config.limits.body_mib * 2**20), int(config.limits.megapixels * 1e6))
+        self._admission = Admission.of_config(config)
         self._worker = ThreadPoolExecutor(1, "network", _prepare_thread, (max(1, int(config.num_cpus)),))
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self._free = asyncio.Event()
@@ -90,6 +98,7 @@ class Service:
         self._batch.set_max_batch_size(config.max_batch)  # type: ignore[attr-defined]
         self._batch.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)  # type: ignore[attr-defined]
 
+        self.cameras = CameraStreams(tuple(config.watched))
         self._metrics = _Metrics()
         self._bundles: dict[str, Bundle] = {}
         for ref in config.bundles:
@@ -100,7 +109,7 @@ class Service:
         """Answer one HTTP request."""
         start = time.perf_counter()
         visit = _Visit(self)
-        response = await http.answer(request, visit, self._limits)
+        response = await http.answer(request, visit, self._admission)
         if request.url.path == "/predict":
             self._metrics.seconds.observe(time.perf_counter() - start)
             tags = {"bundle": visit.bundle, "level": visit.level, "status": str(response.status_code)}
@@ -108,19 +117,19 @@ class Service:
         return response
 
     def health(self) -> Health:
-        """As in `http.Backend`."""
+        """As in `backend.Backend`."""
         bundles = {ref: self._bundles[ref].health() for ref in self._config.bundles}
         degraded = any(bundle.problem for bundle in bundles.values())
         return Health("degraded" if degraded else "ok", self._config.device, bundles)
 
     def task(self, bundle: str | None) -> Task:
-        """As in `http.Backend`."""
+        """As in `backend.Backend`."""
         return self._bundles[self.reference(bundle)].model().task
 
     async def predict(
         self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
     ) -> Prediction:
-        """As in `http.Backend`. A level that the release does not have is mapped to its levels as `untrained` says."""
+        """As in `backend.Backend`. A level that the release does not have is mapped to its levels as `untrained` says."""
         since = time.perf_counter()
         ref = self.reference(bundle)
         model = (await self._load(ref)).model()
@@ -130,13 +139,41 @@ class Service:
             self._metrics.distance.observe(estimate.distance, {"bundle": ref})
         else:
             estimate = replace(model.level_estimator.match(level), found=estimate.found)
-        # Serve closes a batch when its time is up, even if the network is still busy: under load it would queue many
-        # small batches. Therefore frames wait here until the network is free, and then form one batch.
-        await self._free.wait()
-        result = await self._batch(Item(model, frame, estimate, media_type, since))
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return await self._batched(Item(model, frame, estimate, media_type, since))
+
+    async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
+        """As in `backend.Backend`."""
+        since, ref = time.perf_counter(), self.reference(bundle)
+        model, estimate = self._bundles[ref].level_of_next(stream, frame.evidence)
+        self._metrics.distance.observe(estimate.distance, {"bundle": ref})
+        return await self._batched(Item(model, frame, estimate, None, since))
+
+    async def predict_at(self, frame: VideoFrame, estimate: LevelEstimate) -> Prediction:
+        """What the line of a camera's next frame is made of, at a level that its actor has found."""
+        since, ref = time.perf_counter(), self.reference(None)
+        model = self._bundles[ref].model()
+        if not {estimate.level, estimate.neighbour or estimate.level} <= set(model.levels):  # of another release than now
+            estimate = replace(model.level_estimator.match(estimate.level), found=estimate.found)
+        self._metrics.distance.observe(estimate.distance, {"bundle": ref})
+        return await self._batched(Item(model, frame, estimate, None, since))
+
+    def level_facts(self) -> LevelFacts:
+        """What a camera's actor finds the levels of frames with."""
+        model = self._bundles[self.reference(None)].model()
+        return LevelFacts(model.digest, model.task.name, model.levels, Reference.of_manifest(model.content))
+
+    def has_cameras(self, bundle: str | None) -> bool:
+        """As in `backend.Backend`."""
+        return self.reference(bundle) == self.reference(None)
+
+    def answer_bytes(self, bundle: str | None, media_type: str, height: int, width: int) -> int:
+        """As in `backend.Backend`."""
+        model = self._bundles[self.reference(bundle)].model()
+        return model.task.answer_bytes(media_type, model.content.model.num_classes, height, width)
+
+    def count_line(self, bundle: str | None, level: str, status: int) -> None:
+        """As in `backend.Backend`."""
+        self._metrics.lines.inc(tags={"bundle": self.reference(bundle), "level": level, "status": str(status)})
 
     def reference(self, bundle: str | None) -> str:
         """The configured bundle that a request names, or the first one. Raises UnknownBundleError for any other."""
@@ -171,6 +208,15 @@ class Service:
             for bundle in self._bundles.values():
                 await self._refresh(bundle)
 
+    async def _batched(self, item: Item) -> Prediction:
+        # Serve closes a batch when its time is up, even if the network is still busy: under load it would queue many
+        # small batches. Therefore frames wait here until the network is free, and then form one batch.
+        await self._free.wait()
+        result = await self._batch(item)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
     @serve.batch
     async def _batch(self, items: list[Item]) -> list[Prediction | Exception]:
         """All frames that waited. Serve separates them by the bundle id in their headers, but not by level or size."""
@@ -182,7 +228,7 @@ class Service:
 
     def _run(self, items: Sequence[Item]) -> list[Prediction | Exception]:
         results: dict[int, Prediction | Exception] = {}
-        for positions in passes(items, self._limits.pixels):
+        for positions in passes(items, self._admission.frame.pixels):
             together = [items[position] for position in positions]
             self._metrics.batch_size.observe(len(together))
             self._metrics.batch_levels.observe(len({item.estimate.level for item in together}))
@@ -201,6 +247,13 @@ class _Visit:
     bundle: str = "none"
     level: str = "none"
 
+    @property
+    def cameras(self) -> CameraStreams:
+        return self.service.cameras
+
+    def has_cameras(self, bundle: str | None) -> bool:
+        return self.service.has_cameras(bundle)
+
     def task(self, bundle: str | None) -> Task:
         return self.service.task(bundle)
 
@@ -211,6 +264,15 @@ class _Visit:
         prediction = await self.service.predict(frame, level, stream, bundle, media_type)
         self.level = prediction.estimate.level
         return prediction
+
+    async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
+        return await self.service.predict_next(frame, stream, bundle)
+
+    def answer_bytes(self, bundle: str | None, media_type: str, height: int, width: int) -> int:
+        return self.service.answer_bytes(bundle, media_type, height, width)
+
+    def count_line(self, bundle: str | None, level: str, status: int) -> None:
+        self.service.count_line(bundle, level, status)
 
     def health(self) -> Health:
         return self.service.health()
@@ -224,12 +286,12 @@ def _prepare_thread(threads: int) -> None:
 def application(config: ServeConfig) -> serve.Application:
     """The Serve application. `config` must have a device other than auto, and num_gpus (see `_resolved`)."""
     gpus = {"num_gpus": config.num_gpus} if config.num_gpus else {}
+    admission = Admission.of_config(config)
     deployment = serve.deployment(
         name=APP,
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, **gpus},
-        # one batch in the network, one that waits, and requests for the page
-        max_ongoing_requests=2 * config.max_batch + 8,
+        max_ongoing_requests=admission.requests.most + admission.streams.most + _SPARE,
         max_queued_requests=_QUEUED,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,  # a dead replica is noticed within this time
@@ -269,7 +331,8 @@ def serving(config: ServeConfig) -> Iterator[Serving]:
             started = _started(config)
             if own:
                 own.check_listening(besides=config.port)
-            yield started
+            with cameras(APP, config):
+                yield started
         finally:
             # Both calls answer running requests first. A Ray of its own ends completely after this.
             _quietly(lambda: serve.delete(APP)) if own else _quietly(serve.shutdown)
@@ -313,7 +376,7 @@ def _check_resources(config: ServeConfig) -> None:
 
 
 def _started(config: ServeConfig) -> Serving:
-    options = HTTPOptions(host=config.host, port=config.port, request_timeout_s=_REQUEST_SECONDS)
+    options = HTTPOptions(host=config.host, port=config.port)  # `Admission` has deadlines; an upload may be endless
     logs = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=logs)
@@ -321,7 +384,7 @@ def _started(config: ServeConfig) -> Serving:
         raise _no_port(config, _last_line(error)) from error
     try:
         handle = serve.run(application(config), name=APP, route_prefix="/")
-        health: Health = handle.health.remote().result(timeout_s=_REQUEST_SECONDS)
+        health: Health = handle.health.remote().result(timeout_s=_START_SECONDS)
     except (RayError, RuntimeError, TimeoutError) as error:
         raise UserError(f"the service did not start: {_last_line(error)}") from error
     for bundle in health.bundles.values():

@@ -1,0 +1,181 @@
+"""Decodes a video frame by frame, and reads from container and bitstream what they say about the quality of each frame.
+
+The data are a stranger's: FFmpeg's decoders refuse pictures of too many pixels before they allocate memory for them, and damage
+is counted, not fatal, because the next keyframe mends it.
+"""
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from gearnn_ray.serving.frames import BadFrameError, Evidence, Limits, evidence_of, read_frame
+from gearnn_ray.serving.h264 import DECODER_OPTIONS, H264Quality
+from gearnn_ray.video.sources import DEFAULT_LIMITS, SourceError, sentence_of
+
+__all__ = ["DEFAULT_LIMITS", "VideoFrame", "decoded", "first_video", "packets_of"]
+
+_MOST_DAMAGED = 150  # packets in a row without a picture: five seconds in which nothing was seen; a camera is then opened again
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrame:
+    """One decoded frame.
+
+    pixels: RGB uint8 [H, W, 3]. seconds: its presentation time, as the stream says; None where it says nothing. keyframe:
+    whether it was decoded without others. bytes: of the packets since the frame before. evidence: of its level. decode_seconds:
+    the time that it took here, of which `level_seconds` went into evidence. lost: packets since the frame before that could not
+    be decoded. damaged: whether the decoder concealed damage in it.
+    """
+
+    pixels: NDArray[np.uint8]
+    seconds: float | None
+    keyframe: bool
+    bytes: int
+    evidence: Evidence
+    decode_seconds: float
+    level_seconds: float
+    lost: int = 0
+    damaged: bool = False
+
+
+def first_video(container: InputContainer, limits: Limits, threads: int = 1) -> Any:
+    """The container's first video stream, with its decoder prepared. Raises SourceError if there is none, or one too large."""
+    if not container.streams.video:
+        raise SourceError("there is no video in it: give a file or an address with a video stream")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    if context is None:
+        raise SourceError("FFmpeg has no decoder for this video: give H.264, H.265, VP9, AV1 or MJPEG")
+    check_size(context.width, context.height, limits)
+    context.options = {**DECODER_OPTIONS, "max_pixels": str(limits.pixels)}
+    context.thread_count = threads
+    context.thread_type = "SLICE" if threads == 1 else "AUTO"
+    return stream
+
+
+def packets_of(container: InputContainer) -> Iterator[Any]:
+    """The packets of the first video stream."""
+    with suppress(IndexError):  # PyAV's, at the end of a file to which streams were added in its middle
+        yield from container.demux(container.streams.video[0])
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Raise SourceError unless frames of this size may be decoded; 0: not known yet."""
+    found = f"the video has frames of {width} × {height} pixels"
+    if width * height > limits.pixels:
+        raise TooLargeError(f"{found}, expected at most {limits.pixels} in all: scale it down")
+    if width and min(width, height) < limits.shortest_side:
+        raise SourceError(f"{found}, expected at least {limits.shortest_side} on each side")
+
+
+class TooLargeError(SourceError):
+    """Frames of too many pixels."""
+
+    status = int(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+
+@dataclass
+class _Progress:
+    """What has happened since the last frame."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+    lost: int = 0
+
+
+def decoded(container: InputContainer, limits: Limits = DEFAULT_LIMITS, threads: int = 1) -> Generator[VideoFrame, None, int]:
+    """The frames of the first video stream in the order in which they are shown; returns how many packets the end lost.
+
+    limits: `pixels` and `shortest_side` of a frame. threads: of the decoder. Packets that cannot be decoded are counted in the
+    next frame's `lost`. Raises SourceError if there is no video, if reading fails, or where nothing can be decoded any more.
+    """
+    stream = first_video(container, limits, threads)
+    read, progress, without = _Reading(stream, limits), _Progress(), 0
+    packets = packets_of(container)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.EOFError):
+            return progress.lost
+        except (av.FFmpegError, OSError) as error:
+            raise SourceError(f"the video cannot be read any further ({sentence_of(error)}): check its source") from error
+        if packet.stream is not stream:
+            continue
+        progress.bytes += packet.size
+        without += 1
+        pictures = _pictures(packet, read.codec)
+        while True:
+            start = time.perf_counter()
+            try:
+                picture = next(pictures, None)
+                frame = None if picture is None else read.frame(picture)
+            except av.MemoryError as error:
+                raise TooLargeError("a frame of the video is too large to be decoded here: scale it down") from error
+            except (av.FFmpegError, BadFrameError):
+                progress.lost += 1
+                break
+            progress.seconds += time.perf_counter() - start
+            if frame is None:
+                break
+            yield replace(frame, bytes=progress.bytes, decode_seconds=progress.seconds, lost=progress.lost)
+            progress, without = _Progress(), 0
+        if without > _MOST_DAMAGED:
+            raise SourceError(f"{without} packets in a row hold no picture: the video is damaged, or its codec has changed")
+
+
+def _pictures(packet: "av.Packet[Any]", codec: str) -> Iterator[Any]:
+    """The decoded frames that a packet completes; a JPEG as it is. Raises FFmpegError for what cannot be decoded."""
+    if codec != "mjpeg":
+        yield from packet.decode()
+    elif packet.size:
+        yield packet
+
+
+class _Reading:
+    """Makes frames of decoded pictures."""
+
+    def __init__(self, stream: Any, limits: Limits) -> None:
+        self._stream, self._limits, self.codec = stream, limits, stream.codec_context.name
+        self._quality, self._convert = H264Quality(), VideoReformatter()
+
+    def frame(self, picture: Any) -> VideoFrame:
+        """The frame without what its packets say. Raises SourceError and BadFrameError for one that is not usable."""
+        if isinstance(picture, av.Packet):
+            still = read_frame(bytes(picture), "image/jpeg", self._limits)
+            return VideoFrame(still.pixels, _seconds(picture, self._stream), True, 0, still.evidence, 0.0, 0.0)
+        check_size(picture.width, picture.height, self._limits)
+        pixels = _pixels(picture, self._convert)
+        start, qp, crf = time.perf_counter(), None, None
+        if self.codec == "h264":
+            self._quality.add(picture)
+            qp, crf = self._quality.mean_qp, self._quality.crf
+        evidence = evidence_of(pixels, qp=qp, crf=crf)
+        spent, keyframe = time.perf_counter() - start, bool(picture.key_frame)
+        seconds = _seconds(picture, self._stream)
+        return VideoFrame(pixels, seconds, keyframe, 0, evidence, 0.0, spent, damaged=bool(picture.is_corrupt))
+
+
+def _seconds(frame: Any, stream: Any) -> float | None:
+    base = frame.time_base or stream.time_base
+    return None if frame.pts is None or base is None else float(frame.pts * base)
+
+
+def _pixels(frame: av.VideoFrame, convert: VideoReformatter) -> NDArray[np.uint8]:
+    """RGB [H, W, 3], by the colour space that the stream names; without one BT.601 below 720 lines, BT.709 from there on."""
+    source = frame.colorspace
+    if int(source) == _UNSPECIFIED:
+        source = _BT709 if frame.height >= 720 else _BT601
+    picture = convert.reformat(frame, format="rgb24", src_colorspace=source, dst_color_range="JPEG", threads=1)
+    return np.ascontiguousarray(picture.to_ndarray(), np.uint8)
+
+
+_UNSPECIFIED, _BT709, _BT601 = 2, 1, 5  # FFmpeg's AVColorSpace
