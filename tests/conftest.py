@@ -4,6 +4,10 @@ import os
 
 # Ray starts workers at niceness 15: beside anything else that runs, a start of seconds becomes minutes
 os.environ.setdefault("RAY_worker_niceness", "0")
+# threads of OpenMP that wait would take the CPU from the tests beside them
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# it looks for nodes that a cloud takes back
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # for the S3 server on loopback; Ray's workers inherit them
 os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
@@ -62,6 +66,15 @@ def pictures() -> tuple[list[Image], list[Image]]:
     return images, labels
 
 
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    """Jobs of this process draw no figures, which takes longer than all else they do in tests."""
+    from tests.tiny import without_figures
+
+    with without_figures():
+        yield
+
+
 class _OneBoard:
     """Gives every job the same board, emptied: a process less for each."""
 
@@ -72,7 +85,7 @@ class _OneBoard:
         return self
 
     def remote(self) -> Any:
-        self._board.__ray_call__.remote(lambda board: board.__init__())
+        self._board.__ray_call__.remote(lambda board: board.__init__())  # calls of one process keep their order
         return self._board
 
 

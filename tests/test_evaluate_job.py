@@ -229,26 +229,16 @@ def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     tiny.write_folder(folder / "data", train=16)
     tiny.write_weights(folder / "weights.safetensors")
     changes = {"model.name": "tests.test_evaluate_job:gated", "recipe.epochs": EPOCHS, "store": folder / "released"}
-    assert run_split([*tiny.options(folder, levels=BRIGHT[:1], **changes), "--json"]) == 0
+    with tiny.without_figures():
+        assert run_split([*tiny.options(folder, levels=BRIGHT[:1], **changes), "--json"]) == 0
     return folder
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all else here."""
-    from gearnn_ray.evaluation import findings
-
-    monkeypatch.setattr(findings, "figures_of", lambda _: {})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(spec: Path) -> dict[str, Any]:
     """The result of an evaluation that nobody kills."""
-    from gearnn_ray.evaluation import findings
-
     shutil.copytree(spec / "released", spec / "undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "figures_of", lambda _: {})
+    with tiny.without_figures():
         return run_here(spec, "undisturbed")[-1]
 
 

@@ -106,27 +106,15 @@ def mean_iou(model: Any, images: Sequence[Any], labels: Sequence[Any], normalisa
     return score(SEGMENTATION, evidence)
 
 
-def without_figures() -> pytest.MonkeyPatch:
-    """Drawing takes longer than all else here."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(findings, "figures_of", lambda _: {})
-    return patch
-
-
-@pytest.fixture
-def plain() -> Any:
-    patch = without_figures()
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     """A folder with data, a network, a cache, and `released`: a store with a release and nothing else."""
     folder = tmp_path_factory.mktemp("evaluation")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    assert run_split([*tiny.options(folder, levels=LEVELS, seed=SEED, budget=BUDGET, store=folder / "released"), "--json"]) == 0
+    options = tiny.options(folder, levels=LEVELS, seed=SEED, budget=BUDGET, store=folder / "released")
+    with tiny.without_figures():
+        assert run_split([*options, "--json"]) == 0
     return folder
 
 
@@ -430,7 +418,7 @@ def test_running_again_computes_nothing_and_changes_nothing(done: Done) -> None:
     assert files(done.folder / "store") == before
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_only_what_is_missing_is_computed(done: Done, tmp_path: Path) -> None:
     """One more level for the baselines and one more seed."""
     shutil.copytree(done.folder / "store", tmp_path / "store")
@@ -450,7 +438,7 @@ def test_only_what_is_missing_is_computed(done: Done, tmp_path: Path) -> None:
     assert set(places_of(outcome.accuracy)) == added | set(places_of(done.outcome.accuracy))
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_a_lost_blob_is_made_again(done: Done, tmp_path: Path) -> None:
     shutil.copytree(done.folder / "store", tmp_path / "store")
     kept = tiny.blobs(done.folder / "released")
@@ -466,7 +454,7 @@ def test_a_lost_blob_is_made_again(done: Done, tmp_path: Path) -> None:
     assert found.items() <= before.items()
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path, tmp_path: Path) -> None:
     shutil.copytree(spec / "released", tmp_path / "store")
     options: dict[str, Any] = {"levels": ["clean", "jpeg-10", "jpeg-60"], "methods": ["clean-tuned"], "learning-rates": None}
@@ -488,7 +476,7 @@ def test_with_the_releases_own_learning_rate_its_adaptors_are_gearnns(spec: Path
     assert Store(tmp_path / "store").get_table("tables/tiny/tuning.parquet").num_rows == 0
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_the_control_is_made_once_per_seed_before_the_levels(spec: Path, tmp_path: Path) -> None:
     options = tiny.options(spec, levels=["jpeg-10", "jpeg-60"], seed=SEED, budget=BUDGET, store=tmp_path / "store")
     assert run_split([*options, "--selection.against", "clean", "--selection.granularity", "module", "--json"]) == 0
@@ -508,7 +496,7 @@ def test_the_control_is_made_once_per_seed_before_the_levels(spec: Path, tmp_pat
             assert (row["value"], row["floats"]) == (pytest.approx(entry["scores"]["adaptor"]), entry["floats"])
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_an_untrained_level_has_its_neighbours_adaptors(spec: Path, tmp_path: Path) -> None:
     """Against the released adaptors, put together and evaluated here."""
     shutil.copytree(spec / "released", tmp_path / "store")
@@ -546,7 +534,7 @@ def test_an_untrained_level_has_its_neighbours_adaptors(spec: Path, tmp_path: Pa
 # ── what a failure costs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_figures")
 def test_what_fails_takes_nothing_else_down(tmp_path: Path, capsys: pytest.CaptureFixture[str], spec: Path) -> None:
     """This network's loss is NaN on dark images: at one level nothing can be trained, nor one network for all."""
     tiny.write_folder(tmp_path / "data")

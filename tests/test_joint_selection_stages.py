@@ -406,7 +406,7 @@ def told(folder: Path, store: str, problem: str, **changes: Any) -> list[str]:
     return tiny.options(folder, store=folder / store, **{"selection.problem": problem, **seen} | changes)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_cluster", "no_figures")
 def test_a_release_of_shared_layers_after_a_kill(folder: Path, spec: JobSpec, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"selection.frequencies": ["jpeg-10", 3, "brightness-0.4", 1], "levels": ["clean", *TWO], "budget": BUDGET}
     arguments = told(folder, "shared", "shared-layers", **more, **{"model.name": "tests.test_joint_selection_stages:mortal"})
@@ -448,7 +448,7 @@ def test_a_release_of_shared_layers_after_a_kill(folder: Path, spec: JobSpec, ca
             assert (row["value"], row["floats"]) == (pytest.approx(entry["scores"]["adaptor"]), entry["floats"])
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_cluster", "no_figures")
 def test_a_release_of_one_memory_without_the_level_that_failed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     levels = ["brightness-0.01", "jpeg-10", "jpeg-20", "jpeg-30"]
     often = ["brightness-0.01", 1, "jpeg-10", 1, "jpeg-20", 0, "jpeg-30", 5]

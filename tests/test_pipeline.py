@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from torch import Tensor, nn
 
 from gearnn_ray.cli.main import run_split
 from gearnn_ray.config.resources import ResourcesConfig
-from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.core.errors import CorruptStoreError, TrainingFailedError, UserError
+from gearnn_ray.core.events import Emit
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import pipeline
 from gearnn_ray.offline.execution import Processor
+from gearnn_ray.ray_jobs.board import discard
 from gearnn_ray.ray_jobs.resources import autoscaler_ceiling, check_resources, groups_that_fit
+from gearnn_ray.ray_jobs.run_tasks import TaskRunner
 from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.nets import Small
@@ -43,8 +48,9 @@ def options(tmp_path: Path) -> Options:
     return lambda **changes: tiny.options(tmp_path, **changes)
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]], str]:
-    code = run_split([*arguments, "--json"])
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str], figures: bool = False) -> tuple[int, list[dict[str, Any]], str]:
+    with nullcontext() if figures else tiny.without_figures():
+        code = run_split([*arguments, "--json"])
     out = capsys.readouterr()
     return code, tiny.events(out.out), out.err
 
@@ -55,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_from_weights_to_a_release(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     levels = ["clean", "jpeg-10", "h264-32x24", "brightness-0.4+jpeg-30"]
-    code, lines, _ = run(options(levels=levels), capsys)
+    code, lines, _ = run(options(levels=levels), capsys, figures=True)
     assert code == 0
     store = Store(tmp_path / "store")
     release = store.pull("tiny:latest")
@@ -127,9 +133,9 @@ def test_from_weights_to_a_release(options: Options, tmp_path: Path, capsys: pyt
 def test_running_again_computes_nothing_and_adds_nothing(
     options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(options(), capsys)[0] == 0
+    assert run(options(), capsys, figures=True)[0] == 0
     before = files(tmp_path / "store")
-    code, lines, _ = run(options(), capsys)
+    code, lines, _ = run(options(), capsys, figures=True)
     assert code == 0
     assert files(tmp_path / "store") == before
     assert tiny.epochs_run(lines) == 0
@@ -176,6 +182,7 @@ def test_the_base_is_trained_where_no_weights_are_given(
     assert [e["event"] for e in run(arguments, capsys)[1] if e.get("stage") == "base"] == ["reused"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_failed_level_takes_no_other_down(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = options(levels=["brightness-0.01", "jpeg-20"], **{"model.name": "tests.nets:afraid_of_the_dark"})
     code, lines, _ = run(arguments, capsys)
@@ -203,6 +210,7 @@ def fails_on_demand(num_classes: int) -> nn.Module:
     return _FailsOnDemand(num_classes)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_latest_moves_only_when_every_level_is_published(
     options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +303,7 @@ def test_a_job_keeps_the_precision_and_the_threads_that_it_began_with(
     assert store.pull("tiny").manifest["execution"] == {"device": "cpu", "precision": "bfloat16", "threads": 1}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_results_of_another_version_of_torch_are_reused_and_the_output_names_it(
     options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,16 +403,19 @@ def test_a_job_on_s3(options: Options, tmp_path: Path, capsys: pytest.CaptureFix
         server.stop()
 
 
-def test_a_failed_level_spread_over_workers_says_why(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines, _ = run(
-        options(
-            levels=["brightness-0.01"],
-            **{"model.name": "tests.nets:afraid_of_the_dark", "resources.workers-per-level": 2, "resources.retries": 0},
-        ),
-        capsys,
-    )
-    assert code == 1
-    assert lines[-1]["failed"]["brightness-0.01"].startswith("the loss became nan in epoch 1 of 3")
+def test_a_worker_that_fails_ends_the_others_of_its_level_and_says_why() -> None:
+    def train(level: str, emit: Emit) -> None:
+        if dist.get_rank() == 0:
+            raise TrainingFailedError(f"the loss became nan at {level}")
+        dist.barrier()
+
+    def look_up(level: str, emit: Emit) -> None:
+        return None
+
+    tasks = TaskRunner(ResourcesConfig(workers_per_level=2, retries=0), discard)
+    tasks.start("a level", train, "jpeg-10", look_up=look_up)
+    tasks.settle()
+    assert tasks.failed == {"a level": "the loss became nan at jpeg-10"}
 
 
 def _truncate(path: Path) -> None:
@@ -492,7 +504,8 @@ def published(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> 
     folder = tmp_path_factory.mktemp("published")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    assert run_split([*tiny.options(folder, levels=["jpeg-50"], **{"recipe.epochs": 1}), "--json"]) == 0
+    with tiny.without_figures():
+        assert run_split([*tiny.options(folder, levels=["jpeg-50"], **{"recipe.epochs": 1}), "--json"]) == 0
     return folder / "store"
 
 

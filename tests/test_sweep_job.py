@@ -34,7 +34,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
     options = tiny.options(folder, levels=LEVELS, budget="30%", store=folder / "released")
-    assert run_split([*options, "--json"]) == 0
+    with tiny.without_figures():
+        assert run_split([*options, "--json"]) == 0
     return folder
 
 
@@ -106,6 +107,7 @@ def test_every_budget_at_every_level_and_the_smallest_good_one_published(spec: P
     assert files(spec / "store") == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
     spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +139,7 @@ def test_values_are_swept_beside_budgets_and_codes_hold_more_in_as_many_bytes(
     assert {row["storage_format"] for row in rows if not row["selected"]} <= {None}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_trials_that_fail_fail_the_job_by_name(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = tiny.options(spec, name="dark", levels=["jpeg-10"], budget="30%", store=spec / "dark")
     model = ["--model.name", "tests.nets:afraid_of_the_dark"]
@@ -190,6 +193,7 @@ def test_how_it_ends_early(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_killed_and_run_again_it_repeats_no_finished_adaptor(
     spec: Path, ray_cluster: Mapping[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

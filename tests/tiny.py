@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 from PIL import Image
@@ -71,6 +73,16 @@ def options(folder: Path, **changes: Any) -> list[str]:
         if value is not None:
             line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return line
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Jobs of this process draw no figures, which takes longer than all else they do in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gearnn_ray.cli.output._figures", lambda *_: {})
+        patch.setattr("gearnn_ray.evaluation.findings.figures_of", lambda _: {})
+        patch.setattr("gearnn_ray.sweep.pipeline.sweep_figure", lambda *_: b"")
+        yield
 
 
 def start_job(arguments: list[str], job: str = "split.py", **environment: str) -> "subprocess.Popen[str]":

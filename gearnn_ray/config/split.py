@@ -117,6 +117,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "video": {
         "task": "detection",
         "name": "centre-video",
+        "budget": "1%",
         "levels": [
             "h264-crf36",
             "h264-crf44",

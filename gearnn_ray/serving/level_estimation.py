@@ -45,7 +45,7 @@ _LEAST_LUMA = 0.5  # keeps the logarithm of a black frame's luma finite
 _UNREAD = 0.01  # weight of an axis that was not read: it decides only between levels that are otherwise equally near
 _STREAMS = 4096  # streams whose brightness is remembered; the least recently used one is dropped
 _MEMORY = 8  # frames: time constant of a stream's mean brightness
-_JUMP = 3.0  # units: a larger change of brightness is not explained by the content of the scene...
+_JUMP = 1.5  # units: a larger change of brightness is not explained by the content of the scene...
 _LASTING = 3  # ... and is accepted once this many frames in a row show it
 
 
