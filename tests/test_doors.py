@@ -261,6 +261,7 @@ def test_a_split_job(released: Path) -> None:
     assert Store(released).pull("tiny").levels == ("jpeg-10",)
 
 
+@pytest.mark.slow  # a minute; their Ray is started by the function that starts the split job's
 @pytest.mark.parametrize(
     ("job", "arguments"),
     [

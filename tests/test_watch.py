@@ -133,6 +133,16 @@ def test_without_a_source_the_release_must_know_generated_streets(store: Path) -
         next(gearnn_ray.video.watch(**options(store)))
 
 
+def test_a_source_that_gives_nothing_overwrites_no_file(store: Path, tmp_path: Path) -> None:
+    film, lines, picture = (tmp_path / name for name in ("film.ts", "film.ndjson", "film.mp4"))
+    for path in (film, lines, picture):
+        path.write_text("before")
+    os.utime(film, (0, 0))
+    with pytest.raises(UserError):
+        list(gearnn_ray.video.watch(str(film), **options(store, ndjson=str(lines), mp4=str(picture))))
+    assert lines.read_text() == picture.read_text() == "before"
+
+
 # ---- as a process
 
 
@@ -186,6 +196,7 @@ def test_a_camera_is_watched_until_the_job_is_ended(store: Path, tmp_path: Path)
     ("arguments", "says"),
     [
         (["/nowhere/film.mp4"], "does not exist"),
+        (["rtsp://127.0.0.1:9/camera"], "cannot be opened"),
         (["--ndjson", "/nowhere/lines"], "folder /nowhere does not exist"),
         (["--slow", "sometimes"], "slow"),
         (["--store", "/nowhere/store"], "/nowhere/store"),

@@ -66,7 +66,7 @@ class Camera:
         self._app, self._name, self._config = app, name, config
         self._live = LiveStream(name)
         limits = Limits(pixels=int(config.limits.megapixels * 1e6))
-        self._reader = Reader(address, config.slow, again=True, limits=limits, hosts=config.hosts)
+        self._reader = Reader(address, config.slow, again=True, patient=True, limits=limits, hosts=config.hosts)
         self._under_way: queue.Queue[tuple[VideoFrame, float, Any]] = queue.Queue(FRAMES_AHEAD)
         self._facts: LevelFacts | None = None
         self._task = "segmentation"

@@ -48,16 +48,19 @@ class Reader:
         slow: Slow,
         *,
         again: bool = False,
+        patient: bool = False,
         limits: Limits = DEFAULT_LIMITS,
         hosts: Collection[str] = (),
         hardware: str | None = None,
         threads: int = 1,
         open_frames: Callable[[], Iterator[VideoFrame]] | None = None,
     ) -> None:
-        """again: open a source that ended or failed again, after growing pauses, for ever. open_frames: what is read instead of
+        """again: open a source that ended or failed again, after growing pauses, for ever; patient: also one that has not given a
+        frame yet, and may have a wrong address. open_frames: what is read instead of
         the address.
         """
-        self.address, self._slow, self._again = address, slow, again
+        self.address, self._slow, self._again = address, slow, again and patient
+        self._again_after_a_frame = again
         self._open = open_frames or (lambda: self._decoded(limits, hosts, hardware, threads))
         self._frames: deque[VideoFrame] = deque()
         self._changed = threading.Condition()
@@ -127,6 +130,7 @@ class Reader:
             problem: SourceError | None = None
             try:
                 for frame in self._open():
+                    self._again = self._again_after_a_frame
                     if self.problem is not None:
                         self.problem, waits = None, pauses()
                     if not self._put(frame):

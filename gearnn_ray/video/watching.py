@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -40,6 +40,7 @@ from gearnn_ray.video.recording import Recorder
 from gearnn_ray.video.sources import is_live
 from gearnn_ray.video.stream_levels import StreamLevels
 
+_ASK_SECONDS = 1.0  # between two looks whether a camera without frames is offline
 _RATE_SECONDS = 2.0  # of the stream's time over which its bitrate is a mean
 _SCORED_EVERY = 10  # frames between two running scores, which cost more the more frames there are
 
@@ -78,20 +79,18 @@ def watched(config: WatchConfig, seen: Seen, live: LiveStream | None = None) -> 
     model = AdaptiveModel.pull(config.store, config.release, config.device, config.untrained, config.trust, config.precision)
     clip = None if config.source is not None else _clip_of(model)
     with ExitStack() as stack:
-        lines = stack.enter_context(open(config.ndjson, "w", encoding="utf-8")) if config.ndjson else None
-        recorder = None
-        if config.mp4:
-            recorder = Recorder(Path(config.mp4), 1 / FRAMES_PER_SECOND if clip else 1 / 25)
-            stack.callback(recorder.close)
         reader = _reader(config, clip)
         stack.callback(reader.close)
-        session = _Session(config, model, clip, seen, recorder, live)
+        session = _Session(config, model, clip, seen, live)
+        lines = None
         started = time.perf_counter()
         try:
-            for batch in reader:
+            while (batch := reader.take(seconds=_ASK_SECONDS)) or not reader.ended:
                 seen.dropped = reader.dropped
                 if live is not None:
                     live.count(reader.dropped, seen.lost, reader.problem)
+                if batch and not seen.frames:  # a source that gives nothing overwrites no file
+                    lines, session.recorder = _outputs(config, clip, stack)
                 for line in session.answered(batch):
                     if lines is not None:
                         lines.write(written(line))
@@ -100,6 +99,17 @@ def watched(config: WatchConfig, seen: Seen, live: LiveStream | None = None) -> 
                     yield line
         finally:
             session.conclude(reader.refused)
+
+
+def _outputs(config: WatchConfig, clip: Clip | None, stack: ExitStack) -> tuple[TextIO | None, Recorder | None]:
+    """The files that are written until the stack is closed."""
+    lines, recorder = None, None
+    if config.ndjson:
+        lines = stack.enter_context(open(config.ndjson, "w", encoding="utf-8"))  # noqa: SIM115
+    if config.mp4:
+        recorder = Recorder(Path(config.mp4), 1 / FRAMES_PER_SECOND if clip else 1 / 25)
+        stack.callback(recorder.close)
+    return lines, recorder
 
 
 def stream_name(config: WatchConfig) -> str:
@@ -133,17 +143,10 @@ def _reader(config: WatchConfig, clip: Clip | None) -> Reader:
 class _Session:
     """The frames of one source through one model."""
 
-    def __init__(
-        self,
-        config: WatchConfig,
-        model: AdaptiveModel,
-        clip: Clip | None,
-        seen: Seen,
-        recorder: Recorder | None,
-        live: LiveStream | None,
-    ) -> None:
+    def __init__(self, config: WatchConfig, model: AdaptiveModel, clip: Clip | None, seen: Seen, live: LiveStream | None) -> None:
         self._config, self._model, self._clip, self._seen = config, model, clip, seen
-        self._recorder, self._live, self.stream = recorder, live, stream_name(config)
+        self._live, self.stream = live, stream_name(config)
+        self.recorder: Recorder | None = None
         self._levels = StreamLevels(model.level_estimator, self.stream)
         self._methods = ("adapted", "original") if config.compare else ("adapted",)
         self._evidence: dict[str, list[dict[str, torch.Tensor]]] = {method: [] for method in self._methods}
@@ -243,8 +246,8 @@ class _Session:
         def picture() -> NDArray[np.uint8]:
             return self._picture(frame, estimate, answers, served, milliseconds)
 
-        if self._recorder is not None:
-            self._recorder.add(picture(), frame.seconds)
+        if self.recorder is not None:
+            self.recorder.add(picture(), frame.seconds)
         if self._live is not None:
             value = self._shown.get("adapted") if self._clip else self._confidence(predictions["adapted"])
             self._live.add(line, value, estimate.level, picture)
