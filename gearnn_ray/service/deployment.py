@@ -24,6 +24,8 @@ from typing import Any
 
 # Ray starts workers at niceness 15: requests would wait for any other process on the machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# A thread of Serve's that outlives the service would start another Ray, in the moment when the job ends.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
 import torch
