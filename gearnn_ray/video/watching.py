@@ -180,10 +180,12 @@ class _Session:
     def conclude(self, refused: Sequence[str]) -> None:
         """Say of the whole source what only its end shows."""
         seen = self._seen
-        if self._clip is not None and seen.frames:
-            seen.scores = self._scores(range(seen.frames))
-            for level in seen.levels:
-                of_level = [number for number, used in enumerate(self._used) if used == level]
+        # Ctrl-C may come between two of them
+        judged = min(len(self._used), *(len(each) for each in self._evidence.values()))
+        if judged:
+            seen.scores = self._scores(range(judged))
+            for level in dict.fromkeys(self._used[:judged]):
+                of_level = [number for number, used in enumerate(self._used[:judged]) if used == level]
                 seen.level_scores[level] = self._scores(of_level)
         if refused:
             seen.remarks.append(
