@@ -96,7 +96,7 @@ def ray_cluster() -> Iterator[Mapping[str, str]]:
     from gearnn_ray.ray_jobs.local_ray import local_ray
 
     # Ray ends idle workers beyond one per CPU after a second, and the next job would import torch in new ones
-    kept = {"num_workers_soft_limit": 8}
+    kept = {"num_workers_soft_limit": 4}
     with (
         local_ray(num_cpus=2, log_to_driver=False, logging_level="error", namespace="tests", _system_config=kept) as own,
         pytest.MonkeyPatch.context() as patch,

@@ -27,6 +27,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gearnn_ray.cli.main import run_evaluate, run_sweep
+from gearnn_ray.core.errors import UserError
 from gearnn_ray.store.releases import Store
 from tests import served, tiny
 from tests.conftest import ROOT
@@ -259,6 +261,20 @@ def released(work: Path) -> Path:
 
 def test_a_split_job(released: Path) -> None:
     assert Store(released).pull("tiny").levels == ("jpeg-10",)
+
+
+@pytest.mark.parametrize("run", [run_sweep, run_evaluate])
+def test_the_other_jobs_start_no_ray_but_a_guarded_one(
+    run: Callable[[list[str]], int], released: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def guarded(**_: Any) -> Any:
+        raise UserError("the guarded Ray was asked for")
+
+    monkeypatch.setattr("gearnn_ray.ray_jobs.cluster.local_ray", guarded)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert run(["--store", str(released), "--release", "tiny", "--trust", "tests"]) == 2
+    assert capsys.readouterr().err == "error: the guarded Ray was asked for\n"
 
 
 @pytest.mark.slow  # a minute; their Ray is started by the function that starts the split job's

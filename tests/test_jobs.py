@@ -43,6 +43,11 @@ def _free_ports(count: int) -> list[str]:
     return ports
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The dashboard of a cluster that is started as on a head node, with its own ports and folder."""
@@ -58,6 +63,8 @@ def address() -> Iterator[str]:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
         env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": folder, **GUARDED},
     )  # fmt: skip
+    while head.poll() is None and not _listens(int(dashboard)):
+        time.sleep(0.2)
     yield f"http://127.0.0.1:{dashboard}"
     head.terminate()
     head.wait(60)
@@ -66,7 +73,7 @@ def address() -> Iterator[str]:
 
 def submit(address: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", "."]
-    for _ in range(12):
+    for _ in range(30):
         done = subprocess.run(
             [*command, "--", "jobs/split.py", *arguments],
             cwd=folder, capture_output=True, text=True, timeout=200, env={**os.environ, **GUARDED},
@@ -74,7 +81,7 @@ def submit(address: str, folder: Path, *arguments: str) -> "subprocess.Completed
         output = done.stdout + done.stderr
         if "No available agent" not in output and "Failed to connect" not in output:
             break
-        time.sleep(5)  # the head is still starting
+        time.sleep(2)  # the head is still starting
     return done
 
 

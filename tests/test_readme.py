@@ -31,7 +31,8 @@ def test_pulling_a_bundle_in_five_lines(tmp_path: Path, monkeypatch: pytest.Monk
     store = Store(tmp_path / "artifacts")
     blobs = store.put_state(base), store.put_state(adaptor)
     levels = {level: level_entry(blobs[1], 9, ["seg.bias"]) for level in ("jpeg-10", "jpeg-80")}
-    store.publish(manifest_of("drn22-scenes-jpeg", "drn_d_22", 9, blobs[0], levels, floats=model_size(model)), {})
+    small = {"height": 64, "width": 64, "luma": 100.0, "luma_spread": 0.3}  # the size at which a load compares outputs
+    store.publish(manifest_of("drn22-scenes-jpeg", "drn_d_22", 9, blobs[0], levels, small, floats=model_size(model)), {})
     monkeypatch.chdir(tmp_path)
     serving, pulling = re.findall(r"```python\n(.*?)```", README, re.S)
     served: dict[str, object] = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}

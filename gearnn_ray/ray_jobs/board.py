@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gearnn_ray.core.errors import TrainingFailedError, UserError
@@ -45,6 +45,7 @@ class EventRelay:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
+        self._taken: Any = None  # events on their way here
 
     @cached_property
     def board(self) -> Any:
@@ -56,10 +57,15 @@ class EventRelay:
         """Emit what has arrived. A board that died with its node is passed over: the work continues unseen."""
         if "board" not in vars(self):
             return
+        if self._taken is None:
+            self._taken = self.board.take.remote()
         try:
-            events = ray.get(self.board.take.remote(), timeout=10)
+            events = ray.get(self._taken, timeout=10)
+        except GetTimeoutError:
+            return  # a board that starts slowly answers the next time: who asked again would lose what it gave the first time
         except RayError:
-            return
+            events = []
+        self._taken = None
         for event in events:
             self._emit(event)
 
@@ -77,7 +83,7 @@ def event_sender(board: Any) -> Iterator[Emit]:
     finally:
         if last[0] is not None:
             with suppress(RayError):
-                ray.get(last[0], timeout=10)
+                ray.get(last[0], timeout=60)
 
 
 def discard(event: Event) -> None:
