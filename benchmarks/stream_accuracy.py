@@ -32,6 +32,7 @@ from PIL import Image
 
 from gearnn_ray.data.dataset import IGNORED
 from gearnn_ray.data.objects import Objects
+from gearnn_ray.levels.h264_codec import x264_encoder
 from gearnn_ray.levels.level import CLEAN
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.assembly import predictor, released_network
@@ -128,10 +129,7 @@ def encoded(frames: Sequence[Pixels], step: str, rate: int) -> Iterator[Any]:
     size, _, rest = step.partition(":")
     crf, _, light = rest.partition("*")
     width, height = map(int, size.split("x"))
-    encoder: Any = av.CodecContext.create("libx264", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
-    encoder.framerate, encoder.time_base, encoder.thread_count = Fraction(rate), Fraction(1, rate), 1
-    encoder.options = {"preset": "medium", "crf": crf, "x264-params": "cpu-independent=1"}
+    encoder = x264_encoder((height, width), Fraction(rate), {"preset": "medium", "crf": crf})
     for number, pixels in enumerate(frames):
         darker = (pixels * float(light or 1) + 0.5).clip(0, 255).astype(np.uint8)
         scaled = np.asarray(Image.fromarray(darker).resize((width, height), Image.Resampling.BICUBIC))

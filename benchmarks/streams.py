@@ -4,7 +4,7 @@
     uv run benchmarks/streams.py levels                                  reading a frame's level, beside decoding it
     uv run benchmarks/streams.py throughput [--store S --release R]      8 streams through the service, beside a bare loop
     uv run benchmarks/streams.py latency [--store S --release R]         one stream at half load, beside the constant network
-    uv run benchmarks/streams.py memory [--store S --release R]          64 slow streams, beside one
+    uv run benchmarks/streams.py memory [--store S --release R]          64 slow streams, beside one; 64 slow cameras
     uv run benchmarks/streams.py soak [--minutes 30]                     8 cameras; cameras and the replica are killed at random
 
 Streams are generated scenes as H.264 in MPEG transport streams, a segment of a second at a time, whose size and rate factor
@@ -14,8 +14,10 @@ threads as the service's replica has.
 
 import argparse
 import contextlib
+import ctypes
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -34,6 +36,7 @@ import av
 import numpy as np
 import psutil
 import torch
+from av.video.reformatter import VideoReformatter
 from http_latency import publish
 from PIL import Image
 from releases import add_options, made_up
@@ -43,15 +46,15 @@ sys.path.insert(0, str(ROOT))
 
 from gearnn_ray import AdaptiveModel, Store
 from gearnn_ray.data.scenes import ScenesSplit
-from gearnn_ray.serving.frames import evidence_of
-from gearnn_ray.serving.h264 import DECODER_OPTIONS, H264Quality
-from gearnn_ray.serving.level_estimation import LevelEstimator, Reference
+from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
+from gearnn_ray.video.decoding import VideoFrame, decoded
 from gearnn_ray.video.stream_levels import StreamLevels
 from tests.streams import Camera, access_units, encoded
 
 LEVELS = ("h264-crf30", "h264-crf40", "h264-120x90", "brightness-0.5")
 RATE = 10
 STREAMS = 8
+SETTLED_SECONDS = 45.0  # after which memory is measured
 Pixels = np.ndarray
 
 
@@ -76,33 +79,82 @@ def segments(height: int, width: int, seed: int, seconds: int) -> list[bytes]:
 # ---- level detection
 
 
+ESTIMATOR = LevelEstimator(LEVELS, Reference(432, 768, 100.0, 0.2))
+NOTE = bytes.fromhex("dc45e9bde6d948b7962cd820d923eeef") + b"x264 - core 164 - options: rc=crf crf=26.0 "
+
+
 def levels(options: argparse.Namespace) -> None:
-    """CPU time of reading and finding levels, as a share of decoding without them."""
-    file = options.video or io.BytesIO(encoded(shots(432, 768, 60), container="mp4", preset="medium", crf=26, g=30))
-    estimator = LevelEstimator(LEVELS, Reference(432, 768, 100.0, 0.2))
-    plain, with_levels, parts = [], [], []
-    for _ in range(options.rounds):
-        for export, times in ((False, plain), (True, with_levels)):
-            if isinstance(file, io.BytesIO):
-                file.seek(0)
-            stream, quality, spent = StreamLevels(estimator, "stream"), H264Quality(), 0.0
-            with av.open(file) as container:
-                context = container.streams.video[0].codec_context
-                context.options, context.thread_count = (DECODER_OPTIONS if export else {}), 1
-                start = time.process_time()
-                for frame in container.decode(video=0):
-                    pixels = frame.to_ndarray(format="rgb24")
-                    if export:
-                        since = time.process_time()
-                        quality.add(frame)
-                        stream.estimate(evidence_of(pixels, qp=quality.mean_qp, crf=quality.crf))
-                        spent += time.process_time() - since
-                times.append(time.process_time() - start)
-            if export:
-                parts.append(spent)
-    base = statistics.median(plain)
-    print(f"decoding to RGB {1e3 * base:.0f} ms; with levels {statistics.median(with_levels) / base:.3f} of it; "
-          f"of that reading QPs and finding the level {statistics.median(parts) / base:.3f}")  # fmt: skip
+    """CPU time of decoding with levels, beside that of decoding to RGB alone, for a stream with x264's note and without it."""
+    # else the allocator returns a frame's memory and takes it again, or does not, by what was allocated before: 10% of the time
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    clip = options.video or io.BytesIO(encoded(shots(432, 768, 60), container="mp4", preset="medium", crf=26, g=30))
+    silent = with_note(clip, None)
+    told = with_note(io.BytesIO(silent), NOTE)
+    ways = {"decoding to RGB": plainly, "and reading QPs and brightness": read, "and finding the level": found}
+    for stream, data in (("with x264's note", told), ("without it", silent)):
+        rounds: dict[str, list[list[float]]] = {way: [] for way in ways}
+        for turn in range(options.rounds + 1):
+            for way, frames in ways.items():
+                rounds[way] += [cpu_seconds(frames(data))] if turn else []
+        # of each frame the median over the rounds, because other work on the machine disturbs a few frames of every round
+        mean = {way: statistics.fmean(map(statistics.median, zip(*took, strict=True))) for way, took in rounds.items()}
+        for way, seconds in mean.items():
+            print(f"{stream:17} {way:31} {1e6 * seconds:7.0f} µs a frame  {seconds / mean['decoding to RGB']:.3f}")
+
+
+def cpu_seconds(frames: Iterator[Any]) -> list[float]:
+    """CPU time of each frame."""
+    times = [time.thread_time()]
+    for _ in frames:
+        times.append(time.thread_time())
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def with_note(file: Any, note: bytes | None) -> bytes:
+    """An MP4 file of H.264 with all of its SEI messages replaced by this one. The pictures stay the same."""
+    made = io.BytesIO()
+    message = [b"\x06\x05" + bytes([len(note)]) + note + b"\x80"] if note else []
+    with av.open(file) as source, av.open(made, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            kept = message + [unit for unit in units(bytes(packet)) if unit[0] & 31 != 6]
+            if packet.size:
+                made_of = av.Packet(b"".join(len(unit).to_bytes(4) + unit for unit in kept))
+                made_of.pts, made_of.dts, made_of.time_base = packet.pts, packet.dts, packet.time_base
+                made_of.is_keyframe, made_of.stream, message = packet.is_keyframe, copy, []
+                target.mux(made_of)
+    return made.getvalue()
+
+
+def units(packet: bytes) -> Iterator[bytes]:
+    """The NAL units of a packet in which each has its length in front."""
+    while packet:
+        end = 4 + int.from_bytes(packet[:4])
+        yield packet[4:end]
+        packet = packet[end:]
+
+
+def plainly(data: bytes) -> Iterator[Pixels]:
+    """What a loop without levels does, on one thread and in the same colours."""
+    convert = VideoReformatter()
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for frame in container.decode(video=0):
+            yield convert.reformat(frame, format="rgb24", dst_color_range="JPEG", threads=1).to_ndarray()
+
+
+def read(data: bytes) -> Iterator[VideoFrame]:
+    with av.open(io.BytesIO(data)) as container:
+        yield from decoded(container)
+
+
+def found(data: bytes) -> Iterator[LevelEstimate]:
+    stream = StreamLevels(ESTIMATOR, "stream")
+    for frame in read(data):
+        yield stream.estimate(frame.evidence)
 
 
 # ---- through the service
@@ -237,30 +289,51 @@ def tree_memory(process: psutil.Process) -> float:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """MB per stream: 64 streams of one frame a second beside one, in one process that watches them."""
+    """MB per stream: 64 slow streams beside one, as uploads and as cameras that the service keeps open."""
+    with releases(options) as (_, bundles, serving):
+        serving += ["--bundles", *bundles]
+        with service(*serving) as port:
+            used = {count: memory_of_uploads(port, bundles[0], count, options) for count in (1, 64)}
+        print(f"uploads: 1 stream {used[1]:.0f} MB, 64 streams {used[64]:.0f} MB: {(used[64] - used[1]) / 63:.1f} MB a stream")
+        used = {count: memory_of_cameras(serving, count, options) for count in (1, 64)}
+        print(f"cameras: 1 camera {used[1]:.0f} MB, 64 cameras {used[64]:.0f} MB: {(used[64] - used[1]) / 63:.1f} MB a camera")
+
+
+def memory_of_uploads(port: int, bundle: str, count: int, options: argparse.Namespace) -> float:
+    """MB of all processes while `count` streams send a segment of ten frames every ten seconds."""
     made = [segments(*options.size, seed, 4) for seed in range(4)]
-    with releases(options) as (_, bundles, serving), service(*serving, "--bundles", *bundles) as port:
-        me = psutil.Process()
-        used = {}
-        for count in (1, 64):
-            ended = threading.Event()
+    ended = threading.Event()
 
-            def client(number: int, ended: threading.Event = ended) -> None:
-                for round_ in range(1_000_000):
-                    if ended.is_set():
-                        return
-                    post(port, f"camera-{number}", made[number % 4][round_ % 4], bundles[0])
-                    ended.wait(RATE)  # a segment of ten frames in ten seconds
+    def client(number: int) -> None:
+        for round_ in itertools.count():
+            if ended.is_set():
+                return
+            post(port, f"camera-{number}", made[number % 4][round_ % 4], bundle)
+            ended.wait(RATE)
 
-            threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
-            for thread in threads:
-                thread.start()
-            time.sleep(45)
-            used[count] = statistics.median(tree_memory(me) for _ in range(5))
-            ended.set()
-            for thread in threads:
-                thread.join()
-    print(f"1 stream {used[1]:.0f} MB, 64 streams {used[64]:.0f} MB: {(used[64] - used[1]) / 63:.1f} MB a stream")
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(SETTLED_SECONDS)
+    used = statistics.median(tree_memory(psutil.Process()) for _ in range(5))
+    ended.set()
+    for thread in threads:
+        thread.join()
+    return used
+
+
+def memory_of_cameras(serving: Sequence[str], count: int, options: argparse.Namespace) -> float:
+    """MB (USS) of the processes that keep `count` cameras of one frame a second open."""
+    made = [access_units(shots(*options.size, 20, seed), crf=28) * 30 for seed in range(4)]
+    with contextlib.ExitStack() as stack:
+        cameras = [stack.enter_context(Camera(made[number % 4], 1.0)) for number in range(count)]
+        watch = [f"camera-{number}={camera.url}" for number, camera in enumerate(cameras)]
+        port = stack.enter_context(service(*serving, "--watch", *watch))
+        wait_for_all(port, 120, count)
+        time.sleep(SETTLED_SECONDS)
+        readers = named(psutil.Process(), "ray::Camera")
+        assert readers, "no process keeps cameras open"
+        return statistics.median(sum(each.memory_full_info().uss for each in readers) / 1e6 for _ in range(5))
 
 
 def soak(options: argparse.Namespace) -> None:
@@ -295,21 +368,21 @@ def soak(options: argparse.Namespace) -> None:
     print(f"memory {sizes[0]:.0f} MB at first, {sizes[-1]:.0f} MB at the end")
 
 
-def wait_for_all(port: int, seconds: float) -> float:
+def wait_for_all(port: int, seconds: float, count: int = STREAMS) -> float:
     """Seconds until every camera has a new frame."""
     start = time.monotonic()
-    before = {name: state["frames"] for name, state in states(port).items()}
+    before = {name: state["frames"] for name, state in states(port, count).items()}
     while time.monotonic() < start + seconds:
-        now = states(port)
-        if all(state["online"] and state["frames"] != before.get(name) for name, state in now.items()) and len(now) == STREAMS:
+        now = states(port, count)
+        if all(state["online"] and state["frames"] != before.get(name) for name, state in now.items()) and len(now) == count:
             return time.monotonic() - start
         time.sleep(0.2)
-    raise SystemExit(f"not all cameras were back after {seconds:.0f} s: {states(port)}")
+    raise SystemExit(f"not all cameras were back after {seconds:.0f} s: {states(port, count)}")
 
 
-def states(port: int) -> dict[str, dict[str, Any]]:
+def states(port: int, count: int) -> dict[str, dict[str, Any]]:
     found = {}
-    for number in range(STREAMS):
+    for number in range(count):
         name = f"camera-{number}"
         with (
             contextlib.suppress(OSError, ValueError),
@@ -319,15 +392,20 @@ def states(port: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def kill(parent: psutil.Process, name: str) -> None:
-    """End one of this process's descendants, by the name that Ray gives it."""
-    named = []
+def named(parent: psutil.Process, name: str) -> list[psutil.Process]:
+    """Those descendants whose name, as Ray gives it, begins with `name`."""
+    found = []
     for each in parent.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if each.cmdline() and each.cmdline()[0].startswith(name):
-                named.append(each.pid)
-    if named:
-        os.kill(random.choice(named), signal.SIGKILL)
+                found.append(each)
+    return found
+
+
+def kill(parent: psutil.Process, name: str) -> None:
+    """End one of this process's descendants, by the name that Ray gives it."""
+    if found := named(parent, name):
+        os.kill(random.choice(found).pid, signal.SIGKILL)
 
 
 def main() -> None:

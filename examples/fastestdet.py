@@ -162,8 +162,7 @@ class FastestDet(SingleStageDetector):
         """
         objectness, box, classes = _parts(raw)
         best_BP, label_BP = classes.flatten(2).log_softmax(1).max(1)
-        # powers as multiples of logarithms: their gradient stays finite where a probability rounds to 0
-        score_BP = (_POWERS[0] * F.logsigmoid(objectness.flatten(1)) + _POWERS[1] * best_BP).exp()
+        score_BP = _scores(objectness.flatten(1), best_BP)
         boxes_BP4 = _boxes(box, height, width)
         chosen = [_best(*one) for one in zip(boxes_BP4.detach(), score_BP.detach(), label_BP, strict=True)]
         position_BD = torch.stack([F.pad(own, (0, _MOST - len(own)), value=-1) for own in chosen])
@@ -173,6 +172,11 @@ class FastestDet(SingleStageDetector):
             "scores": score_BP.gather(1, position_BD) * there_BD,
             "labels": label_BP.gather(1, position_BD) * there_BD,
         }
+
+    def candidates(self, raw: Tensor) -> Tensor:
+        """Every position with every class."""
+        objectness, _, classes = _parts(raw)
+        return _scores(objectness.flatten(2), classes.flatten(2).log_softmax(1)).transpose(1, 2)
 
     def losses(self, raw: Tensor, targets: Sequence[Target], height: int, width: int) -> Terms:
         """The published loss: 8 * boxes + 16 * objectness + classes, each a mean.
@@ -210,6 +214,12 @@ def _parts(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The logits [B, 1, h, w], [B, 4, h, w] and [B, K, h, w] of objectness, boxes and classes in float32."""
     logits = raw.float()
     return logits[:, :1], logits[:, 1:5], logits[:, 5:]
+
+
+def _scores(objectness: Tensor, log_probability: Tensor) -> Tensor:
+    """Scores of places, from the logits of their objectness and the logarithms of their class probabilities."""
+    # powers as multiples of logarithms: their gradient stays finite where a probability rounds to 0
+    return (_POWERS[0] * F.logsigmoid(objectness) + _POWERS[1] * log_probability).exp()
 
 
 def _boxes(box: Tensor, height: int, width: int) -> Tensor:

@@ -179,6 +179,26 @@ def test_luma_is_the_mean_within_a_percent() -> None:
         assert (evidence.height, evidence.width, evidence.jpeg) == (height, width, None)
 
 
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (2, 3), (5, 4), (3, 2), (16, 10**6), (10**6, 16), (17, 9000), (1, 10**6), (4000, 1)]
+)
+def test_luma_of_any_shape(height: int, width: int) -> None:
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:] = (10, 100, 200)
+    assert evidence_of(pixels).luma == pytest.approx(0.299 * 10 + 0.587 * 100 + 0.114 * 200, rel=1e-4)
+    assert evidence_of(pixels[::-1, ::-1]).luma == evidence_of(pixels).luma
+
+
+def test_luma_is_that_of_all_columns_and_rows() -> None:
+    """Edges of JPEG's blocks and fine stripes must not be seen alone."""
+    for height, width in ((96, 128), (360, 480), (432, 768), (1080, 1920)):
+        lines = np.zeros((height, width, 3), np.uint8)
+        for stripes in (lines[:, ::8], lines[::8]):
+            lines[:] = 0
+            stripes[:] = 240
+            assert evidence_of(lines).luma == pytest.approx(30, abs=12)
+
+
 def test_what_is_known_from_elsewhere_is_kept() -> None:
     evidence = evidence_of(PIXELS, JpegQuality(7, 0.1), qp=31.5, crf=23.0)
     assert (evidence.jpeg, evidence.qp, evidence.crf) == (JpegQuality(7, 0.1), 31.5, 23.0)

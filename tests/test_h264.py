@@ -1,6 +1,7 @@
 """H.264 quality from side data: what x264 was asked for, whatever the profile, container or damage."""
 
 import functools
+import gc
 import io
 import re
 import statistics
@@ -221,9 +222,12 @@ def coded(coding: str, crf: int) -> list[av.VideoFrame]:
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_where_nothing_changes_it_is_the_mean_of_the_latest_64_pictures(coding: str) -> None:
+    """To a QP, because after the first 16 not every picture is read."""
     frames = coded(coding, 30)
     plain = [mean_qp(frames[max(0, last - 63) : last + 1]) for last in range(len(frames))]
-    assert means(frames) == pytest.approx(plain)
+    found = means(frames)
+    assert found[:16] == pytest.approx(plain[:16])
+    assert found == pytest.approx(plain, abs=1)
 
 
 @pytest.mark.parametrize(("before", "after"), [(20, 30), (30, 20), (22, 42)])
@@ -233,7 +237,7 @@ def test_a_change_of_quality_counts_on_its_keyframe(coding: str, before: int, af
     changed, lasting = means(old + new)[100:], mean_qp(new[:64])
     assert lasting - mean_qp(old) == pytest.approx(after - before, abs=1)
     assert changed == pytest.approx([lasting] * 100, abs=2)
-    assert changed[63:] == pytest.approx(means(new)[63:])  # by then the old pictures are forgotten
+    assert changed[63:] == pytest.approx(means(new)[63:], abs=1)  # by then the old pictures are forgotten
 
 
 @pytest.mark.parametrize("coding", ["P pictures alone", "B pictures", "short groups"])
@@ -253,6 +257,55 @@ def test_only_a_keyframe_begins_another_quality() -> None:
     burst = [frame for frame in new if not frame.key_frame][:3]
     steps = [abs(later - earlier) for earlier, later in pairwise(means(old[:80] + burst))]
     assert max(steps[64:]) < 1
+
+
+def test_without_keyframes_it_follows_within_64_pictures() -> None:
+    """Such as with intra refresh, where an encoder raises its QP amid an endless group."""
+    old, new = coded("P pictures alone", 22), [frame for frame in coded("P pictures alone", 42) if not frame.key_frame]
+    assert means(old + new[:72])[-1] == pytest.approx(mean_qp(new[8:72]), abs=1.5)
+
+
+def test_qps_are_read_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[av.VideoFrame] = []
+    monkeypatch.setattr("gearnn_ray.serving.h264.picture_qp", lambda frame: read.append(frame) or picture_qp(frame))
+    silent = coded("P pictures alone", 30)
+    means(silent)
+    assert len(read) <= 16 + len(silent) / 7 + sum(frame.key_frame for frame in silent)
+    read.clear()
+    means(decode(encode(count=100, preset="veryfast", crf=30, keyint=25), **DECODER_OPTIONS))
+    assert len(read) == 16
+
+
+def test_a_rate_factor_that_ends_gives_way_to_the_qps() -> None:
+    told = decode(encode(count=100, preset="veryfast", crf=22), **DECODER_OPTIONS)
+    bounded = encode(preset="veryfast", crf=40, **{"vbv-maxrate": 5000, "vbv-bufsize": 5000})
+    quality, new = H264Quality(), decode(bounded, **DECODER_OPTIONS)
+    for frame in (*told, *new):
+        quality.add(frame)
+    assert quality.crf is None
+    assert quality.mean_qp == pytest.approx(mean_qp(new), abs=2)
+
+
+def alive() -> int:
+    return sum(type(each) is av.VideoFrame for each in gc.get_objects())
+
+
+def test_a_frame_that_was_read_needs_no_garbage_collection() -> None:
+    """Else decoders take new memory for every frame until Python's next collection."""
+    decoder = av.CodecContext.create("h264", "r")
+    decoder.options = DECODER_OPTIONS
+    packets = [av.Packet(packet) for packet in encode(crf=30, bframes=0)]
+    gc.collect()
+    gc.disable()
+    try:
+        quality, before = H264Quality(), alive()
+        for packet in (*packets, None):
+            for frame in decoder.decode(packet):
+                quality.add(frame)
+        del frame, decoder  # which keeps a frame for the next picture
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 def test_another_frame_size_is_another_encoding() -> None:

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 ROOMS = (
     "core", "levels", "config", "models", "adaptors", "store", "data", "tasks", "training", "reporting", "ray_jobs", "offline",
-    "serving", "evaluation", "sweep", "video", "service", "cli",
+    "serving", "evaluation", "sweep", "video", "knobs", "service", "cli",
 )  # fmt: skip
 """From the lowest to the highest, as in docs/architecture.md."""
 
@@ -103,7 +103,7 @@ def test_only_tasks_know_segmentation() -> None:
 
 def test_ray_is_known_at_one_edge() -> None:
     knowing = {name_of(path) for path in MODULES if any(m.split(".")[0] == "ray" for m in imported(path))}
-    edge = ("gearnn_ray.ray_jobs.", "gearnn_ray.service.deployment", "gearnn_ray.service.cameras")
+    edge = ("gearnn_ray.ray_jobs.", "gearnn_ray.service.deployment", "gearnn_ray.service.cameras", "gearnn_ray.service.steering")
     assert {name for name in knowing if not name.startswith(edge)} == set()
 
 

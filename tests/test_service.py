@@ -28,12 +28,14 @@ from PIL import Image
 
 from gearnn_ray.config.serve import LimitsConfig, ServeConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.knobs.wire import CONTENT_TYPE
 from gearnn_ray.store.releases import Store
 from gearnn_ray.video.decoding import DEFAULT_LIMITS
 from gearnn_ray.video.upload import segment_frames
 from tests import served
 from tests.nets import TRUST
 from tests.streams import encoded, moving
+from tests.test_camera_job import parts
 from tests.test_segment_requests import Client, lines_of
 from tests.test_segments import bombs, claiming
 
@@ -398,6 +400,20 @@ def test_a_killed_replica_gives_no_wrong_answer_and_repeated_requests_succeed(se
         before = len(load.releases)
         eventually(lambda: len(load.releases) > before + 5, 40)
     assert load.failed < 100
+
+
+def test_the_controller_of_a_camera_survives_a_replica(server: Server) -> None:
+    head, data, report = parts(("crf=18,28,38",), price=0.0)
+
+    def answer() -> Any:
+        return server.ask("POST", "/streams/gate/segments", head.line() + data + report.line(), content_type=CONTENT_TYPE)
+
+    *frames, last = lines_of(answer())
+    assert (len(frames), last["steps"], last["ignored"]) == (8, 1, 0)
+    (killed,) = replica_pids()
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: replica_pids() not in ([], [killed]) and answer().status == 200, 40)
+    assert lines_of(answer())[-1]["steps"] > 2
 
 
 def test_a_missing_bundle_is_refused_before_ray_starts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gearnn_ray.adaptors.bn_folding import foldable
 from gearnn_ray.config.catalogue import TORCHVISION_DETECTORS
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.models import torchvision_detectors
-from gearnn_ray.models.detector import Found, Target, Terms
+from gearnn_ray.models.detector import Found, Target, Terms, collected_candidates
 from gearnn_ray.models.layers import alternatives_of, layers_of, set_trainable
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.models.torchvision_detectors import FixedBatchNorm2d, build, renamed_published
@@ -363,3 +363,17 @@ def test_published_files_compute_as_with_torchvision(name: str, eps: float, mode
     # weights saved by this package have today's names, and are not changed a second time
     saved = {n: t for n, t in ours.state_dict().items() if not n.endswith("num_batches_tracked")}
     assert all(torch.equal(t, saved[n]) for n, t in renamed_published(ours, saved).items())
+
+
+def test_candidates_are_the_scores_before_the_threshold(model: Any) -> None:
+    """Of every place and class, in our labels, and with a gradient to the pixels."""
+    x = IMAGES[:2].clone().requires_grad_()
+    with collected_candidates() as collected:
+        found = model(x)
+    (candidates,) = (each.reshape(-1, K) for each in collected)
+    assert len(candidates) > sum(len(each["labels"]) for each in found)
+    for each in found:
+        for score, label in zip(each["scores"], each["labels"], strict=True):
+            assert (candidates[:, label] - score).abs().min() < 1e-6
+    (gradient,) = torch.autograd.grad(candidates.sum(), x)
+    assert all(gradient.abs().sum((1, 2, 3)) > 0)

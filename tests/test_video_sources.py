@@ -181,6 +181,16 @@ def test_a_camera_that_changes_its_codec_and_size_is_read_on() -> None:
     camera.stop()
 
 
+def test_a_reader_says_when_a_frame_has_arrived(tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").write_bytes(encoded(moving(3)))
+    arrived = threading.Semaphore(0)
+    reader = Reader(str(tmp_path / "film.mp4"), "all", arrived=arrived.release)
+    for number in range(3):
+        assert arrived.acquire(timeout=10)
+        assert numbers(reader.take(1, seconds=0)) == [number], "it is there at once"
+    reader.close()
+
+
 def test_pauses_grow_to_half_a_minute() -> None:
     waits = pauses()
     assert [next(waits) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]

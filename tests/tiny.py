@@ -82,6 +82,7 @@ def without_figures() -> Iterator[None]:
         patch.setattr("gearnn_ray.cli.output._figures", lambda *_: {})
         patch.setattr("gearnn_ray.evaluation.findings.figures_of", lambda _: {})
         patch.setattr("gearnn_ray.sweep.pipeline.sweep_figure", lambda *_: b"")
+        patch.setattr("gearnn_ray.knobs.pipeline.figures_of", lambda _: {})
         yield
 
 

@@ -10,6 +10,8 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from gearnn_ray.config.adapt import AdaptConfig
+from gearnn_ray.config.camera import CameraConfig
 from gearnn_ray.config.catalogue import BUILT_IN, NEEDS_WEIGHTS
 from gearnn_ray.config.command_line import from_mapping
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
@@ -20,6 +22,9 @@ from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.names import check_name, check_released_name, check_weights_path
 from gearnn_ray.store.releases import Store
+
+_VIDEO_RELEASE = "centre-video"
+"""The release that `jobs/split.py --preset video` makes."""
 
 
 def check_split(config: SplitConfig) -> None:
@@ -64,12 +69,20 @@ def check_bundles(config: ServeConfig) -> None:
 def check_watch(config: WatchConfig) -> None:
     """Raise UserError for a release that is not in the store, whose network is not trusted, or a file that cannot be written."""
     check_released_name(Store(config.store).manifest(config.release)[1].model.name, config.trust)
-    for path in filter(None, (config.ndjson, config.mp4)):
-        folder = Path(path).resolve().parent
-        if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist: create it, or write {Path(path).name} elsewhere")
-        if config.source and Path(config.source).exists() and Path(path).resolve() == Path(config.source).resolve():
-            raise UserError(f"{path} is the source itself, which would be overwritten: write to another file")
+    _check_written(config.source, config.ndjson, config.mp4)
+
+
+def check_adapt(config: AdaptConfig) -> None:
+    """Raise UserError for a release that is not in the store, or whose network is not trusted."""
+    store = Store(config.store)
+    if config.release.startswith(_VIDEO_RELEASE) and _VIDEO_RELEASE not in store.names():
+        raise UserError(f"there is no release {_VIDEO_RELEASE} in {store.uri}: make it with jobs/split.py --preset video")
+    check_released_name(store.manifest(config.release)[1].model.name, config.trust)
+
+
+def check_camera(config: CameraConfig) -> None:
+    """Raise UserError for a file that cannot be written."""
+    _check_written(config.source, config.ndjson)
 
 
 def starts_own_cluster() -> bool:
@@ -81,6 +94,16 @@ def starts_own_cluster() -> bool:
     # written by `ray start`, and removed by `ray stop`
     running = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     return address == "local" or (not address and not running.is_file())
+
+
+def _check_written(source: str | None, *paths: str | None) -> None:
+    """Raise UserError for a file that cannot be written, or is the source."""
+    for path in filter(None, paths):
+        folder = Path(path).resolve().parent
+        if not folder.is_dir():
+            raise UserError(f"the folder {folder} does not exist: create it, or write {Path(path).name} elsewhere")
+        if source and Path(source).exists() and Path(path).resolve() == Path(source).resolve():
+            raise UserError(f"{path} is the source itself, which would be overwritten: write to another file")
 
 
 def _check_data(config: SplitConfig) -> None:

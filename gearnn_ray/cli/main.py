@@ -1,4 +1,4 @@
-"""The five jobs, from a command line to an exit code: parse the configuration, run the job, print its result."""
+"""The jobs, from a command line to an exit code: parse the configuration, run the job, print its result."""
 
 import os
 import shlex
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gearnn_ray.cli import early_checks, output
+from gearnn_ray.config.adapt import AdaptConfig
+from gearnn_ray.config.camera import CameraConfig
 from gearnn_ray.config.command_line import ConfigT, JobOptions, parse_command_line
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
@@ -25,6 +27,8 @@ _SPLIT = "Split a network into one base and a small adaptor per distortion level
 _EVALUATE = "Evaluate every method at every level of a release on the same images: how much accuracy for how many bytes."
 _SWEEP = "Try several budgets M on the levels of a release, and recommend the smallest that is nearly as good as the best."
 _WATCH = "Take a video through the adaptive network: every frame with the network of its own distortion level."
+_ADAPT = "Steer a camera's knobs by the network's gradient (OneAdapt, SoCC 2023), and compare every rival over the same video."
+_CAMERA = "Be a camera whose encoder the service steers: post segments, and encode the next ones with the knobs in the answers."
 _SERVE = "Serve releases over HTTP: one base network, and for each frame the adaptor of its own distortion level."
 
 
@@ -71,6 +75,21 @@ def run_sweep(arguments: Sequence[str]) -> int:
         return not outcome.failed
 
     return _run(SweepConfig, arguments, _SWEEP, run)
+
+
+def run_adapt(arguments: Sequence[str]) -> int:
+    """`jobs/adapt.py`. Exit codes: 0 every segment was computed, 1 a segment failed, 2 invalid configuration."""
+
+    def run(config: AdaptConfig, options: JobOptions) -> bool:
+        early_checks.check_adapt(config)
+        from gearnn_ray.knobs import pipeline
+
+        with reporter({}, options.json_lines) as emit:
+            outcome = pipeline.adapt(config, emit, shlex.join(["jobs/adapt.py", *arguments]))
+        output.show_adapt(config, outcome, options.json_lines)
+        return not outcome.failed
+
+    return _run(AdaptConfig, arguments, _ADAPT, run)
 
 
 def run_serve(arguments: Sequence[str]) -> int:
@@ -122,6 +141,33 @@ def run_watch(arguments: Sequence[str]) -> int:
     return _run(WatchConfig, arguments, _WATCH, run)
 
 
+def run_camera(arguments: Sequence[str]) -> int:
+    """`jobs/camera.py`. Exit codes: 0 the video has ended, or Ctrl-C or SIGTERM ended it, and segments were answered; 1 none was,
+    or the source failed after its first segment; 2 invalid configuration, or no video.
+    """
+
+    def run(config: CameraConfig, options: JobOptions) -> bool:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        early_checks.check_camera(config)
+        from gearnn_ray.knobs.camera import Filmed, film
+        from gearnn_ray.video.sources import SourceError
+
+        filmed, problem = Filmed(), None
+        try:
+            with closing(film(config, filmed)) as lines:
+                output.show_camera_lines(lines, options.json_lines)
+        except KeyboardInterrupt:
+            pass
+        except SourceError as error:
+            if not filmed.segments:
+                raise
+            problem = str(error)
+        output.show_camera(filmed, problem, options.json_lines)
+        return problem is None and filmed.answered > 0
+
+    return _run(CameraConfig, arguments, _CAMERA, run)
+
+
 @contextmanager
 def _live_page(config: WatchConfig, options: JobOptions) -> Iterator["LiveStream | None"]:
     """The page of a stream while it is watched, where a port is given for it."""
@@ -145,7 +191,8 @@ def _run(kind: type[ConfigT], arguments: Sequence[str], description: str, run: C
     """A job's exit code. `run` returns whether all parts succeeded; Ray and torch take seconds to import, so it imports them."""
     try:
         config, options = parse_command_line(kind, arguments, description)
-        config = config.model_copy(update={"store": resolve_store(config.store)})  # type: ignore[attr-defined]
+        if "store" in kind.model_fields:
+            config = config.model_copy(update={"store": resolve_store(config.store)})  # type: ignore[attr-defined]
         return 0 if run(config, options) else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

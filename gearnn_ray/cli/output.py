@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gearnn_ray.config.adapt import AdaptConfig
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.config.watch import WatchConfig
@@ -22,6 +23,9 @@ from gearnn_ray.store.releases import Store
 
 if TYPE_CHECKING:
     from gearnn_ray.evaluation.findings import Outcome as Evaluated
+    from gearnn_ray.knobs.camera import Filmed
+    from gearnn_ray.knobs.findings import Found
+    from gearnn_ray.knobs.pipeline import Outcome as Adapted
     from gearnn_ray.offline.pipeline import Outcome
     from gearnn_ray.service.deployment import Serving
     from gearnn_ray.sweep.findings import Point
@@ -215,6 +219,60 @@ def _sweep_table(points: Sequence["Point"]) -> Table:
     return table
 
 
+def show_adapt(config: AdaptConfig, outcome: "Adapted", json_lines: bool) -> None:
+    """Print a comparison's tables, and where its page is."""
+    store = Store(config.store).uri
+    if json_lines:
+        _print_json(release=config.release, store=store, **asdict(outcome))
+        return
+    console = _console()
+    for source in dict.fromkeys(each.source for each in outcome.found):
+        title = f"\n{source}: bandwidth where {outcome.metric} is at most {config.within:g} points below that of the best values"
+        console.print(title, style="bold", highlight=False, markup=False)
+        own = [each for each in outcome.found if each.source == source]
+        for adapted in (False, True):
+            console.print("\nover the adaptive network (+gearnn)" if adapted else "over the original network", highlight=False)
+            part = [each for each in own if each.method.endswith("+gearnn") == adapted]
+            console.print(_adapt_table(part, outcome.metric), highlight=False)
+    if outcome.held:
+        goal = f"a floor of {config.floor:g}%" if config.ceiling is None else f"a ceiling of {config.ceiling / 1000:g} kbit/s"
+        console.print(f"\nControllers with {goal}", style="bold", highlight=False)
+        table = Table("source", "method", box=None, pad_edge=False, header_style="bold")
+        for head in ("kbit/s", outcome.metric):
+            table.add_column(head, justify="right")
+        for each in outcome.held:
+            accuracy = "-" if each.accuracy is None else f"{each.accuracy:.1f}"
+            table.add_row(each.source, each.method, f"{each.kilobits:,.1f}", accuracy)
+        console.print(table, highlight=False)
+    for remark in outcome.remarks:
+        console.print(f"\n{remark}", highlight=False, markup=False)
+    _print_failures(console, outcome.failed)
+    places = [("page", outcome.report), ("table", outcome.table), *(("figure", path) for path in outcome.figures)]
+    _print_places(console, [(what, f"{store}/{path}") for what, path in places if path])
+
+
+def _adapt_table(found: Sequence["Found"], metric: str) -> Table:
+    """A line per method. Narrow, because a log has 80 columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    further = ("to best\nfixed", "to pro-\nfiling", "of\noracle", "for-\nwards", "en-\ncodes", "gra-\ndient")
+    for head in ("method", "kbit/s", metric, *further):
+        table.add_column(head, justify="left" if head == "method" else "right", vertical="bottom", no_wrap=True)
+    for each in found:
+        cells = (
+            (each.kilobits, ",.1f", ""),
+            (each.accuracy, ".1f", ""),
+            (each.to_fixed, "+.0f", "%"),
+            (each.to_profiling, "+.0f", "%"),
+            (each.of_oracle, ".0f", "%"),
+            (each.forwards, ".1f", ""),
+            (each.encodes, ".1f", ""),
+            (each.overhead, ".0f", "%"),
+        )
+        method = each.method.removesuffix("+gearnn")
+        table.add_row(method, *("-" if value is None else f"{value:{form}}{unit}" for value, form, unit in cells))
+    return table
+
+
 def show_serving(serving: "Serving", json_lines: bool) -> None:
     """Print what is served at which URL."""
     if json_lines:
@@ -274,6 +332,42 @@ def show_watch(config: WatchConfig, seen: "Seen", problem: str | None, json_line
     if problem:
         console.print(f"\nthe source failed: {problem}", style="bold red", highlight=False, markup=False)
     _print_places(console, [(what, place) for what, place in (("lines", config.ndjson), ("video", config.mp4)) if place])
+
+
+def show_camera_lines(lines: Iterable[Mapping[str, object]], json_lines: bool) -> None:
+    """Print a line for each segment."""
+    for line in lines:
+        if json_lines:
+            _print_json("segment" if "segment" in line else "news", **line)
+        else:
+            print(_camera_line(line), flush=True)
+
+
+def _camera_line(line: Mapping[str, Any]) -> str:
+    """One line about a camera, as a sentence."""
+    problem = f": {line['problem']}" if line.get("problem") else ""
+    if line["state"] == "away":
+        return f"the service is away, next attempt in {line['again_in']:g} s; the knobs stay{problem}"
+    if line["state"] == "source":
+        return f"the source is away{problem}" if problem else "the source is back"
+    dropped = f", {line['dropped']} dropped" * bool(line["dropped"])
+    if line["state"] == "dropped":
+        return f"segment {line['segment']} was dropped{dropped}"
+    knobs = " ".join(f"{name}={value}" for name, value in line["knobs"].items())
+    sent = f"{line['sent']} of {line['frames']} frames, {line['bytes']:,} bytes"
+    level = f" at {line['level']}" if line.get("level") else ""
+    return f"segment {line['segment']}  {knobs}  {sent}, {line['state']} in {line['seconds']:.2f} s{level}{dropped}{problem}"
+
+
+def show_camera(filmed: "Filmed", problem: str | None, json_lines: bool) -> None:
+    """Print what has become of a camera's segments."""
+    if json_lines:
+        _print_json(**asdict(filmed), problem=problem)
+        return
+    rate = f" at {8 * filmed.bytes / filmed.seconds / 1000:.1f} kbit/s" if filmed.seconds else ""
+    print(f"\n{filmed.segments} segments: {filmed.answered} answered{rate}, {filmed.refused} refused, {filmed.dropped} dropped")
+    if problem:
+        print(f"the source failed: {problem}")
 
 
 def _console() -> Console:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from gearnn_ray.core.errors import UserError
 
 if TYPE_CHECKING:
-    from av import Packet, VideoFrame
+    from av import Packet, VideoCodecContext, VideoFrame
     from av.sidedata.sidedata import SideData
 
 __all__ = [
-    "DECODER_OPTIONS", "Frame", "Picture", "UnequalFramesError", "decode", "encode", "equal_sizes", "picture_qp", "side_data",
-    "through_h264", "video_versions",
+    "DECODER_OPTIONS", "LEVEL_RATE", "Frame", "Picture", "UnequalFramesError", "decode", "encode", "equal_sizes",
+    "padded_to_even", "picture_qp", "rgb_to_yuv", "side_data", "through_h264", "video_versions", "x264_encoder",
 ]  # fmt: skip
 
 Frame = NDArray[np.uint8]  # an RGB image [H, W, 3]
 
+LEVEL_RATE: Final = Fraction(25)
+"""Frames a second that the encoder of levels is told. x264 makes frames that are shown longer better."""
 DECODER_OPTIONS: Final = {"export_side_data": "venc_params"}
 """Options of a PyAV decoder that exports QPs. Assign them to `codec_context.options` before the first frame."""
 _DELTA_QP = 4  # index of delta_qp among the int32 fields of FFmpeg's AVVideoBlockParams: x, y, width, height, delta_qp
@@ -51,37 +53,62 @@ def equal_sizes(frames: Iterable[Frame]) -> Iterator[Frame]:
 
 
 def through_h264(frames: Iterator[Frame], crf: int) -> Iterator[Picture]:
-    """Encode and decode a clip of uint8 [H, W, 3] frames of one size. Odd sides, impossible in 4:2:0, are padded meanwhile."""
+    """Encode and decode a clip of uint8 [H, W, 3] frames of one size. Odd sides are padded meanwhile."""
     first = next(frames, None)
     if first is None:
         return
     height, width, _ = first.shape
-    padding = ((0, height % 2), (0, width % 2), (0, 0))
-    clip = (np.pad(frame, padding, "edge") for frame in itertools.chain([first], frames))
-    for pixels, qp in decode(encode(clip, crf)):
+    for pixels, qp in decode(encode(map(padded_to_even, itertools.chain([first], frames)), crf)):
         yield Picture(np.ascontiguousarray(pixels[:height, :width]), qp)
 
 
-def encode(frames: Iterable[Frame], crf: int) -> Iterator["Packet[Any]"]:
-    """Encode with libx264: preset medium, 4:2:0, BT.709, limited range. The bytes are the same on every x86-64 processor."""
-    import av
+def padded_to_even(frame: Frame) -> Frame:
+    """The frame with its last row and column repeated where its sides are odd, which is impossible in 4:2:0."""
+    height, width, _ = frame.shape
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
 
-    if "libx264" not in av.codecs_available:
-        raise UserError("PyAV was built without libx264, which the h264 levels need: install PyAV's own wheel.")
-    encoder = av.CodecContext.create("libx264", "w")
-    assert isinstance(encoder, av.VideoCodecContext)
-    # Without cpu-independent, libx264's AVX-512 code gives different bytes in about one run of twenty.
-    encoder.options = {"preset": "medium", "crf": str(crf), "x264-params": "cpu-independent=1"}
-    encoder.thread_count = 1  # several processes encode at the same time, one per level
-    encoder.pix_fmt, encoder.framerate, encoder.time_base = "yuv420p", Fraction(25), Fraction(1, 25)
-    convert = _converter("yuv420p", "JPEG", "MPEG")
-    for time, frame in enumerate(frames):
-        if time == 0:
-            encoder.height, encoder.width, _ = frame.shape
-        video = convert(av.VideoFrame.from_ndarray(frame, format="rgb24"))
+
+def encode(frames: Iterable[Frame], crf: int) -> Iterator["Packet[Any]"]:
+    """Encode with libx264: preset medium, 4:2:0, BT.709, limited range."""
+    clip = iter(frames)
+    first = next(clip, None)
+    if first is None:
+        return
+    encoder, convert = x264_encoder(first.shape[:2], LEVEL_RATE, {"preset": "medium", "crf": str(crf)}), rgb_to_yuv()
+    for time, frame in enumerate(itertools.chain([first], clip)):
+        video = convert(frame)
         video.pts = time
         yield from encoder.encode(video)
     yield from encoder.encode(None)
+
+
+def x264_encoder(
+    size: tuple[int, int], rate: Fraction, options: Mapping[str, str], x264: Mapping[str, str] | None = None
+) -> "VideoCodecContext":
+    """A libx264 that encodes 4:2:0 frames of this size (height, width) on one thread; the bytes are the same on every x86-64
+    processor. Times of frames count in 1 / rate seconds. options: FFmpeg's. x264: x264's own. Raises UserError if PyAV has none.
+    """
+    import av
+
+    if "libx264" not in av.codecs_available:
+        raise UserError("PyAV was built without libx264, which H.264 needs: install PyAV's own wheel.")
+    encoder = av.CodecContext.create("libx264", "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    # Without cpu-independent, libx264's AVX-512 code gives different bytes in about one run of twenty.
+    own = {"cpu-independent": "1", **(x264 or {})}
+    encoder.options = {**options, "x264-params": ":".join(f"{name}={value}" for name, value in own.items())}
+    encoder.thread_count = 1  # several processes encode at the same time
+    encoder.pix_fmt, encoder.framerate, encoder.time_base = "yuv420p", rate, 1 / rate
+    encoder.height, encoder.width = size
+    return encoder
+
+
+def rgb_to_yuv() -> Callable[[Frame], "VideoFrame"]:
+    """A function that converts RGB frames to what `x264_encoder` takes, in BT.709 with limited range."""
+    import av
+
+    convert = _converter("yuv420p", "JPEG", "MPEG")
+    return lambda frame: convert(av.VideoFrame.from_ndarray(frame, format="rgb24"))
 
 
 def decode(packets: Iterable["Packet[Any]"]) -> Iterator[Picture]:
@@ -103,22 +130,41 @@ def picture_qp(frame: "VideoFrame") -> float | None:
     None if the frame has no QPs (no H.264, or decoded without `DECODER_OPTIONS`) or if FFmpeg concealed damage in it. The
     parameters of VP9 and MPEG-2 have other scales and are ignored.
     """
-    from av.sidedata.encparams import VideoEncParams, VideoEncParamsType
-
+    kind, h264 = _enc_params()
     for params in side_data(frame):
-        if not isinstance(params, VideoEncParams) or params.codec_type != VideoEncParamsType.H264:
+        if not isinstance(params, kind) or params.codec_type != h264:
             continue
         if params.nb_blocks and not frame.is_corrupt:
             ints = params.block_size // 4
             blocks = np.frombuffer(memoryview(params), np.int32, params.nb_blocks * ints, params.blocks_offset)
             # FFmpeg counts from 0, but QPs start at -6 for each bit above 8
-            return float(params.qp + blocks[_DELTA_QP::ints].mean()) - 6 * (frame.format.components[0].bits - 8)
+            delta = int(np.add.reduce(blocks[_DELTA_QP::ints])) / params.nb_blocks
+            return float(params.qp + delta - 6 * (frame.format.components[0].bits - 8))
     return None
 
 
+@functools.cache
+def _enc_params() -> tuple[Any, Any]:
+    """PyAV's type of a frame's QPs, and its name for those of H.264."""
+    from av.sidedata.encparams import VideoEncParams, VideoEncParamsType
+
+    return VideoEncParams, VideoEncParamsType.H264
+
+
 def side_data(frame: "VideoFrame") -> Iterator["SideData"]:
-    """All side data of a frame. PyAV's type stubs name motion vectors only."""
-    return iter(cast("Iterable[SideData]", frame.side_data))
+    """All side data of a frame.
+
+    `frame.side_data` would keep the frame in a reference cycle, and with it its memory until Python's next collection of garbage:
+    the decoder would then take new memory for every frame, which costs more than reading the QPs does.
+    """
+    return iter(_side_data_container()(frame))
+
+
+@functools.cache
+def _side_data_container() -> "Callable[[VideoFrame], Iterable[SideData]]":
+    from av.sidedata.sidedata import SideDataContainer
+
+    return cast("Callable[[VideoFrame], Iterable[SideData]]", SideDataContainer)  # PyAV's type stubs leave its argument out
 
 
 def _converter(pixels: str, source: str, target: str) -> Callable[["VideoFrame"], "VideoFrame"]:

@@ -83,6 +83,10 @@ class CentreDetector(SingleStageDetector):
         limits = boxes.new_tensor([width, height, width, height])
         return {"boxes": torch.minimum(boxes.clamp(min=0), limits), "scores": scores_BD, "labels": labels_BD}
 
+    def candidates(self, raw: tuple[Tensor, Tensor]) -> Tensor:
+        """Every cell of the heatmap."""
+        return raw[0].float().sigmoid().flatten(2).transpose(1, 2)
+
     def losses(self, raw: tuple[Tensor, Tensor], targets: Sequence[Target], height: int, width: int) -> Terms:
         """The focal loss of the heatmap (Zhou et al., Eq. 1) and the generalised IoU of boxes (Rezatofighi et al. 2019), both per
         object. Positions inside a crowd region are nobody's centre and no error.

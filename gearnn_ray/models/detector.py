@@ -7,7 +7,9 @@
 bottom in pixels of the image. Letters of shapes: B images, D detections and G objects of one image, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,11 +29,35 @@ from 0 to 1, where 0 is an empty place, `labels` int64 [D] from 0, and `masks` f
 Terms = dict[str, tuple[Tensor, Tensor]]
 """The terms of a loss: a sum over items, differentiable, and the number of items."""
 
+_collected: ContextVar[list[Tensor] | None] = ContextVar("candidates", default=None)
+
+
+@contextmanager
+def collected_candidates() -> Iterator[list[Tensor]]:
+    """Meanwhile, detectors that this thread calls add their candidates [..., N, K] to the list: the scores of all places and
+    classes before the threshold and the suppression of overlaps, through which gradients flow to the pixels.
+    """
+    candidates: list[Tensor] = []
+    token = _collected.set(candidates)
+    try:
+        yield candidates
+    finally:
+        _collected.reset(token)
+
+
+def offer_candidates(scores: Callable[[], Tensor | None]) -> None:
+    """Add candidates if they are collected; otherwise they are not computed. In a compiled graph they never are."""
+    if torch.compiler.is_compiling() or (candidates := _collected.get()) is None:
+        return
+    if (found := scores()) is not None:
+        candidates.append(found)
+
 
 class SingleStageDetector(nn.Module):
     """A detector whose network computes all its answers in one pass. A subclass writes three methods, of which only `raw` may use
-    weights: `raw` (the network), `decode` (raw tensors in, boxes out) and `losses`. They see one size of image, `input_size`
-    (height, width) if it is set, to which images are then stretched bilinearly; boxes are converted.
+    weights: `raw` (the network), `decode` (raw tensors in, boxes out) and `losses`; if it drops detections, also `candidates`.
+    They see one size of image, `input_size` (height, width) if it is set, to which images are then stretched bilinearly; boxes
+    are converted.
     """
 
     input_size: tuple[int, int] | None = None
@@ -43,6 +69,10 @@ class SingleStageDetector(nn.Module):
     def decode(self, raw: Any, height: int, width: int) -> Found:
         """The detections of B images of this size: `boxes` [B, D, 4], `scores` [B, D], `labels` [B, D]."""
         raise NotImplementedError
+
+    def candidates(self, raw: Any) -> Tensor | None:
+        """The scores [B, N, K] of all places and classes, before `decode` chooses. None: the scores of what it chose will do."""
+        return None
 
     def losses(self, raw: Any, targets: Sequence[Target], height: int, width: int) -> Terms:
         """The terms of the training loss over these images."""
@@ -59,6 +89,7 @@ class SingleStageDetector(nn.Module):
             ]
             return self.losses(raw, fitted, height, width)
         found = self.decode(raw, height, width)
+        offer_candidates(lambda: self.candidates(raw))
         return {**found, "boxes": found["boxes"] * scales_B4[:, None]}
 
     def _fitted(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from gearnn_ray.config.catalogue import BUILT_IN
 from gearnn_ray.core.errors import UserError
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def check_weights_path(path: Path) -> None:
@@ -28,7 +28,7 @@ def check_weights_path(path: Path) -> None:
 
 def check_name(name: str) -> None:
     """Raise UserError unless `name` is a built-in network or has the form of an import path."""
-    if name not in BUILT_IN and not _IMPORT_PATH.fullmatch(name):
+    if name not in BUILT_IN and not IMPORT_PATH.fullmatch(name):
         raise UserError(
             f"there is no network {name!r}: expected {', '.join(BUILT_IN)} or an import path like package.module:function"
         )
@@ -41,9 +41,14 @@ def check_released_name(name: str, trust: Collection[str]) -> None:
     """
     check_name(name)
     module, _, function = name.partition(":")
-    trusted = (trust,) if isinstance(trust, str) else trust
-    if function and not any(module == each or module.startswith(f"{each}.") for each in trusted):
+    if function and not is_trusted(module, trust):
         raise UserError(
             f"the release names the network {name!r}, and only built-in networks load by themselves: "
             f'if you trust the code of {module}, give trust=("{module}",) in Python or --trust {module} on the command line'
         )
+
+
+def is_trusted(module: str, trust: Collection[str]) -> bool:
+    """Whether a module is in `trust` or below one of these."""
+    trusted = (trust,) if isinstance(trust, str) else trust
+    return any(module == each or module.startswith(f"{each}.") for each in trusted)

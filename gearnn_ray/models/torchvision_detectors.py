@@ -20,15 +20,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchvision.models import detection
-from torchvision.models.detection import faster_rcnn, fcos, mask_rcnn, retinanet, rpn, ssd, ssdlite
+from torchvision.models.detection import faster_rcnn, fcos, mask_rcnn, retinanet, roi_heads, rpn, ssd, ssdlite
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import FeaturePyramidNetwork
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.models.detector import Found, Target, Terms
+from gearnn_ray.models.detector import Found, Target, Terms, offer_candidates
 
 _COCO_CLASSES = 80
 _COCO_OUTPUTS = 91  # ids 0 to 90
@@ -70,7 +71,8 @@ def as_ours(model: nn.Module, num_classes: int) -> nn.Module:
     our_labels[used] = torch.arange(num_classes)
     # not persistent, because the state dict must have torchvision's names
     model.register_buffer("our_labels", our_labels, persistent=False)
-    model.register_buffer("their_labels", torch.tensor(used), persistent=False)
+    for part in (model, model.roi_heads) if isinstance(model, _RCNN) else (model,):
+        part.register_buffer("their_labels", torch.tensor(used), persistent=False)
     scaling: Any = model.transform
     scaling.image_mean, scaling.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     return model.train()
@@ -208,6 +210,14 @@ class _Detector(nn.Module):
         return theirs
 
 
+class RoIHeads(roi_heads.RoIHeads):  # type: ignore[misc]
+    their_labels: Tensor  # [K], the detector's
+
+    def postprocess_detections(self, class_logits: Tensor, *more: Any) -> Any:
+        offer_candidates(lambda: class_logits.softmax(-1)[:, self.their_labels])
+        return super().postprocess_detections(class_logits, *more)
+
+
 class _RCNN(_Detector):
     """R-CNNs draw anchors and regions from torch's generator, and average over those drawn."""
 
@@ -238,19 +248,35 @@ class RetinaNet(_Detector, retinanet.RetinaNet):  # type: ignore[misc]
         count = self.our_labels.new_tensor(images)
         return {name: (loss * images, count) for name, loss in losses.items()}
 
+    def postprocess_detections(self, head_outputs: Any, *more: Any) -> Any:
+        offer_candidates(lambda: torch.cat(head_outputs["cls_logits"], 1).sigmoid()[..., self.their_labels])
+        return super().postprocess_detections(head_outputs, *more)
+
 
 class FCOS(_Detector, fcos.FCOS):  # type: ignore[misc]
     """Its head gives sums and counts."""
+
+    def postprocess_detections(self, head_outputs: Any, *more: Any) -> Any:
+        def scores() -> Tensor:
+            log_class, log_centre = (F.logsigmoid(torch.cat(head_outputs[name], 1)) for name in ("cls_logits", "bbox_ctrness"))
+            return ((log_class + log_centre) / 2).exp()[..., self.their_labels]
+
+        offer_candidates(scores)
+        return super().postprocess_detections(head_outputs, *more)
 
 
 class SSD(_Detector, ssd.SSD):  # type: ignore[misc]
     def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched_idxs: Sequence[Tensor]) -> Terms:
         return _per_match(super().compute_loss(targets, outputs, anchors, matched_idxs), matched_idxs)
 
+    def postprocess_detections(self, head_outputs: Any, *more: Any) -> Any:
+        offer_candidates(lambda: head_outputs["cls_logits"].softmax(-1)[..., self.their_labels])
+        return super().postprocess_detections(head_outputs, *more)
+
 
 _SUBCLASSES = (
-    FasterRCNN, MaskRCNN, RetinaNet, FCOS, SSD, FixedBatchNorm2d, RPNHead, FastRCNNPredictor, MaskRCNNPredictor, RetinaNetHead,
-    FCOSHead, SSDHead, SSDLiteHead,
+    FasterRCNN, MaskRCNN, RetinaNet, FCOS, SSD, FixedBatchNorm2d, RoIHeads, RPNHead, FastRCNNPredictor, MaskRCNNPredictor,
+    RetinaNetHead, FCOSHead, SSDHead, SSDLiteHead,
 )  # fmt: skip
 _OURS: dict[type, type] = {ours.__bases__[-1]: ours for ours in _SUBCLASSES}
 _RENAMING = (

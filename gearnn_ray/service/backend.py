@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.knobs.wire import Advice, Head, Report
 from gearnn_ray.service.stream_pages import LiveStreams
 from gearnn_ray.serving.frames import Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate
@@ -95,6 +96,14 @@ class Backend(Protocol):
     async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
         """What the line of a stream's next frame is made of. The level is estimated before the first wait, so that frames may be
         processed at the same time, if they are given in their order.
+        """
+        ...
+
+    async def advise(
+        self, stream: str, bundle: str | None, frame: VideoFrame, estimate: LevelEstimate, head: Head, report: Report
+    ) -> Advice:
+        """The next knobs of a camera, from the last frame of its segment at the level used, and from what the camera says of the
+        segment. Raises `WireError` where that does not fit together.
         """
         ...
 

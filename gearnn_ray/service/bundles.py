@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import CorruptStoreError, UserError
+from gearnn_ray.knobs.saliency import for_size, saliency
 from gearnn_ray.models.names import check_released_name
 from gearnn_ray.service.backend import BundleHealth, Prediction
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
@@ -121,7 +123,7 @@ def passes(items: Sequence[Item], pixels: int) -> Iterator[list[int]]:
             yield positions[start : start + most]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are merged and kept here are used where gradients are taken, too
 def predict(items: Sequence[Item]) -> list[Prediction]:
     """One forward pass over frames of one release and size, each at its own level."""
     start = time.perf_counter()
@@ -137,3 +139,12 @@ def predict(items: Sequence[Item]) -> list[Prediction]:
         seconds = {"queue": start - item.since, "network": time.perf_counter() - start}
         predictions.append(Prediction(content, estimate, release, seconds, class_names))
     return predictions
+
+
+def saliency_at(model: AdaptiveModel, frame: VideoFrame, estimate: LevelEstimate, size: tuple[int, int]) -> NDArray[np.float32]:
+    """The saliency of a frame at the level at which it was answered, for the tiles of frames of this size (height, width)."""
+    if not {estimate.level, estimate.neighbour or estimate.level} <= set(model.levels):  # of another release than now
+        estimate = model.level_estimator.match(estimate.level)
+    height, width, _ = frame.pixels.shape
+    found = saliency(model.task, model.forward_at([estimate]), frame.pixels, model.device)
+    return for_size(found, (height, width), size)

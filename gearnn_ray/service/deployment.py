@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 # Ray starts workers at niceness 15: requests would wait for any other process on the machine.
@@ -40,17 +41,20 @@ from starlette.responses import Response
 from gearnn_ray.config.release_ref import full_reference
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.knobs.wire import Advice, Costs, Head, Report
 from gearnn_ray.ray_jobs.cluster import cluster
 from gearnn_ray.ray_jobs.local_ray import address_to_join, bind_replica_to_its_node
 from gearnn_ray.service import http
 from gearnn_ray.service.admission import Admission
 from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
-from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict
-from gearnn_ray.service.cameras import CameraStreams, LevelFacts, cameras
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict, saliency_at
+from gearnn_ray.service.cameras import CameraAnswer, CameraStreams, LevelFacts, cameras, process_names
+from gearnn_ray.service.steering import SharedControllers, controllers
 from gearnn_ray.serving.frames import Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate, Reference
-from gearnn_ray.tasks.base import Task
+from gearnn_ray.tasks.base import Served, Task
 from gearnn_ray.video.decoding import VideoFrame
+from gearnn_ray.video.live import jpeg_of
 
 APP = "gearnn"
 
@@ -89,7 +93,8 @@ class _Metrics:
 class Service:
     """One replica: answers HTTP requests."""
 
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: ServeConfig, processes: Mapping[str, str]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """processes: as in `CameraStreams`."""
         bind_replica_to_its_node()
         self._config = config
         self._admission = Admission.of_config(config)
@@ -100,7 +105,7 @@ class Service:
         self._batch.set_max_batch_size(config.max_batch)  # type: ignore[attr-defined]
         self._batch.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)  # type: ignore[attr-defined]
 
-        self.cameras = CameraStreams(tuple(config.watched))
+        self.cameras, self._controllers = CameraStreams(processes), SharedControllers()
         self._metrics = _Metrics()
         self._bundles: dict[str, Bundle] = {}
         for ref in config.bundles:
@@ -150,19 +155,31 @@ class Service:
         self._metrics.distance.observe(estimate.distance, {"bundle": ref})
         return await self._batched(Item(model, frame, estimate, None, since))
 
-    async def predict_at(self, frame: VideoFrame, estimate: LevelEstimate) -> Prediction:
-        """What the line of a camera's next frame is made of, at a level that its actor has found."""
+    async def predict_at(self, frame: VideoFrame, estimate: LevelEstimate, draw: bool) -> CameraAnswer:
+        """The answer to a camera's next frame, at a level that its own process has found. draw: whether a picture is wanted."""
         since, ref = time.perf_counter(), self.reference(None)
         model = self._bundles[ref].model()
         if not {estimate.level, estimate.neighbour or estimate.level} <= set(model.levels):  # of another release than now
             estimate = replace(model.level_estimator.match(estimate.level), found=estimate.found)
         self._metrics.distance.observe(estimate.distance, {"bundle": ref})
-        return await self._batched(Item(model, frame, estimate, None, since))
+        prediction = await self._batched(Item(model, frame, estimate, None, since))
+        return await asyncio.to_thread(_camera_answer, model.task, frame, prediction, draw)
+
+    async def advise(
+        self, stream: str, bundle: str | None, frame: VideoFrame, estimate: LevelEstimate, head: Head, report: Report
+    ) -> Advice:
+        """As in `backend.Backend`."""
+        ref = self.reference(bundle)
+        model, weights = self._bundles[ref].model(), None
+        if report.errors is not None:
+            work = partial(saliency_at, model, frame, estimate, head.frame)
+            weights = await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        return await self._controllers.step(f"{ref}/{stream}", Costs.of(head, report, weights))
 
     def level_facts(self) -> LevelFacts:
-        """What a camera's actor finds the levels of frames with."""
+        """What cameras find the levels of their frames with."""
         model = self._bundles[self.reference(None)].model()
-        return LevelFacts(model.digest, model.task.name, model.levels, Reference.of_manifest(model.content))
+        return LevelFacts(model.digest, model.levels, Reference.of_manifest(model.content))
 
     def has_cameras(self, bundle: str | None) -> bool:
         """As in `backend.Backend`."""
@@ -270,6 +287,11 @@ class _Visit:
     async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
         return await self.service.predict_next(frame, stream, bundle)
 
+    async def advise(
+        self, stream: str, bundle: str | None, frame: VideoFrame, estimate: LevelEstimate, head: Head, report: Report
+    ) -> Advice:
+        return await self.service.advise(stream, bundle, frame, estimate, head, report)
+
     def answer_bytes(self, bundle: str | None, media_type: str, height: int, width: int) -> int:
         return self.service.answer_bytes(bundle, media_type, height, width)
 
@@ -280,13 +302,22 @@ class _Visit:
         return self.service.health()
 
 
+def _camera_answer(task: Task, frame: VideoFrame, prediction: Prediction, draw: bool) -> CameraAnswer:
+    served = Served(frame.pixels, prediction.class_names, {})
+    described = task.described(prediction.content, served)
+    picture = jpeg_of(task.drawn(prediction.content, served)) if draw else None
+    return CameraAnswer(prediction.estimate, prediction.release, prediction.seconds, described, picture)
+
+
 def _prepare_thread(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # as in evaluation; threads that this one starts inherit it
 
 
-def application(config: ServeConfig) -> serve.Application:
-    """The Serve application. `config` must have a device other than auto, and num_gpus (see `_resolved`)."""
+def application(config: ServeConfig, processes: Mapping[str, str]) -> serve.Application:
+    """The Serve application. `config` must have a device other than auto, and num_gpus (see `_resolved`). processes: as
+    in `CameraStreams`.
+    """
     gpus = {"num_gpus": config.num_gpus} if config.num_gpus else {}
     admission = Admission.of_config(config)
     deployment = serve.deployment(
@@ -299,7 +330,7 @@ def application(config: ServeConfig) -> serve.Application:
         health_check_period_s=2,  # a dead replica is noticed within this time
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(Service)
-    return deployment.bind(config)
+    return deployment.bind(config, processes)
 
 
 @dataclass(frozen=True)
@@ -330,10 +361,11 @@ def serving(config: ServeConfig) -> Iterator[Serving]:
         if serve.status().proxies:
             raise UserError("this cluster runs Ray Serve already: end it with `serve shutdown`, or use another cluster")
         try:
-            started = _started(config)
+            processes = process_names(tuple(config.watched), int(_cluster_resources().get("CPU", 1)))
+            started = _started(config, processes)
             if own:
                 own.check_listening(besides=config.port)
-            with cameras(APP, config):
+            with cameras(APP, config, processes), controllers():
                 yield started
         finally:
             # Both calls answer running requests first. A Ray of its own ends completely after this.
@@ -377,7 +409,7 @@ def _check_resources(config: ServeConfig) -> None:
             )
 
 
-def _started(config: ServeConfig) -> Serving:
+def _started(config: ServeConfig, processes: Mapping[str, str]) -> Serving:
     options = HTTPOptions(host=config.host, port=config.port)  # `Admission` has deadlines; an upload may be endless
     logs = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
@@ -385,7 +417,7 @@ def _started(config: ServeConfig) -> Serving:
     except RayTaskError as error:
         raise _no_port(config, _last_line(error)) from error
     try:
-        handle = serve.run(application(config), name=APP, route_prefix="/")
+        handle = serve.run(application(config, processes), name=APP, route_prefix="/")
         health: Health = handle.health.remote().result(timeout_s=_START_SECONDS)
     except (RayError, RuntimeError, TimeoutError) as error:
         raise UserError(f"the service did not start: {_last_line(error)}") from error

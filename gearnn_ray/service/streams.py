@@ -9,14 +9,16 @@ it is decoded while it arrives, and answered at the same time. Optional headers 
 What is wrong before the first line is an error response; what goes wrong later is a last line {"error": "…"}. Ray Serve's proxy
 takes the chunks of an upload as fast as the client sends them, whether or not they are processed, so that a client cannot be
 slowed down: an upload of which more than `Limits.body_bytes` wait ends with an error.
+
+A camera that wants its knobs steered sends application/x-gearnn-segment (`camera_segments`), and gets them in a last line.
 """
 
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 from gearnn_ray.config.serve import FRAMES_AHEAD
 from gearnn_ray.service.admission import Admission, Reservation
 from gearnn_ray.service.backend import Backend, Prediction
+from gearnn_ray.service.camera_segments import CameraSegment, is_camera_segment
 from gearnn_ray.service.requests import RefusedError, bundle_of, is_endless, least_score_of, name_of, refusal, whole_body
 from gearnn_ray.tasks.base import Served, Task
 from gearnn_ray.video.decoding import VideoFrame
@@ -82,17 +85,26 @@ class _Stream:
         task, sent = self.backend.task(self.bundle), 0
         try:
             with self.admission.streams.reserved(1), self.admission.memory.reserved() as held:
-                async with (
-                    _decoding(request, self.admission, held) as next_frame,
-                    aclosing(_in_order(next_frame, lambda frame: self._answered(frame, task, held))) as answered,
-                ):
-                    async for line, level in answered:
+                async with AsyncExitStack() as stack:
+                    camera = None
+                    if is_camera_segment(request):
+                        camera = await stack.enter_async_context(CameraSegment.received(request, self.admission, held))
+                        next_frame = await stack.enter_async_context(_in_a_thread(camera.frames()))
+                    else:
+                        next_frame = await stack.enter_async_context(_decoding(request, self.admission, held))
+                    in_order = _in_order(next_frame, lambda frame: self._answered(frame, task, held))
+                    async for answered in await stack.enter_async_context(aclosing(in_order)):
+                        line, frame, prediction = answered
                         sent += len(line)
                         if sent > self.admission.answer_bytes:
                             most = f"{self.admission.answer_bytes:,} bytes of lines"
                             raise RefusedError(413, f"The answer has reached the {most} allowed here: go on in another request.")
-                        self.backend.count_line(self.bundle, level, 200)
+                        self.backend.count_line(self.bundle, prediction.estimate.level, 200)
                         yield line
+                    if camera is not None:
+                        told = camera.head, await camera.report()
+                        advice = await self.backend.advise(self.name, self.bundle, frame, prediction.estimate, *told)
+                        yield advice.line()
         except Exception as problem:
             status, sentence = refusal(problem, "a segment")
             self.backend.count_line(self.bundle, "none", status)
@@ -100,15 +112,15 @@ class _Stream:
                 raise
             yield json.dumps({"error": sentence}, ensure_ascii=False).encode() + b"\n"
 
-    async def _answered(self, frame: VideoFrame, task: Task, held: Reservation) -> tuple[bytes, str]:
-        """The line of the next frame, and its level for the metrics."""
+    async def _answered(self, frame: VideoFrame, task: Task, held: Reservation) -> tuple[bytes, VideoFrame, Prediction]:
+        """The line of the next frame, and what it is about."""
         number, self._frames = self._frames, self._frames + 1
         if (room := FRAMES_AHEAD * frame.pixels.nbytes) > self._room:
             held.add(room - self._room)
             self._room = room
         prediction = await self.backend.predict_next(frame, self.name, self.bundle)
         line = await asyncio.to_thread(self._written, number, frame, task, prediction)
-        return line, prediction.estimate.level
+        return line, frame, prediction
 
     def _written(self, number: int, frame: VideoFrame, task: Task, prediction: Prediction) -> bytes:
         seconds = {"decode": frame.decode_seconds - frame.level_seconds, "level": frame.level_seconds, **prediction.seconds}
@@ -131,13 +143,22 @@ async def _decoding(request: Request, admission: Admission, held: Reservation) -
     else:
         body = await whole_body(request, admission, held)
         frames = segment_frames(body, admission.frame, admission.segment_frames)
+    async with _in_a_thread(frames) as next_frame:
+        try:
+            yield next_frame
+        finally:
+            if upload is not None and feeding is not None:
+                feeding.cancel()
+                upload.end(SourceError("it is not read any further"))  # wakes the thread
+
+
+@asynccontextmanager
+async def _in_a_thread(frames: Generator[VideoFrame, None, None]) -> AsyncIterator[_NextFrame]:
+    """A function that waits for the next frame; None at their end."""
     loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "segment")
     try:
         yield lambda: loop.run_in_executor(thread, next, frames, None)
     finally:
-        if upload is not None and feeding is not None:
-            feeding.cancel()
-            upload.end(SourceError("it is not read any further"))  # wakes the thread
         thread.submit(frames.close)
         thread.shutdown(wait=False)
 

@@ -12,7 +12,8 @@ is used. Knows nothing about HTTP, Ray, or how a release is made.
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from gearnn_ray.serving.mixing import StreamShares, entropy_share, uncertainties
 from gearnn_ray.serving.modules import AdaptiveConv, PerLevel
 from gearnn_ray.store.releases import Release, Store
 from gearnn_ray.tasks import task_by_name
+from gearnn_ray.tasks.base import Forward
 from gearnn_ray.training.precision import fastest_precision
 from gearnn_ray.training.predict import Predictor
 
@@ -118,20 +120,22 @@ class AdaptiveModel(nn.Module):
         if isinstance(levels, Tensor) and torch.compiler.is_compiling():
             self._selection.set_index(levels)
             return self._outputs(self._predictor, images)
-        with self._choice.lock, torch.no_grad():
-            held = self._choice.level
-            self._selection.reserve(len(images))
-            try:
-                if levels is not None or held is None:
-                    self._selection.set_each(self._mixtures(images, levels))
-                elif self._selection.host.rows is None:  # a compiled graph of the whole model ran after `set_level`
-                    self._selection.set_all(self._number[held])
-                if self._run is not self._predictor:
-                    self._selection.write()
-                return self._outputs(self._run, images)
-            finally:
-                if levels is not None and held is not None:
-                    self._selection.set_all(self._number[held])
+        with self._selected(images, levels), torch.no_grad():
+            if self._run is not self._predictor:
+                self._selection.write()
+            return self._outputs(self._run, images)
+
+    def forward_at(self, levels: Any = None) -> Forward:
+        """The network at these levels (as in a call) as the tasks see one: a function of pixel values from 0 to 255 [B, 3, H, W],
+        uint8 or float32, to the network's raw output, through which gradients flow to the pixels. Never compiled.
+        """
+
+        def forward(x_BCHW: Tensor) -> Any:
+            images = x_BCHW.detach().round().clamp(0, 255).to(torch.uint8)
+            with self._selected(images, levels):
+                return self._predictor(x_BCHW.to(self.device))
+
+        return forward
 
     def set_level(self, level: str | None) -> None:
         """Use this level of the release for all images from now on. None: estimate the level of each image.
@@ -198,6 +202,23 @@ class AdaptiveModel(nn.Module):
         twin._predictor = twin._run = replace(self._predictor, network=twin._network)
         twin._choice, twin._shares = _Choice(twin._selection), StreamShares()
         return twin
+
+    @contextmanager
+    def _selected(self, images: Tensor, levels: Any) -> Iterator[None]:
+        """Meanwhile, each image has the weights of its level, and no other call changes them."""
+        with self._choice.lock:
+            held = self._choice.level
+            try:
+                with torch.no_grad():
+                    self._selection.reserve(len(images))
+                    if levels is not None or held is None:
+                        self._selection.set_each(self._mixtures(images, levels))
+                    elif self._selection.host.rows is None:  # a compiled graph of the whole model ran after `set_level`
+                        self._selection.set_all(self._number[held])
+                yield
+            finally:
+                if levels is not None and held is not None:
+                    self._selection.set_all(self._number[held])
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveModel":
         raise UserError(

@@ -233,7 +233,8 @@ class Table(nn.Module):
         merged = self.selection.host.merged[mixture]
         if self not in merged:
             own, other = (self.selection.row(self.map_index, level) for level in (mixture.level, mixture.neighbour))
-            merged[self] = torch.lerp(self._own_row(own), self._own_row(other), mixture.weight)
+            with torch.inference_mode(False):  # what is kept may later be part of a pass with gradients
+                merged[self] = torch.lerp(self._own_row(own), self._own_row(other), mixture.weight)
         return merged[self]
 
     def take(self, rows_n: Tensor) -> Tensor:
@@ -302,7 +303,8 @@ class CompressedTable(Table):
         if not host.holds:
             return self._restored(row)
         if self not in host.restored:
-            host.restored[self] = self._restored(row)
+            with torch.inference_mode(False):  # what is kept may later be part of a pass with gradients
+                host.restored[self] = self._restored(row)
         return host.restored[self]
 
     def _restored(self, row: int) -> Tensor:

@@ -12,6 +12,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -35,8 +36,7 @@ _MOST_SCANS = 100  # libjpeg writes 10 for a progressive file; every scan costs 
 _MISSING = 128  # the grey that libjpeg fills into blocks without data
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What one frame shows about its level.
 
     luma: mean Rec. 601 luma, 0 to 255, over a regular subsample of the pixels. jpeg: None if it is not known to have been one.
@@ -117,17 +117,25 @@ def evidence_of(
 ) -> Evidence:
     """The evidence of a frame from its pixels, uint8 RGB [H, W, 3], and from what the caller knows of its file or stream."""
     height, width, _ = pixels.shape
-    # About 1,000 pixels give the mean to 2%, a tenth of the difference between scenes. An odd step samples all columns
-    # of JPEG's 8×8 blocks equally
-    step = math.isqrt(height * width // 1024) | 1
-    sample = pixels[::step, ::step].ravel().astype(np.float32)
-    return Evidence(height, width, float(sample.dot(_luma_weights(len(sample)))), jpeg, qp, crf)
+    row, column, weights = _sampling(height, width)
+    sample = pixels[row // 2 :: row].reshape(-1, 3 * width)[:, ::column].astype(np.float32)
+    return Evidence(height, width, float(weights.dot(sample.ravel())), jpeg, qp, crf)
 
 
 @functools.lru_cache(maxsize=64)
-def _luma_weights(numbers: int) -> NDArray[np.float32]:
-    """Weights whose product with this many values of flattened RGB pixels is the mean Rec. 601 luma."""
-    return np.tile(np.array([0.299, 0.587, 0.114], np.float32), numbers // 3) / np.float32(numbers / 3)
+def _sampling(height: int, width: int) -> tuple[int, int, NDArray[np.float32]]:
+    """Which rows and which values of a row of RGB pixels are sampled, and the weights that make them the mean Rec. 601 luma.
+
+    About 1,000 values of each channel give the mean to 2%, a tenth of the difference between scenes. Odd steps sample all
+    columns of JPEG's 8×8 blocks equally, and one that is no multiple of 3 takes the channels in turn: values at equal distances
+    are copied in a third of the time of pixels.
+    """
+    step = min(math.isqrt(height * width // 1024), width // 2) | 1
+    column = step + 2 if step % 3 == 0 else step
+    row = min(height * width // 1024 // column, height) | 1
+    channels = np.tile(np.arange(0, 3 * width, column) % 3, len(range(row // 2, height, row)))
+    weights = np.array([0.299, 0.587, 0.114]) / np.bincount(channels)
+    return row, column, weights[channels].astype(np.float32)
 
 
 def _open_jpeg(data: bytes) -> JpegImageFile:

@@ -17,7 +17,7 @@ slice headers would need no decoding, but it is the QP of a slice's first macrob
 import re
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 import av
@@ -36,73 +36,121 @@ _OFFSETS: Final = {_I: -2.9, _B: 2.3}  # QP above that of P pictures, from x264'
 _TRUSTED = 4  # pictures of a type that count as much as x264's default ratios
 _JUMP = 3.5  # QP between a keyframe and the mean, both as P pictures: more than within one encoding of one scene (docs/log.md)
 
+_ALL = 16  # pictures after a change that are all read: reading one takes a tenth of the time of decoding 768×432 pixels...
+_EVERY = 7  # ... and later only one of so many is: a prime, so that it meets all pictures of the usual patterns of types
+
 _Typed = tuple[int, float]  # a picture's type and QP
+_Sums = dict[int, tuple[int, float]]  # by type of picture
 
 
 class H264Quality:
     """The rate factor and the mean QP of one stream, from the frames added so far.
 
     Both follow a stream that changes on the keyframe where it does so: other settings of x264, another frame size, or a QP that
-    differs from the mean by more than the types of the pictures explain. Earlier pictures then no longer count.
+    differs from the mean by more than the types of the pictures explain. Earlier pictures then no longer count. The QPs of the
+    first 16 pictures after a change are read, then those of keyframes and of every seventh picture, or none of these where the
+    rate factor is known.
     """
 
     def __init__(self) -> None:
         self.crf: float | None = None
         """The constant rate factor that x264 wrote into the stream; None if there is none."""
-        self._settings: bytes | None = None
-        self._size: tuple[int, int] | None = None
-        self._recent: deque[_Typed] = deque(maxlen=_WINDOW)  # since the last change
-        self._types: deque[int] = deque(maxlen=_WINDOW)  # also of pictures before it: the mix that the mean stands for
-        self._offsets: Mapping[int, float] = _OFFSETS
-
-    @property
-    def mean_qp(self) -> float | None:
-        """Mean macroblock QP of the latest 64 pictures; None before the first.
+        self.mean_qp: float | None = None
+        """Mean macroblock QP of the latest 64 pictures, from those that were read; None before the first.
 
         After a change it is what the pictures since then would have had with the types of the latest 64.
         """
-        if not self._recent:
-            return None
-        if len(self._recent) == len(self._types):
-            return statistics.fmean(qp for _, qp in self._recent)
-        offsets = _offsets(self._recent, self._offsets)
-        return _as_p(self._recent, offsets) + statistics.fmean(offsets.get(kind, 0.0) for kind in self._types)
+        self._settings: bytes | None = None
+        self._size: tuple[int, int] | None = None
+        self._pictures = 0  # since the last change
+        self._recent: deque[_Typed | None] = deque(maxlen=_WINDOW)  # since the last change; None for those that were not read
+        self._types: deque[int] = deque(maxlen=_WINDOW)  # also of pictures before it: the mix that the mean stands for
+        self._offsets: Mapping[int, float] = _OFFSETS
 
     def add(self, frame: av.VideoFrame) -> None:
         """Add the next frame, in display order."""
-        settings, size, qp = _x264_settings(frame), (frame.height, frame.width), picture_qp(frame)
-        resized = self._size not in (None, size)
-        if settings is None and not resized:  # only an encoding's first frame has them
-            settings = self._settings
+        size, keyframe = (frame.height, frame.width), frame.key_frame
+        due = self._pictures < _ALL or (self.crf is None and (keyframe or self._pictures % _EVERY == 0))
+        if due or keyframe or size != self._size:
+            self._read(frame, size, keyframe, due)
+        else:
+            self._skip(frame)
+        self._pictures += 1
+
+    def _read(self, frame: av.VideoFrame, size: tuple[int, int], keyframe: bool, due: bool) -> None:
+        """due: whether the QP is read even where nothing has changed."""
+        resized, settings = size != self._size, self._settings
+        if keyframe or resized or self._pictures < _ALL:
+            # only an encoding's first frame has them
+            settings = _x264_settings(frame) or (None if resized else settings)
+        changed = resized or settings != self._settings
+        qp = picture_qp(frame) if due or changed else None
         picture = None if qp is None else (int(frame.pict_type), qp)
-        if resized or settings != self._settings or (frame.key_frame and picture and self._jumps(picture)):
-            self._offsets = _offsets(self._recent, self._offsets)
+        if changed or (keyframe and picture and self._jumps(picture)):
+            self._offsets = _offsets(_sums(self._recent), self._offsets)
             self._recent.clear()
+            self._pictures, self.mean_qp = 0, None
         if settings != self._settings:
             self._settings, self.crf = settings, None if settings is None else _crf(settings)
         self._size = size
         if picture:
             self._recent.append(picture)
             self._types.append(picture[0])
+            self.mean_qp = self._mean()
+        elif not due:
+            self._skip(frame)
+
+    def _skip(self, frame: av.VideoFrame) -> None:
+        self._recent.append(None)
+        self._types.append(int(frame.pict_type))
 
     def _jumps(self, picture: _Typed) -> bool:
-        offsets = _offsets(self._recent, self._offsets)
-        return bool(self._recent) and abs(_as_p([picture], offsets) - _as_p(self._recent, offsets)) > _JUMP
+        sums = _sums(self._recent)
+        offsets = _offsets(sums, self._offsets)
+        return bool(sums) and abs(_as_p(_sums([picture]), offsets) - _as_p(sums, offsets)) > _JUMP
+
+    def _mean(self) -> float:
+        sums = _sums(self._recent)
+        if None not in self._recent and len(self._recent) == len(self._types):
+            return _as_p(sums, {})
+        offsets = _offsets(sums, self._offsets)
+        mix = sum(offset * self._types.count(kind) for kind, offset in offsets.items()) / len(self._types)
+        return _as_p(sums, offsets) + mix
 
 
-def _as_p(pictures: Sequence[_Typed], offsets: Mapping[int, float]) -> float:
+def _sums(pictures: Iterable[_Typed | None]) -> _Sums:
+    """How many pictures of each type there are, and the sum of their QPs.
+
+    One that was not read, which is no keyframe, counts as the last one that was read and not intra coded.
+    """
+    sums: _Sums = {}
+    last = None
+    for read in pictures:
+        if picture := read or last:
+            kind, qp = picture
+            count, total = sums.get(kind, (0, 0.0))
+            sums[kind] = count + 1, total + qp
+            if kind != _I:
+                last = picture
+    return sums
+
+
+def _as_p(sums: _Sums, offsets: Mapping[int, float]) -> float:
     """The mean QP that these pictures would have as P pictures."""
-    return statistics.fmean(qp - offsets.get(kind, 0.0) for kind, qp in pictures)
+    total = sum(total - count * offsets.get(kind, 0.0) for kind, (count, total) in sums.items())
+    return total / sum(count for count, _ in sums.values())
 
 
-def _offsets(pictures: Sequence[_Typed], usual: Mapping[int, float]) -> dict[int, float]:
+def _offsets(sums: _Sums, usual: Mapping[int, float]) -> dict[int, float]:
     """How much the QPs of I and B pictures are above those of P pictures: as measured on these, drawn to the usual values."""
-    qps = {kind: [qp for other, qp in pictures if other == kind] for kind in (_I, _P, _B)}
     offsets = dict(usual)
-    for kind in usual:
-        if count := min(len(qps[kind]), len(qps[_P])):
-            measured = statistics.fmean(qps[kind]) - statistics.fmean(qps[_P])
-            offsets[kind] = (_TRUSTED * usual[kind] + count * measured) / (_TRUSTED + count)
+    if _P not in sums:
+        return offsets
+    of_p, total_of_p = sums[_P]
+    for kind in usual.keys() & sums.keys():
+        of_kind, total = sums[kind]
+        count, measured = min(of_kind, of_p), total / of_kind - total_of_p / of_p
+        offsets[kind] = (_TRUSTED * usual[kind] + count * measured) / (_TRUSTED + count)
     return offsets
 
 

@@ -15,16 +15,16 @@ the most distorted one wins.
 """
 
 import bisect
+import functools
 import math
 import statistics
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gearnn_ray.config.serve import Untrained
 from gearnn_ray.core.errors import UserError
@@ -43,6 +43,8 @@ _TABLES_UNIT = 0.2  # mean |ln| between libjpeg's tables five steps of quality a
 _QP_OFFSET = 5.0  # of libx264's mean macroblock QP from its CRF, where a release does not record QPs: 5.2 ± 0.7 on CamVid
 _LEAST_LUMA = 0.5  # keeps the logarithm of a black frame's luma finite
 _UNREAD = 0.01  # weight of an axis that was not read: it decides only between levels that are otherwise equally near
+_Points = list[list[float]]  # coordinates [level][axis]
+_CODINGS = 256  # whose distances are remembered
 _STREAMS = 4096  # streams whose brightness is remembered; the least recently used one is dropped
 _MEMORY = 8  # frames: time constant of a stream's mean brightness
 _JUMP = 1.5  # units: a larger change of brightness is not explained by the content of the scene...
@@ -144,7 +146,6 @@ class LevelEstimator:
         counts = [len({values[axis] for values in properties.values()}) > 1 for axis in range(len(AXES))]
         counts[_SIZE] = counts[_SIZE] and reference is not None
         self._counts = tuple(counts)
-        self._axes = [axis for axis in range(len(AXES)) if counts[axis]]
         properties = {name: self._with_crf(values) for name, values in properties.items()}
         points = {name: self._point(name, values) for name, values in properties.items()}
         origin = np.array(points[CLEAN.name])
@@ -162,12 +163,15 @@ class LevelEstimator:
         qps = reference.level_qp if reference else {}
         coded = {name: qps[name] for name, values in properties.items() if values.crf is not None and name in qps}
         self._qp_knots = _qp_knots([(properties[name], qp) for name, qp in coded.items()])
-        self._by_crf = np.array([points[name] for name in self._names])
-        self._by_qp = self._by_crf.copy()
+        self._by_crf: _Points = [list(points[name]) for name in self._names]
+        self._by_qp: _Points = [list(points[name]) for name in self._names]
         for row, name in enumerate(self._names):
             if name in coded:
-                self._by_qp[row, _H264] = _along(coded[name], *self._qp_knots, 1.0)
-        self._by_crf_rows, self._by_qp_rows = self._by_crf.tolist(), self._by_qp.tolist()
+                self._by_qp[row][_H264] = _along(coded[name], *self._qp_knots, 1.0)
+        self._brightnesses = [level[_BRIGHTNESS] for level in self._by_crf]
+        self._rows: dict[str | None, int] = {name: row for row, name in enumerate(self._names)}
+        # A coding is the same for many frames of a stream
+        self._coding = functools.lru_cache(_CODINGS)(self._read_coding)
 
         # ln(factor) and the measured coordinate differ because bright pixels saturate: these knots convert between
         # them. Where several levels have the same factor, the one with the shortest name, brightness alone, counts
@@ -190,12 +194,13 @@ class LevelEstimator:
         in use, stays the answer unless another level is nearer by more than `margin` units of distance, so that a frame about
         halfway between two levels does not change the answer to and fro. A level that the release does not have is not held.
         """
-        point = self._read(evidence, stream)
-        by_qp = evidence.crf is None and evidence.qp is not None
-        level, neighbour, weight, distance = self._nearest(point, by_qp, held, margin)
-        if self._counts[_JPEG] and evidence.jpeg is not None:
-            distance += evidence.jpeg.distance / _TABLES_UNIT
-        found, smoothed_over = self._spell(evidence, point), stream if weight is None else None
+        jpeg = evidence.jpeg
+        coding = self._coding(evidence.height, evidence.width, evidence.crf, evidence.qp, None if jpeg is None else jpeg.quality)
+        brightness = self._brightness(evidence.luma, stream)
+        level, neighbour, weight, distance = self._nearest(brightness, coding, held, margin)
+        if self._counts[_JPEG] and jpeg is not None:
+            distance += jpeg.distance / _TABLES_UNIT
+        found, smoothed_over = self._spell(brightness, coding), stream if weight is None else None
         return LevelEstimate(level, neighbour, weight, distance, found, smoothed_over)
 
     def match(self, level: str) -> LevelEstimate:
@@ -204,7 +209,7 @@ class LevelEstimator:
         Raises `UserError` if the name is invalid, or if the level has a kind of distortion that no level of the
         release has.
         """
-        if level in self._names:
+        if level in self._rows:
             return LevelEstimate(level, found=level)
         properties = self._with_crf(properties_of(parse_level(level)))
         for axis, counts in enumerate(self._counts):
@@ -217,7 +222,8 @@ class LevelEstimator:
         logarithms, brightnesses = self._knots[::-1]
         slope = 1 / self._units[_BRIGHTNESS]
         point[_BRIGHTNESS] = _along(math.log(properties.factor), logarithms, brightnesses, slope)
-        return LevelEstimate(*self._nearest(point, by_qp=False), found=level)
+        brightness, *others = point
+        return LevelEstimate(*self._nearest(brightness, self._measured(others, by_qp=False)), found=level)
 
     @property
     def sees_jpeg(self) -> bool:
@@ -225,31 +231,42 @@ class LevelEstimator:
         return self._counts[_JPEG]
 
     def _nearest(
-        self, read: Sequence[float | None], by_qp: bool, held: str | None = None, margin: float = 0.0
+        self, brightness: float | None, coding: "_Coding", held: str | None = None, margin: float = 0.0
     ) -> tuple[str, str | None, float | None, float]:
         """The level nearest to a point, or the held one, its neighbour, the neighbour's share (as in `LevelEstimate`), and the
         level's distance.
         """
-        levels = self._by_qp if by_qp else self._by_crf
-        if (crf := read[_H264]) is not None and crf < (best := float(levels[:, _H264].min())):
-            read = (*read[:_H264], best, *read[_H264 + 1 :])  # better than any level is as good as the best one
-        point = [origin if value is None else value for value, origin in zip(read, self._origin, strict=True)]
-        # Python floats take a third of NumPy's time for so few numbers
-        axes = [(axis, point[axis], _UNREAD if read[axis] is None else 1.0) for axis in self._axes]
+        value, share_of_axis = brightness, 1.0
+        if value is None:
+            value, share_of_axis = self._origin[_BRIGHTNESS], _UNREAD if self._counts[_BRIGHTNESS] else 0.0
         row, nearest, distances = 0, math.inf, []
-        for other, coordinates_of_level in enumerate(self._by_qp_rows if by_qp else self._by_crf_rows):
-            distance = 0.0
-            for axis, value, weight in axes:
-                distance += weight * abs(value - coordinates_of_level[axis])
+        for other, (own, distance) in enumerate(zip(self._brightnesses, coding.distances, strict=True)):
+            distance += share_of_axis * abs(value - own)
             distances.append(distance)
             if distance < nearest - 1e-6:
                 row, nearest = other, distance
-        if held in self._names and distances[self._names.index(held)] <= nearest + margin:
-            row = self._names.index(held)
-        deviations = [0.0 if value is None else value - own for value, own in zip(read, levels[row].tolist(), strict=True)]
-        neighbour, weight = self._neighbour(levels, row, deviations) if self._mixes else (None, 0.0)
+        if (held_row := self._rows.get(held)) is not None and distances[held_row] <= nearest + margin:
+            row = held_row
+        read = (brightness, *coding.read)
+        deviations = [0.0 if value is None else value - own for value, own in zip(read, coding.levels[row], strict=True)]
+        neighbour, weight = self._neighbour(coding.levels, row, deviations) if self._mixes else (None, 0.0)
         share = None if neighbour and self._asks_networks else weight
         return self._names[row], neighbour, share, round(sum(map(abs, deviations)), 6)
+
+    def _measured(self, read: Sequence[float | None], by_qp: bool, spelled: str = "") -> "_Coding":
+        """The distances to the levels of a frame at these coordinates of size, rate factor and JPEG quality; None: not read."""
+        levels = self._by_qp if by_qp else self._by_crf
+        size, crf, jpeg = read
+        if crf is not None:
+            crf = max(crf, min(level[_H264] for level in levels))  # better than any level is as good as the best one
+        # Python floats take a third of NumPy's time for so few numbers
+        axes = [
+            (axis, self._origin[axis] if value is None else value, _UNREAD if value is None else 1.0)
+            for axis, value in ((_SIZE, size), (_H264, crf), (_JPEG, jpeg))
+            if self._counts[axis]
+        ]
+        distances = [sum([weight * abs(value - level[axis]) for axis, value, weight in axes]) for level in levels]
+        return _Coding(levels, distances, (size, crf, jpeg), spelled)
 
     def _with_crf(self, properties: Properties) -> Properties:
         """Add the fixed rate factor of `h264-WxH` levels, if the release also has levels of other rate factors."""
@@ -264,66 +281,79 @@ class LevelEstimator:
             brightness = math.log(max(reference.level_luma[name], _LEAST_LUMA) / self._luma)
         return tuple(value / unit for value, unit in zip((brightness, *others), self._units, strict=True))
 
-    def _read(self, evidence: "Evidence", stream: str | None) -> tuple[float | None, ...]:
-        """The coordinates of a frame in units of distance; None for an axis that does not count or cannot be read."""
-        brightness = size = h264 = jpeg = None
-        if self._counts[_BRIGHTNESS]:
-            undistorted = self._cameras.get(stream or "", self._luma)
-            if undistorted is not None:
-                brightness = math.log(max(evidence.luma, _LEAST_LUMA) / undistorted) / self._units[_BRIGHTNESS]
-                brightness = brightness if stream is None else self._smooth(stream, brightness)
+    def _brightness(self, luma: float, stream: str | None) -> float | None:
+        """The brightness of a frame in units of distance; None if the axis does not count or has no reference."""
+        undistorted = self._cameras.get(stream or "", self._luma) if self._counts[_BRIGHTNESS] else None
+        if undistorted is None:
+            return None
+        brightness = math.log(max(luma, _LEAST_LUMA) / undistorted) / self._units[_BRIGHTNESS]
+        return brightness if stream is None else self._smooth(stream, brightness)
+
+    def _read_coding(self, height: int, width: int, crf: float | None, qp: float | None, quality: int | None) -> "_Coding":
+        """What is exactly known of a frame, compared with the levels."""
+        size = h264 = jpeg = None
+        spelled = []
         if self._pixels and self._counts[_SIZE]:
-            size = math.log(evidence.height * evidence.width / self._pixels) / self._units[_SIZE]
+            size = math.log(height * width / self._pixels) / self._units[_SIZE]
+            spelled += [f"h264-{width}x{height}"] if size else []
         if self._counts[_H264]:
-            h264 = evidence.crf
-            if h264 is None and evidence.qp is not None:
-                h264 = _along(evidence.qp, *self._qp_knots, 1.0)
+            h264 = _along(qp, *self._qp_knots, 1.0) if crf is None and qp is not None else crf
+            spelled += [] if h264 is None else [f"h264-crf{min(max(round(h264), 0), 51)}"]
         if self._counts[_JPEG]:
-            jpeg = (evidence.jpeg.quality if evidence.jpeg else LOSSLESS) / self._units[_JPEG]
-        return brightness, size, h264, jpeg
+            jpeg = (LOSSLESS if quality is None else quality) / self._units[_JPEG]
+            spelled += [] if quality is None else [f"jpeg-{quality}"]
+        return self._measured((size, h264, jpeg), crf is None and qp is not None, "+".join(spelled))
 
     def _smooth(self, stream: str, brightness: float) -> float:
         """Return the stream's mean brightness after this frame."""
         with self._lock:
-            state = self._streams.setdefault(stream, _Stream(brightness))
+            state = self._streams.get(stream)
+            if state is None:
+                state = self._streams[stream] = _Stream(brightness)
+                if len(self._streams) > _STREAMS:
+                    self._streams.popitem(last=False)
             self._streams.move_to_end(stream)
-            if len(self._streams) > _STREAMS:
-                self._streams.popitem(last=False)
             state.add(brightness)
             return state.mean
 
-    def _neighbour(self, levels: NDArray[np.float64], row: int, deviations: Sequence[float]) -> tuple[str | None, float]:
+    def _neighbour(self, levels: _Points, row: int, deviations: Sequence[float]) -> tuple[str | None, float]:
         """The closest level beyond the frame that differs from level `row` on one axis alone, and its share.
 
         Axes are tried in the order of their deviations, the largest first. The share is linear in the coordinate.
         """
         for axis in sorted(filter(deviations.__getitem__, range(4)), key=lambda axis: -abs(deviations[axis])):
-            here = levels[row, axis]
-            gaps = [(levels[other, axis] - here, other) for other in self._only_on[row][axis]]
+            here = levels[row][axis]
+            gaps = [(levels[other][axis] - here, other) for other in self._only_on[row][axis]]
             gaps = [(abs(gap), other) for gap, other in gaps if gap * deviations[axis] > 0]
             gap, other = min(gaps, default=(0.0, row))
-            if gap and 0 < (share := float(abs(deviations[axis]) / gap)) < 1:  # a deviation of 1e-300 gives 0
+            if gap and 0 < (share := abs(deviations[axis]) / gap) < 1:  # a deviation of 1e-300 gives 0
                 return self._names[other], share
         return None, 0.0
 
-    def _spell(self, evidence: "Evidence", point: Sequence[float | None]) -> str:
+    def _spell(self, brightness: float | None, coding: "_Coding") -> str:
         """Spell the coordinates of a frame as a level."""
-        brightness, size, h264, _ = point
-        parts = []
-        if brightness is not None and not self._dim <= brightness <= self._bright:
-            parts.append(f"brightness-{self._factor(brightness)}")
-        if size:
-            parts.append(f"h264-{evidence.width}x{evidence.height}")
-        if h264 is not None:
-            parts.append(f"h264-crf{min(max(round(h264), 0), 51)}")
-        if self._counts[_JPEG] and evidence.jpeg:
-            parts.append(f"jpeg-{evidence.jpeg.quality}")
-        return "+".join(parts) or CLEAN.name
+        if brightness is None or self._dim <= brightness <= self._bright:
+            return coding.spelled or CLEAN.name
+        spelled = f"brightness-{self._factor(brightness)}"
+        return f"{spelled}+{coding.spelled}" if coding.spelled else spelled
 
     def _factor(self, brightness: float) -> float:
         """The factor that makes undistorted images this bright, rounded as `found` spells it."""
         factor = math.exp(_along(brightness, *self._knots, self._units[_BRIGHTNESS]))
         return min(max(round(factor, 2), 0.01), 10.0)
+
+
+class _Coding(NamedTuple):
+    """A frame's size, rate factor and JPEG quality beside the levels.
+
+    levels: coordinates [level][axis]. distances: weighted distance to each level without brightness. read: the frame's own
+    coordinates on these three axes; None where one was not read. spelled: the three as a level; "" without distortion.
+    """
+
+    levels: _Points
+    distances: list[float]
+    read: tuple[float | None, float | None, float | None]
+    spelled: str
 
 
 @dataclass

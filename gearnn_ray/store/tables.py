@@ -190,6 +190,29 @@ magnitude float mean |d loss / d coefficient|, per unit of a coefficient of pixe
 """)
 
 
+_ADAPT = """
+what each method sent and found in each segment of a video, a row per source, run of a method and segment
+source text name of the video
+method text identifier of the method; +gearnn: over the adaptive network
+run int number of the run among those of the method: controllers have one for each price
+segment int number of the segment, from 0
+bytes int bytes of the encoded segment
+seconds float duration of the segment, seconds
+accuracy float the task's first metric over the segment's frames, percent; null if there is nothing to find in it
+forward_equivalents float forward passes of one frame that the server computed, a gradient as its time in such passes
+encodes int encodings of the segment by the camera, probes included
+level text distortion level whose network answered
+price float λ of a controller, price of the oracle in points per byte, or agreement in percent that profiling asks for; or null
+goal text of a controller: trade (at the price λ), ceiling (bits a second) or floor (accuracy in percent); null for other methods
+"""
+
+
+def adapt_schema(knobs: Mapping[str, Sequence[int | float | str]]) -> pa.Schema:
+    """Of `adapt.parquet`, with a column for each knob. knobs: their values by name."""
+    kinds = {name: "text" if any(isinstance(value, str) for value in values) else "float" for name, values in knobs.items()}
+    return _schema(_ADAPT + "".join(f"{name} {kind} deployed value of the knob\n" for name, kind in kinds.items()))
+
+
 def table(schema: pa.Schema, rows: Sequence[Mapping[str, object]]) -> pa.Table:
     """Rows as a table of exactly this schema. Raises KeyError for a row that lacks a column."""
     return pa.table({field.name: [row[field.name] for row in rows] for field in schema}, schema=schema)

@@ -4,7 +4,7 @@ A task knows targets, losses and metrics, but no levels, layers, store or Ray. I
 x_BCHW pixel values from 0 to 255 (uint8 or float32), weights_RN how often resample R holds image N.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -136,6 +136,20 @@ class Task(Protocol):
 
     def target_summary(self, evidence: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """[N, ...] that depends on the targets alone: equal for two methods judged on the same images."""
+        ...
+
+    def utility(self, forward: Forward, images_BCHW: Tensor, classes: Collection[int] = ()) -> Tensor:
+        """How sure the network is of its answers to these images, summed over them: a scalar, differentiable by the pixels, that
+        stands for accuracy where there are no labels (OneAdapt, Du et al. 2023). classes: those that count; empty for all.
+        """
+        ...
+
+    def target_of(self, prediction: Any, size: tuple[int, int]) -> Any:
+        """A network's own answer to an image of this size (height, width) as the target of other answers: what it is sure of."""
+        ...
+
+    def of_classes(self, evidence: Mapping[str, Tensor], classes: Collection[int]) -> dict[str, Tensor]:
+        """The evidence of one image as if only these classes counted. Raises UserError for a task that judges all together."""
         ...
 
     def uncertainty(self, prediction: Any) -> float:

@@ -7,7 +7,7 @@ a network that has them. Letters of shapes: B images, D detections, G objects, N
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.objects import Objects, boxes_of, rle_of
+from gearnn_ray.models.detector import collected_candidates
 from gearnn_ray.tasks import coco_ap, pictures
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
 
 _LEAST_SEEN = 0.3  # share of a box inside the crop below which an object is neither to be found nor an error
+_SURE, _UNSURE = 0.5, 0.2  # scores of a network's own answers: from the one on they are targets, between both they do not count
+_STEEPNESS = 20.0  # of σ(20 (score − 0.5)), a count of the scores above one half that has a gradient (OneAdapt, Section 4.1)
 _MASK = 0.5  # probability from which on a pixel belongs to an object
 _SAME = 0.95  # share of the detections that two equal networks have in common
 _JUDGED_PLACES = 10  # whose entropies are a network's uncertainty; an image of COCO has 7 objects on average
@@ -104,14 +107,7 @@ class Detection:
 
     def outputs(self, raw: Any) -> list[dict[str, Tensor]]:
         """The predictions of the images, highest scores first; empty places are dropped."""
-        if isinstance(raw, dict):
-            raw = [dict(zip(raw, parts, strict=True)) for parts in zip(*raw.values(), strict=True)]
-        if not isinstance(raw, list) or not all(isinstance(each, dict) and each.keys() >= _PARTS for each in raw):
-            raise UserError(
-                f"the network returned a {type(raw).__name__}: expected boxes, scores and labels of each image, so a network of "
-                "raw tensors needs a decoder (see gearnn_ray.models.detector)"
-            )
-        return [_prediction(each) for each in raw]
+        return [_prediction(each) for each in _found(raw)]
 
     def tensors(self, raw: Any) -> tuple[Tensor, ...]:
         """Boxes [B, D, 4], scores [B, D] and labels [B, D] of a network that finds D in every image, empty places included."""
@@ -163,6 +159,39 @@ class Detection:
         """Objects by image, class and range of area [N, K, 4]."""
         objects: NDArray[np.int64] = evidence["objects"].numpy().astype(np.int64)
         return objects
+
+    def utility(self, forward: Forward, images_BCHW: Tensor, classes: Collection[int] = ()) -> Tensor:
+        """Σ σ(20 (score − 0.5)) over the candidates (`collected_candidates`): how many objects are sure. Of a detector that has
+        none, what it found counts.
+        """
+        wanted = sorted(classes)
+        with collected_candidates() as candidates:
+            found = _found(forward(images_BCHW))
+        if candidates:
+            scores = [each[..., wanted] if wanted else each for each in candidates]
+        else:
+            scores = [each["scores"][_is_one_of(each["labels"], wanted)] if wanted else each["scores"] for each in found]
+        return torch.stack([torch.sigmoid(_STEEPNESS * (each.float() - 0.5)).sum() for each in scores]).sum()
+
+    def target_of(self, prediction: Prediction, size: tuple[int, int]) -> Objects:
+        """The objects with a score of 0.5 and more. Those from 0.2 on are regions where a detection is not judged."""
+        likely = prediction["scores"] >= _UNSURE
+        found = {name: part[likely].cpu().numpy() for name, part in prediction.items()}
+        boxes, masks = found["boxes"].astype(np.float32), found.get("masks")
+        areas = coco_ap.box_areas(boxes.astype(np.float64)) if masks is None else masks.sum((1, 2))
+        return Objects(
+            boxes, found["labels"].astype(np.int64), areas.astype(np.float32), found["scores"] < _SURE, size,
+            None if masks is None else tuple(map(rle_of, masks)),
+        )  # fmt: skip
+
+    def of_classes(self, evidence: Mapping[str, Tensor], classes: Collection[int]) -> dict[str, Tensor]:
+        """The evidence without objects of other classes, because metrics are means over the classes that have objects."""
+        found = dict(evidence)
+        for name in ("objects", f"{_OF_MASKS}objects"):
+            if name in found:
+                others = [label for label in range(len(found[name])) if label not in classes]
+                found[name] = found[name].index_fill(0, torch.tensor(others, dtype=torch.int64), 0)
+        return found
 
     def uncertainty(self, prediction: Prediction) -> float:
         """The mean entropy of "is there an object" over ten places, those of the highest scores, 0 to ln 2.
@@ -231,6 +260,22 @@ def _tensors(target: Objects) -> dict[str, Tensor]:
     boxes, crowd = torch.from_numpy(target.boxes), torch.from_numpy(target.crowd)
     tensors = {"boxes": boxes[~crowd], "labels": torch.from_numpy(target.labels)[~crowd], "crowd": boxes[crowd]}
     return tensors if target.rles is None else tensors | {"masks": torch.from_numpy(target.masks())[~crowd]}
+
+
+def _found(raw: Any) -> list[dict[str, Tensor]]:
+    """What a network found in each image (`models.detector.Found`). Raises UserError if it returned anything else."""
+    if isinstance(raw, dict):
+        raw = [dict(zip(raw, parts, strict=True)) for parts in zip(*raw.values(), strict=True)]
+    if not isinstance(raw, list) or not all(isinstance(each, dict) and each.keys() >= _PARTS for each in raw):
+        raise UserError(
+            f"the network returned a {type(raw).__name__}: expected boxes, scores and labels of each image, so a network of "
+            "raw tensors needs a decoder (see gearnn_ray.models.detector)"
+        )
+    return raw
+
+
+def _is_one_of(labels: Tensor, wanted: Sequence[int]) -> Tensor:
+    return torch.isin(labels, labels.new_tensor(wanted))
 
 
 def _prediction(found: Mapping[str, Tensor]) -> dict[str, Tensor]:

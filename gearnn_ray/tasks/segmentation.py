@@ -3,7 +3,7 @@
 Shapes: x_BCHW pixel values, y_BHW int64 class ids, logits_BKhw float32, counts_NKK int32 [image, label, prediction] pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,31 @@ class Segmentation:
         """Labelled pixels by image and class [N, K]."""
         labelled_NK: NDArray[np.int64] = evidence["counts"].numpy().astype(np.int64).sum(-1)
         return labelled_NK
+
+    def utility(self, forward: Forward, images_BCHW: Tensor, classes: Collection[int] = ()) -> Tensor:
+        """The log-probability of a class that is drawn for each pixel from the network's own answer, a mean over pixels.
+
+        The square of its gradient estimates the Fisher information: how far the answer moves with each pixel value. It
+        ranks encodings best among the utilities that benchmarks/accgrad.py compares.
+        The draw is always the same. Only pixels whose most likely class is one of `classes` count.
+        """
+        log_p_BKhw = self.outputs(forward(images_BCHW)).log_softmax(1)
+        draw_hw = torch.rand(log_p_BKhw.shape[-2:], generator=torch.Generator().manual_seed(0)).to(log_p_BKhw.device)
+        below_BKhw = log_p_BKhw.detach().exp().cumsum(1) < draw_hw
+        drawn_B1hw = below_BKhw.sum(1, keepdim=True).clamp(max=log_p_BKhw.shape[1] - 1)  # the sum may round to less than 1
+        found_Bhw = log_p_BKhw.gather(1, drawn_B1hw)[:, 0]
+        if classes:
+            best_Bhw = log_p_BKhw.argmax(1)
+            found_Bhw = found_Bhw * torch.isin(best_Bhw, best_Bhw.new_tensor(sorted(classes)))
+        return found_Bhw.mean((1, 2)).sum()
+
+    def target_of(self, prediction: Tensor, size: tuple[int, int]) -> Image:
+        """The class of each pixel [H, W]."""
+        return self.answer(self.at_frame_size(prediction[None], *size)[0])
+
+    def of_classes(self, evidence: Mapping[str, Tensor], classes: Collection[int]) -> dict[str, Tensor]:
+        """Not defined: a pixel that is taken for another class counts for both."""
+        raise UserError("classes are given for a segmentation, whose accuracy is that of all classes: leave them out")
 
     def uncertainty(self, prediction: Tensor) -> float:
         """The mean over pixels of the entropy of the class probabilities, 0 to ln K."""

@@ -7,9 +7,9 @@ is counted, not fatal, because the next keyframe mends it.
 import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -26,8 +26,7 @@ __all__ = ["DEFAULT_LIMITS", "VideoFrame", "decoded", "first_video", "packets_of
 _MOST_DAMAGED = 150  # packets in a row without a picture: five seconds in which nothing was seen; a camera is then opened again
 
 
-@dataclass(frozen=True, eq=False)
-class VideoFrame:
+class VideoFrame(NamedTuple):
     """One decoded frame.
 
     pixels: RGB uint8 [H, W, 3]. seconds: its presentation time, as the stream says; None where it says nothing. keyframe:
@@ -70,11 +69,14 @@ def packets_of(container: InputContainer) -> Iterator[Any]:
 
 def check_size(width: int, height: int, limits: Limits) -> None:
     """Raise SourceError unless frames of this size may be decoded; 0: not known yet."""
-    found = f"the video has frames of {width} × {height} pixels"
     if width * height > limits.pixels:
-        raise TooLargeError(f"{found}, expected at most {limits.pixels} in all: scale it down")
+        raise TooLargeError(f"{_found(width, height)}, expected at most {limits.pixels} in all: scale it down")
     if width and min(width, height) < limits.shortest_side:
-        raise SourceError(f"{found}, expected at least {limits.shortest_side} on each side")
+        raise SourceError(f"{_found(width, height)}, expected at least {limits.shortest_side} on each side")
+
+
+def _found(width: int, height: int) -> str:
+    return f"the video has frames of {width} × {height} pixels"
 
 
 class TooLargeError(SourceError):
@@ -117,16 +119,16 @@ def decoded(container: InputContainer, limits: Limits = DEFAULT_LIMITS, threads:
             start = time.perf_counter()
             try:
                 picture = next(pictures, None)
-                frame = None if picture is None else read.frame(picture)
+                frame = None if picture is None else read.frame(picture, progress, start)
             except av.MemoryError as error:
                 raise TooLargeError("a frame of the video is too large to be decoded here: scale it down") from error
             except (av.FFmpegError, BadFrameError):
                 progress.lost += 1
                 break
-            progress.seconds += time.perf_counter() - start
             if frame is None:
+                progress.seconds += time.perf_counter() - start
                 break
-            yield replace(frame, bytes=progress.bytes, decode_seconds=progress.seconds, lost=progress.lost)
+            yield frame
             progress, without = _Progress(), 0
         if without > _MOST_DAMAGED:
             raise SourceError(f"{without} packets in a row hold no picture: the video is damaged, or its codec has changed")
@@ -140,6 +142,9 @@ def _pictures(packet: "av.Packet[Any]", codec: str) -> Iterator[Any]:
         yield packet
 
 
+_Read = tuple[NDArray[np.uint8], Evidence, float]  # pixels, evidence, and the seconds that the evidence took
+
+
 class _Reading:
     """Makes frames of decoded pictures."""
 
@@ -147,26 +152,43 @@ class _Reading:
         self._stream, self._limits, self.codec = stream, limits, stream.codec_context.name
         self._quality, self._convert = H264Quality(), VideoReformatter()
 
-    def frame(self, picture: Any) -> VideoFrame:
-        """The frame without what its packets say. Raises SourceError and BadFrameError for one that is not usable."""
-        if isinstance(picture, av.Packet):
-            still = read_frame(bytes(picture), "image/jpeg", self._limits)
-            return VideoFrame(still.pixels, _seconds(picture, self._stream), True, 0, still.evidence, 0.0, 0.0)
+    def frame(self, picture: Any, progress: _Progress, start: float) -> VideoFrame:
+        """The frame of a picture whose decoding began at `start`. Raises SourceError and BadFrameError for one not usable."""
+        still = isinstance(picture, av.Packet)
+        pixels, evidence, level_seconds = self._still(picture) if still else self._picture(picture)
+        return VideoFrame(
+            pixels=pixels,
+            seconds=_seconds(picture, self._stream),
+            keyframe=still or picture.key_frame,
+            bytes=progress.bytes,
+            evidence=evidence,
+            decode_seconds=progress.seconds + time.perf_counter() - start,
+            level_seconds=level_seconds,
+            lost=progress.lost,
+            damaged=not still and picture.is_corrupt,
+        )
+
+    def _still(self, packet: "av.Packet[Any]") -> _Read:
+        frame = read_frame(bytes(packet), "image/jpeg", self._limits)
+        return frame.pixels, frame.evidence, 0.0
+
+    def _picture(self, picture: Any) -> _Read:
         check_size(picture.width, picture.height, self._limits)
         pixels = _pixels(picture, self._convert)
-        start, qp, crf = time.perf_counter(), None, None
+        start = time.perf_counter()
         if self.codec == "h264":
             self._quality.add(picture)
-            qp, crf = self._quality.mean_qp, self._quality.crf
-        evidence = evidence_of(pixels, qp=qp, crf=crf)
-        spent, keyframe = time.perf_counter() - start, bool(picture.key_frame)
-        seconds = _seconds(picture, self._stream)
-        return VideoFrame(pixels, seconds, keyframe, 0, evidence, 0.0, spent, damaged=bool(picture.is_corrupt))
+        evidence = evidence_of(pixels, qp=self._quality.mean_qp, crf=self._quality.crf)
+        return pixels, evidence, time.perf_counter() - start
 
 
-def _seconds(frame: Any, stream: Any) -> float | None:
-    base = frame.time_base or stream.time_base
-    return None if frame.pts is None or base is None else float(frame.pts * base)
+def _seconds(picture: Any, stream: Any) -> float | None:
+    if picture.pts is None:
+        return None
+    if isinstance(picture, av.VideoFrame) and (seconds := picture.time):  # fractions take 10 µs
+        return float(seconds)
+    base = picture.time_base or stream.time_base
+    return None if base is None else float(picture.pts * base)
 
 
 def _pixels(frame: av.VideoFrame, convert: VideoReformatter) -> NDArray[np.uint8]:

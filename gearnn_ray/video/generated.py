@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gearnn_ray.data.scenes import CLASS_NAMES, THINGS, ScenesSplit
+from gearnn_ray.levels.h264_codec import x264_encoder
 from gearnn_ray.levels.level import Brightness
 from gearnn_ray.serving.frames import Limits
 from gearnn_ray.video.decoding import VideoFrame, decoded
 
-__all__ = ["FRAMES_PER_SECOND", "Clip", "Shot"]
+__all__ = ["FRAMES_PER_SECOND", "TUNNEL", "Clip", "Shot"]
 
 FRAMES_PER_SECOND = 10
 _SHOT_FRAMES = 50
@@ -43,6 +44,8 @@ SHOTS = (
     Shot(), Shot(crf=36), Shot(crf=44), Shot(crf=28, scale=0.5), Shot(crf=36, scale=0.5), Shot(),
     Shot(light=0.5), Shot(light=0.2), Shot(light=0.1), Shot(crf=36, light=0.2), Shot(light=0.5), Shot(),
 )  # fmt: skip
+TUNNEL = (*[Shot()] * 4, Shot(light=0.5), Shot(light=0.2), Shot(light=0.5), *[Shot()] * 5)
+"""Shots of pristine frames, between which the scene is cut; in their middle it becomes dark."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Clip:
             raise IndexError(f"there is no frame {number} among the {len(self)} of the clip")
         return self._scenes.target(_FIRST_SCENE * self.shot_frames + number)
 
+    def pristine(self, number: int) -> NDArray[np.uint8]:
+        """A frame in the light of its shot, before it is scaled and encoded: RGB [H, W, 3]."""
+        light = Brightness(self.shots[number // self.shot_frames].light)
+        return next(light.stream([self._scenes.image(_FIRST_SCENE * self.shot_frames + number)]))
+
     @cached_property
     def stream(self) -> bytes:
         """The clip as an MPEG transport stream of H.264."""
@@ -95,17 +103,13 @@ class Clip:
         return file.getvalue()
 
     def _encoded(self, number: int, shot: Shot) -> Iterator[Any]:
-        encoder = av.CodecContext.create("libx264", "w")
-        assert isinstance(encoder, av.VideoCodecContext)
-        encoder.height, encoder.width = (2 * round(side * shot.scale / 2) for side in (self.height, self.width))
-        encoder.pix_fmt, encoder.framerate = "yuv420p", Fraction(FRAMES_PER_SECOND)
-        encoder.time_base, encoder.thread_count = Fraction(1, FRAMES_PER_SECOND), 1
-        encoder.options = {"preset": "medium", "crf": str(shot.crf), "x264-params": "cpu-independent=1"}
+        height, width = (2 * round(side * shot.scale / 2) for side in (self.height, self.width))
+        encoder = x264_encoder((height, width), Fraction(FRAMES_PER_SECOND), {"preset": "medium", "crf": str(shot.crf)})
         encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
         convert, light = VideoReformatter(), Brightness(shot.light)
         first = (_FIRST_SCENE + number) * self.shot_frames
         for step in range(self.shot_frames):
-            pixels = _scaled(next(light.stream([self._scenes.image(first + step)])), encoder.height, encoder.width)
+            pixels = _scaled(next(light.stream([self._scenes.image(first + step)])), height, width)
             frame = convert.reformat(
                 av.VideoFrame.from_ndarray(pixels, format="rgb24"), format="yuv420p", dst_colorspace=Colorspace.ITU709,
                 src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG, threads=1,

@@ -1,14 +1,23 @@
 """One line of JSON for every frame of a stream. `frames.schema.json` beside this file is its schema."""
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from gearnn_ray.serving.level_estimation import LevelEstimate
 from gearnn_ray.video.decoding import VideoFrame
 
-__all__ = ["Line", "line_of", "written"]
+__all__ = ["Line", "line_of", "name_of_stream", "written"]
 
 Line = dict[str, object]
+
+
+def name_of_stream(source: str | None, given: str | None = None) -> str:
+    """The name of a stream in what is written: the given one, or the source's file name."""
+    name = given or Path(urlsplit(source).path if source else "generated").stem
+    return re.sub(r"[^A-Za-z0-9._:@+-]", "-", name)[:128] or "stream"
 
 
 def line_of(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gearnn_ray.video.lines import Line
 
-__all__ = ["LiveStream", "StreamState"]
+__all__ = ["LiveStream", "StreamState", "jpeg_of"]
 
 _HISTORY = 600  # frames whose levels are shown
 _LINES = 200  # of which a reader may be late
@@ -59,15 +59,13 @@ class LiveStream:
         self._online, self._dropped, self._lost, self._frames = False, 0, 0, 0
         self._problem: str | None = None
 
-    def add(self, line: Line, value: float | None, level: str, picture: Callable[[], NDArray[np.uint8]]) -> None:
+    def add(self, line: Line, value: float | None, level: str, picture: Callable[[], NDArray[np.uint8]] | None = None) -> None:
         """A frame was processed. value: as in `StreamState.values`. level: used. picture: draws the frame; it is called only
-        where somebody looks.
+        where a picture is due.
         """
         now = time.monotonic()
-        encoded = None
-        if now - self._wanted < _WANTED_SECONDS and now - self._drawn >= _PICTURE_SECONDS:
-            self._drawn = now
-            encoded = _jpeg(picture())
+        if picture is not None and self.is_picture_due():
+            self.show(jpeg_of(picture()))
         with self._lock:
             self._frames += 1
             self._online, self._problem = True, None
@@ -78,7 +76,18 @@ class LiveStream:
             self._levels.append((float(pts) if isinstance(pts, float) else now, level, value))
             self._level_frames[level] = self._level_frames.get(level, 0) + 1
             self._lines.append((self._frames, line))
-            self._picture = encoded or self._picture
+
+    def is_picture_due(self) -> bool:
+        """Whether somebody looks and the latest picture is old. The next one is then due only after a while."""
+        now = time.monotonic()
+        due = now - self._wanted < _WANTED_SECONDS and now - self._drawn >= _PICTURE_SECONDS
+        if due:
+            self._drawn = now
+        return due
+
+    def show(self, picture: bytes) -> None:
+        """Take a JPEG as the latest picture."""
+        self._picture = picture
 
     def count(self, dropped: int, lost: int, problem: str | None) -> None:
         """What the reader of the stream says: frames dropped, packets lost, and why it is offline."""
@@ -109,7 +118,8 @@ class LiveStream:
             return [(at, line) for at, line in self._lines if at > number]
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
+def jpeg_of(pixels: NDArray[np.uint8]) -> bytes:
+    """A picture, RGB [H, W, 3], as a page shows it."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=85)
     return file.getvalue()

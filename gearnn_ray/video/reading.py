@@ -54,13 +54,15 @@ class Reader:
         hardware: str | None = None,
         threads: int = 1,
         open_frames: Callable[[], Iterator[VideoFrame]] | None = None,
+        arrived: Callable[[], object] = lambda: None,
     ) -> None:
         """again: open a source that ended or failed again, after growing pauses, for ever; patient: also one that has not given a
-        frame yet, and may have a wrong address. open_frames: what is read instead of
-        the address.
+        frame yet, and may have a wrong address. open_frames: what is read instead of the address. arrived: called by the reading
+        thread after each frame, for those who do not wait in `take`.
         """
         self.address, self._slow, self._again = address, slow, again and patient
         self._again_after_a_frame = again
+        self._arrived = arrived
         self._open = open_frames or (lambda: self._decoded(limits, hosts, hardware, threads))
         self._frames: deque[VideoFrame] = deque()
         self._changed = threading.Condition()
@@ -165,4 +167,5 @@ class Reader:
                 return False
             self._frames.append(frame)
             self._changed.notify_all()
-            return True
+        self._arrived()
+        return True

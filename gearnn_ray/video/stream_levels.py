@@ -5,8 +5,6 @@ that very frame. Brightness and QP drift with the content of the scene: a level 
 `_MARGIN`, so that two levels at equal distance do not alternate.
 """
 
-from dataclasses import dataclass
-
 from gearnn_ray.serving.frames import Evidence
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
 
@@ -15,34 +13,21 @@ __all__ = ["StreamLevels"]
 _MARGIN = 0.5  # units of distance: half of what the axes call one step
 
 
-@dataclass(frozen=True)
-class _Coding:
-    """What the bitstream says exactly."""
-
-    height: int
-    width: int
-    crf: float | None
-    jpeg: int | None
-
-    @classmethod
-    def of(cls, evidence: Evidence) -> "_Coding":
-        jpeg = None if evidence.jpeg is None else evidence.jpeg.quality
-        return cls(evidence.height, evidence.width, evidence.crf, jpeg)
-
-
 class StreamLevels:
     """Estimates the levels of one stream's frames, in order. A release that is replaced needs a new one."""
 
     def __init__(self, estimator: LevelEstimator, stream: str) -> None:
         self._estimator, self._stream = estimator, stream
-        self._coding: _Coding | None = None
+        self._coding: tuple[float | None, ...] = ()
         self._level: str | None = None
         self.changes = 0
         """how often the level has changed"""
 
     def estimate(self, evidence: Evidence) -> LevelEstimate:
         """The level of the next frame."""
-        coding = _Coding.of(evidence)
+        jpeg = evidence.jpeg
+        # what the bitstream says exactly
+        coding = (evidence.height, evidence.width, evidence.crf, None if jpeg is None else jpeg.quality)
         held = self._level if coding == self._coding else None
         estimate = self._estimator.estimate(evidence, self._stream, held=held, margin=_MARGIN)
         self.changes += self._level is not None and estimate.level != self._level

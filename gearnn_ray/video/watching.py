@@ -9,7 +9,6 @@ size are a pass of their own.
 
 import itertools
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from gearnn_ray.tasks.base import Served
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.drawing import Panel, enlargement, side_by_side
 from gearnn_ray.video.generated import FRAMES_PER_SECOND, Clip
-from gearnn_ray.video.lines import Line, line_of, written
+from gearnn_ray.video.lines import Line, line_of, name_of_stream, written
 from gearnn_ray.video.live import LiveStream
 from gearnn_ray.video.reading import Reader
 from gearnn_ray.video.recording import Recorder
@@ -113,9 +111,8 @@ def _outputs(config: WatchConfig, clip: Clip | None, stack: ExitStack) -> tuple[
 
 
 def stream_name(config: WatchConfig) -> str:
-    """The name of the stream in what is written: the given one, or the source's file name."""
-    name = config.stream or Path(urlsplit(config.source).path if config.source else "generated").stem
-    return re.sub(r"[^A-Za-z0-9._:@+-]", "-", name)[:128] or "stream"
+    """The name of the stream in what is written."""
+    return name_of_stream(config.source, config.stream)
 
 
 def _clip_of(model: AdaptiveModel) -> Clip:

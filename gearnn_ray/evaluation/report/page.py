@@ -3,13 +3,10 @@
 `figures_of` draws and `render` writes. Tables and sentences are made here and in `page_tables`; report.html lays them out.
 """
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import jinja2
 
 from gearnn_ray.evaluation.records import AverageRow
 from gearnn_ray.evaluation.report import figures as draw
@@ -19,6 +16,7 @@ from gearnn_ray.evaluation.report.methods import GROUPS, METHODS, in_order, meth
 from gearnn_ray.evaluation.report.pictures import RENDERERS
 from gearnn_ray.evaluation.statistics import verdict
 from gearnn_ray.levels.level import parse_level
+from gearnn_ray.reporting.page import image_address, page_template
 
 TURNED = 0.01
 """A network turned away from high frequencies if their share of the response fell by at least this much."""
@@ -43,9 +41,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, bytes]:
 def render(evaluation: Evaluation, figures: Mapping[str, bytes]) -> str:
     """The report as one HTML page without scripts or requests; `figures` are those of `figures_of`."""
     e = evaluation
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.render(
+    return page_template(Path(__file__).with_name("report.html")).render(
         e=e,
         share=f"{100 * e.budget_floats / e.model_floats:.2f}%" if e.model_floats else "",
         counted=_counted(e),
@@ -65,11 +61,7 @@ def render(evaluation: Evaluation, figures: Mapping[str, bytes]) -> str:
         shares=page_tables.shares(e),
         frequency=page_tables.frequency(e),
         claims=_claims(e),
-        figures={
-            name: (plot.caption, "data:image/png;base64," + base64.b64encode(figures[name]).decode())
-            for name, plot in _plots(e).items()
-            if name in figures
-        },
+        figures={name: (plot.caption, image_address(figures[name])) for name, plot in _plots(e).items() if name in figures},
     )
 
 

@@ -1,0 +1,1 @@
+"""What the adapt job shows of a comparison: figures, and one HTML page."""
