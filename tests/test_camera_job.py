@@ -25,7 +25,7 @@ from gearnn_ray.knobs.knob import knobs_of, settings_of
 from gearnn_ray.knobs.tiles import tiles_of
 from gearnn_ray.knobs.uplink import Buffer, TokenBucket
 from gearnn_ray.knobs.wire import CONTENT_TYPE, Advice, Costs, Head, Report
-from gearnn_ray.service.bundles import saliency_at
+from gearnn_ray.service.bundles import saliency_at, weights_at
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.level_estimation import LevelEstimate
 from gearnn_ray.store.releases import Store
@@ -75,7 +75,7 @@ def parts(
     chosen = {knob.name: values.get(knob.name, knob.values[0]) for knob in knobs}
     made = encode(frames, settings_of(knobs, chosen))
     probed = Chosen(chosen, {knob.name: knob.values[1] for knob in knobs})
-    head = head_of(Segment(0, frames, 3.0, 0.8, 0.0), knobs, chosen, made, price)
+    head = head_of(Segment(0, frames, 3.0, 0.8, 0.0), knobs, chosen, made, CameraConfig(price=price))
     return head, made.data, report_of(frames, knobs, probed, made)
 
 
@@ -165,7 +165,7 @@ def test_a_report_beyond_its_size_is_not_kept() -> None:
         assert "has no end within" in last["error"]
 
 
-def test_saliency_is_taken_at_the_level_of_the_answer_also_between_levels(tmp_path: Path) -> None:
+def test_errors_count_alike_or_as_the_gradient_says_at_the_level_of_the_answer(tmp_path: Path) -> None:
     publish(Store(tmp_path), "tiny", level_names=("h264-crf18", "h264-crf40"))
     model = AdaptiveModel.pull(str(tmp_path), "tiny", untrained="interpolate", trust=TRUST)
     frame = VideoFrame(moving(1, 64, 80)[0], None, True, 0, None, 0.0, 0.0)  # type: ignore[arg-type]
@@ -173,6 +173,13 @@ def test_saliency_is_taken_at_the_level_of_the_answer_also_between_levels(tmp_pa
     assert {one.shape for one in each} == {(8, 10)}
     assert all(np.isfinite(one).all() and one.max() > 0 for one in each)
     assert not np.allclose(*each)
+    head, *_ = parts()
+    alike = weights_at(model, frame, LevelEstimate("h264-crf18"), head)
+    assert alike.shape == tiles_of(head.frame)
+    assert (alike == 1).all()
+    weighed = weights_at(model, frame, LevelEstimate("h264-crf18"), head.model_copy(update={"gradient": True}))
+    assert weighed.shape == alike.shape
+    assert weighed.std() > 0
     gone = LevelEstimate("h264-crf20")
     assert saliency_at(model, frame, gone, (64, 80)).shape == (4, 5)
 

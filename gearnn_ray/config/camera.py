@@ -26,12 +26,15 @@ class CameraConfig(Section):
     knobs: tuple[str, ...] = ("crf=18,24,30,36,42", "size=1,0.75,0.5", "rate=1,2")
     """what is steered, the best value first: name=value,value,… or the import path of a knob of your own"""
     price: float | None = Field(None, ge=0, le=1e15)
-    """what it is worth to save the bits of the best values, in units of the network's utility; default, without a ceiling or a
+    """what it is worth to save the bits of the best values, in units of the loss (see gradient); default, without a ceiling or a
     link: as much as the knobs are found to lose for these bits in the first segment"""
     ceiling: str | None = None
     """bits a second that the knobs are to hold on average, such as 300k or 1.5M; default: 90% of the link's, if it is given"""
     link: str | None = None
     """bits a second that are sent at most, such as 500k; default: no limit"""
+    gradient: bool = False
+    """weigh the errors of pixels by the network's gradient, as OneAdapt does: a backward pass of the service for each segment,
+    which was not found to save bits (docs/results/oneadapt.md); default: all pixels count alike"""
     segment_frames: int = Field(10, ge=1, le=1000)
     """frames of a segment, for which the knobs are the same"""
     ndjson: str | None = None

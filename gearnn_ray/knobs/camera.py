@@ -269,7 +269,7 @@ class _Camera:
         encoded = encode(segment.frames, settings_of(self._knobs, chosen.values))
         if self._report is None or self._report.done():
             self._report = report = self._prober.submit(report_of, segment.frames, self._knobs, chosen, encoded)
-        head = head_of(segment, self._knobs, chosen.values, encoded, self._config.price, self._config.ceiling_rate)
+        head = head_of(segment, self._knobs, chosen.values, encoded, self._config)
         return _Ready(head, encoded.data, report, segment.taken + segment.seconds)
 
     def _answered(self, ready: _Ready, answer: Answer, sent: int) -> Line:
@@ -305,14 +305,10 @@ class _Camera:
 
 
 def head_of(
-    segment: Segment,
-    knobs: Sequence[Knob],
-    values: Mapping[str, Value],
-    encoded: Encoded,
-    price: float | None = None,
-    ceiling: float | None = None,
+    segment: Segment, knobs: Sequence[Knob], values: Mapping[str, Value], encoded: Encoded, config: CameraConfig | None = None
 ) -> Head:
-    """What the service is told of a segment that was encoded with these values. price, ceiling: as in `Head`."""
+    """What the service is told of a segment that was encoded with these values. config: for the goal, and what weighs errors."""
+    config = config or CameraConfig()
     settings, (height, width, _) = settings_of(knobs, values), segment.frames[0].shape
     is_video = encoded.codec == "h264"
     return Head(
@@ -329,8 +325,9 @@ def head_of(
         qp=settings.qp if is_video else None,
         knobs={knob.name: knob.values for knob in knobs},
         values=dict(values),
-        price=price,
-        ceiling=ceiling,
+        gradient=config.gradient,
+        price=config.price,
+        ceiling=config.ceiling_rate,
     )
 
 

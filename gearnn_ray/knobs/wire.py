@@ -118,8 +118,9 @@ class Head(_Message):
     bytes: of the segment, which is H.264 (Annex B), or JPEGs of so many bytes each (`packets`), one after the other. size: height
     and width of the frames sent; of H.264, whose sides are even, without the padding. frame: of the frames as the camera sees
     them. sent: which of the `frames` of the segment are in it. start: of the segment, and its duration, in seconds of the stream.
-    crf, qp: what the encoder was told. knobs: all values of each, the best first. values: those of this segment. price, ceiling:
-    the goal, `Trade` unless there is a ceiling in bits a second.
+    crf, qp: what the encoder was told. gradient: whether errors are weighed by the network's gradient, or all alike. knobs: all
+    values of each, the best first. values: those of this segment. price, ceiling: the goal, `Trade` unless there is a ceiling
+    in bits a second.
     """
 
     version: Literal[1] = 1
@@ -138,6 +139,7 @@ class Head(_Message):
         min_length=1, max_length=_MOST_KNOBS
     )
     values: dict[Name, WireValue]
+    gradient: bool = False
     price: float | None = Field(None, ge=0, le=_MOST_GOAL)
     ceiling: float | None = Field(None, gt=0, le=_MOST_GOAL)
 
@@ -220,7 +222,7 @@ class Costs:
 
     @classmethod
     def of(cls, head: Head, report: Report, weights: NDArray[np.float32] | None) -> "Costs":
-        """weights: the saliency of the tiles of the camera's frames. Raises WireError for a report of other knobs or tiles."""
+        """weights: of the tiles of the camera's frames. Raises WireError for a report of other knobs or tiles."""
         nothing = cls(head.grids, head.goal, head.values, head.seconds)
         if report.errors is None or weights is None:
             return nothing

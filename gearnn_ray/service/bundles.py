@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.knobs.saliency import for_size, saliency
+from gearnn_ray.knobs.tiles import tiles_of
+from gearnn_ray.knobs.wire import Head
 from gearnn_ray.models.names import check_released_name
 from gearnn_ray.service.backend import BundleHealth, Prediction
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
@@ -139,6 +141,13 @@ def predict(items: Sequence[Item]) -> list[Prediction]:
         seconds = {"queue": start - item.since, "network": time.perf_counter() - start}
         predictions.append(Prediction(content, estimate, release, seconds, class_names))
     return predictions
+
+
+def weights_at(model: AdaptiveModel, frame: VideoFrame, estimate: LevelEstimate, head: Head) -> NDArray[np.float32]:
+    """What an error counts in each tile of a camera's frames: the same everywhere, or as the network's gradient says."""
+    if head.gradient:
+        return saliency_at(model, frame, estimate, head.frame)
+    return np.ones(tiles_of(head.frame), np.float32)
 
 
 def saliency_at(model: AdaptiveModel, frame: VideoFrame, estimate: LevelEstimate, size: tuple[int, int]) -> NDArray[np.float32]:

@@ -47,7 +47,7 @@ from gearnn_ray.ray_jobs.local_ray import address_to_join, bind_replica_to_its_n
 from gearnn_ray.service import http
 from gearnn_ray.service.admission import Admission
 from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
-from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict, saliency_at
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict, weights_at
 from gearnn_ray.service.cameras import CameraAnswer, CameraStreams, LevelFacts, cameras, process_names
 from gearnn_ray.service.steering import SharedControllers, controllers
 from gearnn_ray.serving.frames import Frame
@@ -172,7 +172,7 @@ class Service:
         ref = self.reference(bundle)
         model, weights = self._bundles[ref].model(), None
         if report.errors is not None:
-            work = partial(saliency_at, model, frame, estimate, head.frame)
+            work = partial(weights_at, model, frame, estimate, head)
             weights = await asyncio.get_running_loop().run_in_executor(self._worker, work)
         return await self._controllers.step(f"{ref}/{stream}", Costs.of(head, report, weights))
 
