@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import itertools
+import os
 import socket
 import socketserver
 import threading
@@ -54,9 +55,21 @@ def encoded(
 ) -> bytes:
     """Frames as a file. times: of each frame, in units of 1 / rate. options: of the encoder; `g=5` becomes "g": "5"."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container, options=muxing or {}) as output:
+    with own_priority(), av.open(file, "w", format=container, options=muxing or {}) as output:
         add(output, frames, codec, rate, start, times, **options)
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def own_priority() -> Iterator[None]:
+    """Undoes what SVT-AV1 does to a superuser: a thread that encodes gets real-time priority for ever, which all that it starts
+    later inherits, so that one test in an endless loop would stop the machine.
+    """
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
 
 
 def add(

@@ -1,6 +1,7 @@
 """Decoding: every frame once and in order, with what the stream says of it, whatever the stream does."""
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -34,6 +35,7 @@ CODECS = {
 def test_every_frame_once_and_in_order(codec: str, container: str) -> None:
     frames = list(frames_in(encoded(moving(10, 96, 128), codec, container)))
     assert [number_of(frame.pixels) for frame in frames] == list(range(10))
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "neither the codec nor its test keeps the machine to itself"
     assert frames[0].keyframe
     assert all(frame.bytes > 0 for frame in frames[:1])
     assert sum(frame.lost for frame in frames) == 0
