@@ -34,7 +34,7 @@ from tests import served, tiny
 from tests.conftest import ROOT
 from tests.nets import Small
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 KNOWN = "known-to-everybody"  # a token
 # variables that would switch the guards off; a Ray that a job starts must not depend on them

@@ -95,6 +95,7 @@ def test_a_port_in_use_and_too_few_cpus_are_one_sentence_each(monkeypatch: pytes
         service._check_resources(ServeConfig(replicas=3, num_gpus=0))
 
 
+@pytest.mark.ray
 def test_it_serves_prints_its_address_and_ends_on_sigterm_with_all_its_processes(tmp_path: Path) -> None:
     digest = served.publish(Store(tmp_path / "store"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
