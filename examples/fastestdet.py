@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from gearnn_ray.models.detector import Found, SingleStageDetector, Target, Terms
+from gearnn_ray.models.lesson import class_divergence, yes_no_divergence
 
 _CHANNELS = (24, 48, 96, 192)  # of the first convolution and of stages 2 to 4
 _BLOCKS = (4, 8, 4)  # in stages 2 to 4
@@ -207,6 +208,22 @@ class FastestDet(SingleStageDetector):
             "boxes": (_WEIGHTS["boxes"] * (1 - quality_N).sum(), pairs),
             "objectness": (_WEIGHTS["objectness"] * (factor_BP * distance_BP).sum(), counted),
             "classes": (_WEIGHTS["classes"] * -likelihood_N.sum(), pairs),
+        }
+
+    def imitation(self, raw: Tensor, taught: Tensor, temperature: float, height: int, width: int) -> Terms:
+        """The published loss with the teacher's answers in place of objects: boxes and classes at every position, weighted by the
+        teacher's objectness there, and the divergence of objectness, each per unit of that objectness.
+        """
+        (objectness, box, classes), (their_objectness, their_box, their_classes) = _parts(raw), _parts(taught)
+        sure_BP = their_objectness.flatten(1).sigmoid()
+        both = (_boxes(each, height, width).flatten(0, 1) for each in (box, their_box))
+        quality_BP = _siou(*both).view_as(sure_BP)
+        divergence_BP = class_divergence(their_classes, classes, 1, temperature).flatten(1)
+        unlike = yes_no_divergence(their_objectness, objectness, temperature)
+        return {
+            "boxes": (_WEIGHTS["boxes"] * (sure_BP * (1 - quality_BP)).sum(), sure_BP.sum()),
+            "objectness": (unlike.sum(), sure_BP.sum()),
+            "classes": (_WEIGHTS["classes"] * (sure_BP * divergence_BP).sum(), sure_BP.sum()),
         }
 
 

@@ -1,5 +1,6 @@
 """A small network of the user's own, as an import path reaches it: `tests.nets:small`."""
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,19 @@ class Small(nn.Module):
 
 def small(num_classes: int) -> nn.Module:
     return Small(num_classes)
+
+
+class _Stuck(Small):
+    """Never ends with a picture of one colour."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.amin() == x.amax() != 0:
+            time.sleep(1)
+        return super().forward(x)
+
+
+def stuck(num_classes: int) -> nn.Module:
+    return _Stuck(num_classes)
 
 
 class _WithDropout(Small):

@@ -1,5 +1,6 @@
 """The way of events from workers to the driver."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from gearnn_ray.core.events import Event
-from gearnn_ray.ray_jobs.board import EventRelay
+from gearnn_ray.ray_jobs.board import EventRelay, Report, _Notices
 
 
 class _Board:
@@ -19,11 +20,11 @@ class _Board:
         self.take = self
         monkeypatch.setattr(ray, "get", self._get)
 
-    def remote(self) -> list[Event]:
+    def remote(self) -> list[Report]:
         events, self.events = self.events, []
-        return events
+        return [Report("a level #1", event) for event in events]
 
-    def _get(self, taken: list[Event], timeout: float) -> list[Event]:
+    def _get(self, taken: list[Report], timeout: float) -> list[Report]:
         if self.fails:
             raise self.fails.pop()
         return taken
@@ -60,3 +61,13 @@ def test_a_board_that_died_is_passed_over(board: _Board) -> None:
     board.events = [Event("started", "full", "jpeg-10")]
     relay.flush()
     assert len(seen) == 1
+
+
+def test_what_a_worker_warns_of_is_a_notice_and_what_others_log_is_not() -> None:
+    seen: list[Event] = []
+    with _Notices(seen.append):
+        logging.getLogger("gearnn_ray.data.cache").warning("the cached images in %s are made again", "/cache/1")
+        logging.getLogger("gearnn_ray.data.cache").info("read")
+        logging.getLogger("PIL").warning("odd")
+    logging.getLogger("gearnn_ray.data.cache").warning("afterwards")
+    assert [(event.kind, event.note) for event in seen] == [("notice", "the cached images in /cache/1 are made again")]

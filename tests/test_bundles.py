@@ -1,5 +1,6 @@
 """The bundles of a replica without Ray: a moved tag is followed, and whatever goes wrong leaves the old release serving."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,19 @@ import torch
 
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.service import bundles
-from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict
+from gearnn_ray.service import copies
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, predict
 from gearnn_ray.serving.frames import Evidence, Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate
+from gearnn_ray.serving.stream_table import TooManyStreamsError
 from gearnn_ray.store.releases import Store
 from tests import served
 from tests.nets import TRUST
 
 
 def config_for(store: Path, *bundles: str, trust: tuple[str, ...] = TRUST) -> ServeConfig:
-    return ServeConfig(store=str(store), bundles=bundles or ("tiny:latest",), device="cpu", trust=trust)
+    names = bundles or ("tiny:latest",)
+    return ServeConfig(store=str(store), bundles=names, device="cpu", trust=trust, cache=str(store.with_name("copies")))
 
 
 def test_a_stray_file_beside_a_tag_does_not_end_polling(tmp_path: Path) -> None:
@@ -67,17 +70,109 @@ def test_without_trust_no_network_of_another_module_is_loaded(tmp_path: Path) ->
     assert trusting.model().digest == digest
 
 
+def started(store: Path, **changes: Any) -> Bundle:
+    """The bundle of a replica that has just been started."""
+    bundle = Bundle("tiny:latest", config_for(store).model_copy(update=changes))
+    bundle.refresh()
+    return bundle
+
+
+def broken_latest(store: Path) -> str:
+    """Publish a release of which a blob is corrupt. Returns its digest."""
+    before = set((store / "blobs/sha256").iterdir())
+    digest = served.publish(Store(store), seed=1)
+    broken = next(iter(set((store / "blobs/sha256").iterdir()) - before))
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    return digest
+
+
+@pytest.mark.parametrize("loss", ["corrupt", "away"])
+def test_a_replica_that_starts_without_the_newest_release_serves_the_last_good_one(tmp_path: Path, loss: str) -> None:
+    store = tmp_path / "store"
+    first = served.publish(Store(store))
+    answers = [predict([item(started(store).model(), 32, 40)])[0]]
+    if loss == "corrupt":
+        broken_latest(store)
+    else:
+        store.rename(tmp_path / "away")
+    again = started(store)
+    health = again.health()
+    assert (health.digest, health.is_copy) == (first, True)
+    assert ("is altered in" if loss == "corrupt" else "No release tiny:latest") in (health.problem or "")
+    answers.append(predict([item(again.model(), 32, 40)])[0])
+    assert np.array_equal(answers[0].content, answers[1].content)
+    again.refresh()
+    assert again.health() == health
+
+    if loss == "away":
+        (tmp_path / "away").rename(store)
+    else:
+        first = served.publish(Store(store), seed=2)
+    again.refresh()
+    health = again.health()
+    assert (health.digest, health.is_copy, health.problem) == (first, False, None)
+
+
+def test_a_release_that_is_damaged_in_the_store_is_served_from_its_copy_until_it_is_mended(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    digest = served.publish(Store(store))
+    started(store)
+    manifest = store / "manifests" / f"{digest.removeprefix('sha256:')}.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-1])
+    bundle = started(store)
+    for _ in range(2):
+        assert (bundle.is_copy, bundle.model().digest) == (True, digest)
+        assert "is altered in" in str(bundle.problem)
+        bundle.refresh()
+    manifest.write_bytes(content)
+    bundle.refresh()
+    assert (bundle.is_copy, bundle.problem) == (False, None)
+
+
+def test_a_copy_that_is_not_what_it_was_is_not_served(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    served.publish(Store(store))
+    started(store)
+    broken_latest(store)
+    for blob in (tmp_path / "copies").glob("*/blobs/sha256/*"):
+        blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptStoreError, match="not loaded"):
+        started(store).model()
+
+
+def test_a_copy_of_an_untrusted_network_is_not_served(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    served.publish(Store(store))
+    started(store)
+    store.rename(tmp_path / "away")
+    assert started(store, trust=("tests.zoo",)).current is None
+    assert started(store).current is not None
+
+
+def test_copies_are_bounded_in_number_and_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_MOST", 3)
+    store = tmp_path / "store"
+    bundle = started(store)
+    digests = []
+    for seed in range(5):
+        digests.append(served.publish(Store(store), seed=seed))
+        bundle.refresh()
+        os.utime(tmp_path / "copies" / digests[-1].removeprefix("sha256:"), (seed, seed))
+    kept = {path.name for path in (tmp_path / "copies").iterdir()}
+    assert kept == {"last", *(digest.removeprefix("sha256:") for digest in digests[2:])}
+
+
+def test_a_disk_that_takes_no_copies_does_not_keep_a_release_from_being_served(tmp_path: Path) -> None:
+    digest = served.publish(Store(tmp_path / "store"))
+    (tmp_path / "file").touch()
+    bundle = started(tmp_path / "store", cache=str(tmp_path / "file"))
+    assert (bundle.model().digest, bundle.problem) == (digest, None)
+
+
 def item(model: Any, height: int, width: int) -> Item:
     frame = Frame(np.zeros((height, width, 3), np.uint8), Evidence(height, width, 0.0))
     return Item(model, frame, LevelEstimate("clean"), "image/png", 0.0)
-
-
-def test_a_pass_holds_one_release_and_size_and_a_bounded_number_of_pixels() -> None:
-    one, other = object(), object()
-    items = [item(one, 4, 5), item(other, 4, 5), item(one, 5, 4), *(item(one, 4, 5) for _ in range(4)), item(one, 9, 9)]
-    found = list(passes(items, 60))
-    assert sorted(position for positions in found for position in positions) == list(range(len(items)))
-    assert found == [[0, 3, 4], [5, 6], [1], [2], [7]]  # the last item alone has more pixels than a pass
 
 
 def test_a_pass_gives_answers_and_raw_outputs_side_by_side(tmp_path: Path) -> None:
@@ -116,14 +211,15 @@ def test_a_stream_keeps_its_level_until_the_release_is_replaced(tmp_path: Path) 
     assert level_of(bundle, "north", 34.1) == "h264-crf40"
 
 
-def test_streams_that_are_not_used_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "_STREAMS", 2)
+def test_invented_names_do_not_have_a_stream_forgotten_that_is_in_use(tmp_path: Path) -> None:
     served.publish(Store(tmp_path), level_names=("h264-crf18", "h264-crf40"))
-    bundle = Bundle("tiny:latest", config_for(tmp_path))
-    bundle.refresh()
-    for stream in ("north", "south", "north", "west"):
-        level_of(bundle, stream, 30)
-    assert [level_of(bundle, stream, 34.1) for stream in ("north", "south")] == ["h264-crf18", "h264-crf40"]
+    bundle = started(tmp_path)
+    assert level_of(bundle, "north", 30) == "h264-crf18"
+    for number in range(4095):
+        level_of(bundle, f"invented-{number}", 40)
+    with pytest.raises(TooManyStreamsError, match="4,096 streams, all of them in use"):
+        level_of(bundle, "invented-4095", 40)
+    assert level_of(bundle, "north", 34.1) == "h264-crf18"
 
 
 def test_an_answer_names_the_shares_that_its_network_has(tmp_path: Path) -> None:

@@ -151,20 +151,6 @@ def test_qps_of_all_pictures_count(split: TinySplit, cache: Path, monkeypatch: p
     assert level_statistics(still, H264, cache).qp == pytest.approx(np.mean(qps), abs=0.001)
 
 
-@pytest.mark.parametrize("level", [H264, JPEG], ids=str)
-def test_images_of_a_version_that_measured_no_qps_are_used_and_the_qps_measured_again(
-    split: TinySplit, cache: Path, level: Level
-) -> None:
-    expected, packed = level_statistics(split, level, cache), level_images(split, level, cache)
-    index = packed.folder / "index.json"
-    older = {name: value for name, value in json.loads(index.read_text()).items() if name != "qps"}
-    index.write_text(json.dumps(older))
-    assert level_statistics(split, level, cache) == expected
-    split.log.unlink()
-    assert same(level_images(split, level, cache), [packed[i] for i in range(5)])
-    assert split.reads() == 0
-
-
 def test_the_most_frequent_size_counts(split: TinySplit, cache: Path) -> None:
     odd = replace(split, heights=(40, 48, 33, 48, 20))
     measured = level_statistics(odd, JPEG, cache)
@@ -282,8 +268,20 @@ def test_the_key_is_what_decides_the_pixels(split: TinySplit, cache: Path, monke
     assert len(entries(cache)) == 9
 
 
-@pytest.mark.parametrize("damage", ["short data", "long data", "no data", "torn index", "no index", "odd index"])
-def test_a_damaged_entry_is_remade(split: TinySplit, cache: Path, damage: str) -> None:
+def flip_a_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+OF_DATA = ("short data", "long data", "no data", "zeroed pixels", "flipped bit")
+OF_INDEX = ("torn index", "no index", "odd index", "flipped index")
+
+
+@pytest.mark.parametrize("damage", [*OF_DATA, *OF_INDEX])
+def test_a_damaged_entry_is_made_again_with_a_warning(
+    split: TinySplit, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = level_images(split, CLEAN, cache).folder
     data, index = folder / "data.bin", folder / "index.json"
     if damage == "short data":
@@ -294,11 +292,50 @@ def test_a_damaged_entry_is_remade(split: TinySplit, cache: Path, damage: str) -
         os.truncate(index, 20)
     elif damage == "odd index":
         index.write_text(json.dumps([1, 2]))
+    elif damage == "zeroed pixels":
+        with data.open("r+b") as file:
+            file.seek(4096)
+            file.write(bytes(512))
+    elif damage == "flipped bit":
+        flip_a_bit(data, data.stat().st_size // 2)
+    elif damage == "flipped index":
+        flip_a_bit(index, index.read_bytes().index(b"lumas") + 9)
     else:
         (data if damage == "no data" else index).unlink()
     with pytest.raises(CorruptStoreError, match=folder.name):
         PackedImages(folder)
     assert same(level_images(split, CLEAN, cache), originals(split))
+    (record,) = caplog.records
+    assert f"in {folder} are damaged" in record.message
+    assert record.message.endswith("and are made again")
+
+
+def test_each_process_checks_an_entry_once(split: TinySplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, digest = list[int](), images._digest
+
+    def counted(data: np.ndarray) -> object:
+        checked.append(len(data))
+        return digest(data)
+
+    folder = level_images(split, CLEAN, cache).folder
+    monkeypatch.setattr(images, "_digest", counted)
+    for _ in range(3):
+        level_images(split, CLEAN, cache)
+        PackedImages(folder)
+    assert checked == []  # once, when it was made
+    monkeypatch.setattr(images, "_intact", {})  # as another process
+    for _ in range(3):
+        PackedImages(folder)
+    assert checked == [5 * H * W * 3]
+
+
+def test_images_of_a_version_without_digests_are_made_again(split: TinySplit, cache: Path) -> None:
+    folder = level_images(split, JPEG, cache).folder
+    index = json.loads((folder / "index.json").read_bytes())["body"]
+    (folder / "index.json").write_text(json.dumps({name: value for name, value in index.items() if name != "digest"}))
+    split.log.unlink()
+    assert same(level_images(split, JPEG, cache), JPEG.apply(originals(split)))
+    assert entries(cache) == [folder]
 
 
 def test_two_builders_at_once_make_it_once_and_both_succeed(split: TinySplit, cache: Path) -> None:

@@ -77,7 +77,7 @@ def watched(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> It
     with gate, door:
         config = ServeConfig(
             store=str(root), bundles=("video", "other"), port=free_port(), device="cpu", trust=TRUST,
-            watch=(f"gate={gate.url}", f"door={door.url}", f"yard={door.url}"),
+            cache=str(root.with_name("copies")), watch=(f"gate={gate.url}", f"door={door.url}", f"yard={door.url}"),
         )  # fmt: skip
         with deployment.serving(config):
             found = Watched(config.port, gate, door)

@@ -117,6 +117,7 @@ def test_package_is_shipped_whole_and_installed(config: Config) -> None:
     project = pyproject()
     needed = {
         "pyproject.toml",
+        "deploy/constraints.txt",
         project["project"]["readme"],
         *project["project"]["license-files"],
         *project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"],
@@ -130,6 +131,36 @@ def test_package_is_shipped_whole_and_installed(config: Config) -> None:
         assert len(installs) == 1, kind
         # uv takes an unchanged version for an unchanged package.
         assert f"--reinstall-package {project['project']['name']}" in installs[0]
+
+
+def test_every_package_has_one_version_and_no_script_is_fetched_and_run(config: Config) -> None:
+    for kind in ("head", "worker"):
+        commands = config[f"{kind}_setup_commands"]
+        for command in commands:
+            assert not re.search(r"curl|wget|\|\s*(ba)?sh\b", command), command
+            if re.search(r"\bpip install\b", command):
+                assert "--constraint ~/gearnn-ray/deploy/constraints.txt" in command or re.search(r" uv==\d[\d.]*$", command), (
+                    command
+                )
+        (python,) = re.findall(r"uv venv .*--python (\S+)", "\n".join(commands))
+        assert re.fullmatch(r"3\.11\.\d+", python)
+    image = (ROOT / "deploy/Dockerfile").read_text()
+    uv, python = re.search(r"uv==(\S+)", "\n".join(commands)), re.search(r"--python (3\S+)", "\n".join(commands))
+    assert uv
+    assert python
+    assert f"uv=={uv[1]}\n" in image
+    assert f"PYTHON_VERSION={python[1]}\n" in image
+
+
+def test_the_credentials_of_a_machine_need_imds_v2_and_ec2_takes_every_option() -> None:
+    session = pytest.importorskip("botocore.session", reason="no library of AWS is installed").get_session()
+    from botocore.validate import ParamValidator
+
+    run = session.get_service_model("ec2").operation_model("RunInstances").input_shape
+    for node in yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"].values():
+        assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+        report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node["node_config"]}, run)
+        assert not report.has_errors(), report.generate_report()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the nodes' shell is not installed here")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.command_line import from_mapping, parse_command_line
-from gearnn_ray.config.recipe import Criterion, Recipe
+from gearnn_ray.config.recipe import BaseRecipe, Criterion, Recipe
 from gearnn_ray.config.release_jobs import EvaluateConfig
 from gearnn_ray.config.split import ModelConfig, SplitConfig
 from gearnn_ray.core.errors import UserError
@@ -118,7 +118,34 @@ def test_a_joint_problem_is_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_stage_keys_have_every_field_of_the_recipe_but_the_precision() -> None:
-    assert Recipe().inputs().keys() == Recipe.model_fields.keys() - {"precision"}
+    whole = Recipe(objective="both", teacher_weight=2)
+    assert whole.inputs().keys() == Recipe.model_fields.keys() - {"precision"}
+    assert BaseRecipe().inputs().keys() == BaseRecipe.model_fields.keys() - {"precision"}
+
+
+def test_fine_tunes_on_labels_keep_the_keys_that_they_had_before_there_were_teachers() -> None:
+    assert Recipe().inputs() == {
+        "epochs": 4, "learning_rate": 0.01, "schedule": "linear", "warm_up": 0, "clip": None, "batch_size": 8, "crop": 208,
+        "momentum": 0.9, "weight_decay": 1e-4, "averaged": 0.0,
+    }  # fmt: skip
+    assert json.dumps(Recipe().inputs()) == json.dumps(BaseRecipe().inputs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--recipe.teacher-weight", "2"], "teacher_weight is given and objective is labels: leave it out, or choose both"),
+        (["--recipe.objective", "teacher", "--recipe.teacher-weight", "2"], "teacher_weight is given and objective is teacher"),
+        (["--recipe.temperature", "2"], "temperature is given and objective is labels"),
+        (["--recipe.objective", "teachers"], "invalid choice|objective"),
+        (["--recipe.objective", "both", "--recipe.temperature", "0"], "temperature"),
+        (["--base-recipe.objective", "teacher"], "base-recipe.objective"),
+    ],
+)
+def test_options_that_the_objective_does_not_use_are_refused(arguments: list[str], found: str) -> None:
+    with pytest.raises(UserError, match=found) as refused:
+        parse(*arguments)
+    assert "\n" not in str(refused.value)
 
 
 def test_changes_may_be_measured_against_the_undistorted_fine_tune(tmp_path: Path) -> None:

@@ -276,7 +276,9 @@ class Direct:
 
 
 def bundle_of(folder: Path) -> Bundle:
-    bundle = Bundle("tiny:latest", ServeConfig(store=str(folder), bundles=("tiny:latest",), device="cpu", trust=TRUST))
+    copies = str(folder.with_name("copies"))
+    config = ServeConfig(store=str(folder), bundles=("tiny:latest",), device="cpu", trust=TRUST, cache=copies)
+    bundle = Bundle("tiny:latest", config)
     bundle.refresh()
     return bundle
 

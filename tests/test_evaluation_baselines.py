@@ -18,11 +18,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.evaluation import baselines
-from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.models.layers import layers_of, network_state, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, loss_of, score
 from gearnn_ray.training import sgd
+from gearnn_ray.training.batch_norm import reestimate_statistics
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.sampling import Mixture, training_batches
 from gearnn_ray.training.trainer import fine_tune

@@ -16,7 +16,6 @@ from gearnn_ray.config.recipe import Criterion, Recipe
 from gearnn_ray.core.events import Event
 from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.evaluation import baselines, measurements, runs
-from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.evaluation.frequency import frequency_response
 from gearnn_ray.evaluation.records import Evaluated, Weights
 from gearnn_ray.evaluation.runs import WeightsSpec
@@ -29,6 +28,7 @@ from gearnn_ray.offline.level_run import fine_tune_fully, run_level
 from gearnn_ray.offline.records import Execution
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks.base import Image, score
+from gearnn_ray.training.batch_norm import reestimate_statistics
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.sampling import Subset, training_batches
 from gearnn_ray.training.trainer import fine_tune

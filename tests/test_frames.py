@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -344,9 +345,23 @@ def test_headers_that_take_long_to_search() -> None:
     assert refused(PNG[:33] + 100_000 * chunk(b"juNk", b"") + PNG[33:])[0] == 422
 
 
-def test_scans_without_end() -> None:
-    last = PROGRESSIVE.rindex(b"\xff\xda")
-    assert refused(PROGRESSIVE[:last] + PROGRESSIVE[last:-2] * 1000 + b"\xff\xd9")[0] == 422
+def with_scans(jpeg: bytes, scans: int) -> bytes:
+    """The progressive JPEG, its last scan repeated until there are so many."""
+    first, last = jpeg.index(b"\xff\xda"), jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * (scans + 1 - jpeg.count(b"\xff\xda", first)) + b"\xff\xd9"
+
+
+def test_more_scans_than_any_encoder_writes_are_refused_before_they_are_decoded() -> None:
+    flat = encoded(np.full((H, W, 3), 120, np.uint8), "JPEG", progressive=True)
+    read_frame(with_scans(flat, 20), None)
+    for scans in (21, 99, 1000):
+        status, sentence = refused(with_scans(flat, scans))
+        assert (status, "more than 20 scans" in sentence) == (422, True)
+    bomb = with_scans(encoded(np.full((2160, 3840, 3), 120, np.uint8), "JPEG", quality=30, progressive=True), 99)
+    assert len(bomb) < 60_000
+    start = time.process_time()
+    assert refused(bomb)[0] == 422
+    assert time.process_time() - start < 0.1  # decoding takes 2 seconds
 
 
 def test_any_flipped_bit_of_a_png_is_seen() -> None:

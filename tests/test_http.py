@@ -25,6 +25,7 @@ from gearnn_ray.service.backend import BundleHealth, Health, Prediction, Unknown
 from gearnn_ray.service.http import answer
 from gearnn_ray.serving.frames import Frame, Limits
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator
+from gearnn_ray.serving.stream_table import TooManyStreamsError
 from gearnn_ray.tasks.base import Task
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.stream_levels import StreamLevels
@@ -70,6 +71,8 @@ class Luma:
     streams: dict[str, StreamLevels] = field(default_factory=dict)
     counted: list[tuple[str, int]] = field(default_factory=list)  # levels and statuses of lines
     cameras: Any = field(default_factory=NoCameras)
+    keys: list[str | None] = field(default_factory=list)  # of the streams of single frames
+    digests: dict[str, str | None] = field(default_factory=lambda: dict(BUNDLES))
 
     def has_cameras(self, bundle: str | None) -> bool:
         return bundle in (None, "street:latest")
@@ -82,6 +85,7 @@ class Luma:
     async def predict(
         self, frame: Frame, level: str | None, stream: str | None, bundle: str | None, media_type: str
     ) -> Prediction:
+        self.keys.append(stream)
         if self.delays:
             await asyncio.sleep(self.delays.pop(0))
         if self.fails:
@@ -119,7 +123,8 @@ class Luma:
 
     def health(self) -> Health:
         bundles = {
-            name: BundleHealth(digest, SEGMENTATION.name, LEVELS, CLASS_NAMES, self.problem) for name, digest in BUNDLES.items()
+            name: BundleHealth(digest, SEGMENTATION.name, LEVELS, CLASS_NAMES, self.problem)
+            for name, digest in self.digests.items()
         }
         return Health("degraded" if self.problem else "ok", "cpu", bundles)
 
@@ -344,8 +349,15 @@ def test_health_is_200_and_gives_the_reason_if_degraded(port: int, backend: Luma
     assert (got.status, said["status"]) == (200, "degraded")
     assert said["bundles"]["street:latest"] == {
         "digest": BUNDLES["street:latest"], "task": "segmentation", "levels": [*LEVELS], "class_names": [*CLASS_NAMES],
-        "problem": backend.problem,
+        "problem": backend.problem, "is_copy": False,
     }  # fmt: skip
+
+
+def test_health_is_503_while_a_bundle_has_no_release(port: int, backend: Luma) -> None:
+    backend.problem, backend.digests = "The store is away.", {"night:latest": None}
+    got = ask(port, "GET", "/health")
+    assert got.status == 503
+    assert json.loads(got.body)["bundles"]["night:latest"]["problem"] == backend.problem
 
 
 # ---- refusals
@@ -403,14 +415,14 @@ def test_ids_are_short_and_plain(port: int, name: str, value: str) -> None:
 
 def test_a_body_too_large_is_refused_before_it_comes(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999999\r\n\r\n")
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 def test_a_body_too_large_is_refused_while_it_comes(port: int) -> None:
     """Chunks without a length or an end: the answer comes before the end."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(LIMITS.body_bytes // 50_000 + 1):
             connection.sendall(b"C350\r\n" + bytes(50_000) + b"\r\n")
         assert connection.recv(12) == b"HTTP/1.1 413"
@@ -424,13 +436,13 @@ def test_a_body_in_chunks_is_read(port: int) -> None:
 
 def test_a_request_without_a_length_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert connection.recv(12) == b"HTTP/1.1 411"
 
 
 def test_a_client_that_hangs_up_does_no_harm(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nabc")
     time.sleep(0.1)
     assert ask(port, "POST", "/predict", encoded(picture())).status == 200
     assert not caplog.records
@@ -439,6 +451,13 @@ def test_a_client_that_hangs_up_does_no_harm(port: int, caplog: pytest.LogCaptur
 def test_a_corrupt_store_is_not_the_clients_fault(port: int, backend: Luma) -> None:
     backend.fails = CorruptStoreError("sha256:12 is not what the store promises.")
     assert problem(ask(port, "POST", "/predict", encoded(picture()))) == (503, "sha256:12 is not what the store promises.")
+
+
+def test_a_new_stream_while_all_are_in_use_may_come_again(port: int, backend: Luma) -> None:
+    backend.fails = TooManyStreamsError("the service follows 4,096 streams, all of them in use: try again")
+    got = ask(port, "POST", "/predict", encoded(picture()), x_gearnn_stream="new")
+    assert problem(got) == (429, "the service follows 4,096 streams, all of them in use: try again.")
+    assert got.headers["retry-after"] == "2"
 
 
 def test_a_bug_is_logged_and_not_shown(port: int, backend: Luma, caplog: pytest.LogCaptureFixture) -> None:

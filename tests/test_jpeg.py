@@ -13,7 +13,7 @@ from PIL import Image
 from gearnn_ray.data import scenes
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.serving.frames import read_frame
-from gearnn_ray.serving.jpeg import JpegQuality, quality_of_pixels, quality_of_tables
+from gearnn_ray.serving.jpeg import MOST_SCANS, JpegQuality, quality_of_pixels, quality_of_tables, scans_of
 from tests.programs import installed
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
@@ -221,3 +221,46 @@ def test_pixels_of_camvid() -> None:
             found = quality_of_pixels(decoded(saved(pixels, quality)))
             assert found is not None
             assert abs(found.quality - quality) <= 2
+
+
+# Scans
+
+
+def test_scans_are_those_that_encoders_write(small: np.ndarray) -> None:
+    for pixels, progressive, scans in ((small, False, 1), (small, True, 10), (small[..., 0], True, 6)):
+        for options in ({}, {"restart_marker_blocks": 1}):
+            data = saved(pixels, 50, progressive=progressive, **options)
+            assert scans_of(data, data.index(b"\xff\xda") + 2) == scans
+
+
+def marked(marker: int, payload: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (2 + len(payload)).to_bytes(2) + payload
+
+
+scan_data = st.binary(max_size=30).map(lambda data: data.replace(b"\xff", b"\xff\x00"))
+restarts = st.integers(0xD0, 0xD7).map(lambda marker: bytes((0xFF, marker)))
+payloads = st.lists(st.sampled_from([b"\xff\xda", b"\xff\xd9", b"\xff", b"\0", b"x"]), max_size=6).map(b"".join)
+scan = st.tuples(scan_data, st.lists(st.tuples(restarts, scan_data).map(b"".join), max_size=3).map(b"".join)).map(b"".join)
+tables = st.tuples(st.sampled_from([0xC4, 0xDB, 0xDD, 0xE1, 0xFE]), payloads).map(lambda each: marked(*each))
+fill = st.integers(0, 3).map(lambda count: b"\xff" * count)
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.tuples(fill, tables).map(b"".join), max_size=3), fill, payloads, scan), max_size=25),
+    st.binary(),
+)
+@settings(max_examples=200, deadline=None)
+def test_scans_are_counted_whatever_lies_between_them(
+    further: list[tuple[list[bytes], bytes, bytes, bytes]], behind: bytes
+) -> None:
+    """Tables, fill bytes and restart markers between scans, markers inside of tables, and anything behind the end."""
+    data = b"".join(b"".join(between) + filled + marked(0xDA, header) + each for between, filled, header, each in further)
+    assert scans_of(b"head" + data + b"\xff\xd9" + behind, 4) == min(1 + len(further), MOST_SCANS + 1)
+
+
+@given(
+    st.binary(max_size=300) | st.lists(st.sampled_from([b"\xff", b"\xda", b"\xd9", b"\0", b"\x01"]), max_size=200).map(b"".join)
+)
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_have_a_number_of_scans(data: bytes) -> None:
+    assert 1 <= scans_of(data, 0) <= MOST_SCANS + 1

@@ -23,6 +23,7 @@ from gearnn_ray.serving.frames import Evidence, evidence_of, read_frame
 from gearnn_ray.serving.h264 import read_h264
 from gearnn_ray.serving.jpeg import JpegQuality
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
+from gearnn_ray.serving.stream_table import TooManyStreamsError
 from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.manifest import DataEntry
 from tests.manifests import CLEAN, level_entry, manifest_of
@@ -490,14 +491,23 @@ def test_streams_are_apart_and_a_frame_alone_leaves_no_trace() -> None:
     assert level_estimator.estimate(frame(luma=20)).level == "brightness-0.2"
 
 
-def test_streams_are_forgotten_when_there_are_too_many() -> None:
+def test_invented_names_leave_a_stream_in_use_its_brightness() -> None:
     level_estimator = LevelEstimator(["brightness-0.2"], REFERENCE)
     level_estimator.estimate(frame(), "first")
-    for number in range(5000):
+    for number in range(4095):
         level_estimator.estimate(frame(), f"stream {number}")
-    assert len(level_estimator._streams) == 4096
-    assert levels_of(level_estimator, [20], "first") == ["brightness-0.2"]  # as a stream's first frame
-    assert levels_of(level_estimator, [20], "stream 4999") == ["clean"]
+    with pytest.raises(TooManyStreamsError) as refused:
+        level_estimator.estimate(frame(), "stream 4095")
+    assert refused.value.status == 429
+    assert levels_of(level_estimator, [20], "first") == ["clean"]  # a flash, which a stream's first frame is not
+    assert level_estimator.estimate(frame(luma=20)).level == "brightness-0.2"  # a frame alone is not refused
+
+
+def test_cameras_of_one_name_and_two_credentials_are_apart_and_share_the_lamp_that_is_configured() -> None:
+    level_estimator = LevelEstimator(["brightness-0.2"], REFERENCE, cameras={"gate": 20})
+    assert levels_of(level_estimator, [20], "gate") == ["clean"]
+    assert levels_of(level_estimator, [3, 3, 3], "gate/of-another") == ["brightness-0.2"] * 3
+    assert levels_of(level_estimator, [20], "gate") == ["clean"]
 
 
 def test_threads_share_an_estimator() -> None:
@@ -507,7 +517,7 @@ def test_threads_share_an_estimator() -> None:
     def watch(number: int) -> None:
         for step in range(1500):
             quality = 10 * (1 + (step + number) % 10)
-            estimate = level_estimator.estimate(frame(jpeg=quality), f"{number}-{step % 900}")
+            estimate = level_estimator.estimate(frame(jpeg=quality), f"{number}-{step % 600}")
             if estimate != LevelEstimate(f"jpeg-{quality}", found=f"jpeg-{quality}"):
                 wrong.append(estimate)
 
@@ -517,7 +527,6 @@ def test_threads_share_an_estimator() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(level_estimator._streams) == 4096
 
 
 def test_estimating_is_quick() -> None:

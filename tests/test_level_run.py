@@ -155,10 +155,9 @@ def test_layers_chosen_after_fewer_epochs(spec: JobSpec, ran: Ran) -> None:
 
 
 def test_the_share_of_changed_weights_is_said_of_whole_fine_tunes_alone(
-    spec: JobSpec, ran: Ran, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    spec: JobSpec, ran: Ran, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A short run has not moved them as far: its share is not the paper's."""
-    monkeypatch.setattr(output, "_figures", lambda *_: {})
     config, seen = SplitConfig(levels=(LEVEL,), store=spec.store), ImageStatistics(32, 40, 100.0, 0.2)
 
     def said(result: LevelResult) -> tuple[Any, str]:
@@ -210,6 +209,7 @@ def keys_of(spec: JobSpec, criterion: Criterion) -> dict[str, str]:
 
     class Data:
         train = val = SimpleNamespace(digest="data")
+        labelled = True
 
     def result(self: StageCache, kind: type[StageResult], key: str, *_: Any, **__: Any) -> Any:
         seen[kind.stage if self.level == LEVEL else f"{self.level} {kind.stage}"] = key[:16]
@@ -224,13 +224,18 @@ def keys_of(spec: JobSpec, criterion: Criterion) -> dict[str, str]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "execution", [Execution("cuda", "float32", 1), Execution("cpu", "bfloat16", 1), Execution("cpu", "float32", 2)]
-)
-def test_what_decides_the_bits_is_in_every_key(spec: JobSpec, execution: Execution) -> None:
-    """Threads, precision and device give other digests: results of one are not taken for another's."""
+EXECUTIONS = [Execution("cuda", "float32", 1), Execution("cpu", "bfloat16", 1), Execution("cpu", "float32", 2)]
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_how_the_base_is_computed_is_in_the_key_of_its_scores(spec: JobSpec, execution: Execution) -> None:
     assert spec.key("original", level=LEVEL) != replace(spec, execution=execution).key("original", level=LEVEL)
-    before, after = (keys_of(s, Criterion(against="clean")) for s in (spec, replace(spec, execution=execution)))
+
+
+@pytest.mark.parametrize("change", [*({"execution": each} for each in EXECUTIONS), {"seed": 5}, {"world_size": 2}])
+def test_what_decides_the_bits_is_in_every_key(spec: JobSpec, change: dict[str, Any]) -> None:
+    """Threads, precision, device, seed and workers give other digests: results of one are not taken for another's."""
+    before, after = (keys_of(s, Criterion(against="clean")) for s in (spec, replace(spec, **change)))
     assert before.keys() == after.keys() == {"clean full", "measure", "selection"}
     assert not set(before.values()) & set(after.values())
 

@@ -16,9 +16,8 @@ DIGEST = "sha256:" + "5" * 64
 
 
 def test_a_release_that_lacks_levels_is_printed_with_its_tag_and_how_to_finish_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output, "_figures", lambda *_: {})
     config = SplitConfig(name="tiny", store=str(tmp_path), levels=("jpeg-10", "jpeg-20"))
     result = LevelResult("jpeg-10", original=40.0, adaptor=48.0, digest=DIGEST, bytes=9, floats=2)
     partial = Outcome(DIGEST, (result,), {"jpeg-20": "the loss became nan"}, (ROW,), PARTIAL_TAG)

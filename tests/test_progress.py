@@ -25,6 +25,19 @@ def test_remaining_time_is_what_is_left_at_the_pace_so_far() -> None:
     assert estimate.remaining(half, 110.0) == pytest.approx(10 * (2 - done) / done)
 
 
+def test_a_notice_is_a_line_of_its_own_in_every_form() -> None:
+    notice = Event("notice", "full", "jpeg-10", note="a checkpoint could not be written")
+    plain, lines, terminal = io.StringIO(), io.StringIO(), io.StringIO()
+    _Plain(split_plan(("jpeg-10",)), plain)(notice)
+    assert plain.getvalue().endswith("  jpeg-10 full fine-tune: a checkpoint could not be written\n")
+    _JsonLines({}, lines)(notice)
+    assert json.loads(lines.getvalue())["event"] == "notice"
+    with _LiveBars(split_plan(("jpeg-10",)), Console(file=terminal, force_terminal=True, width=100)) as bars:
+        bars(notice)
+        bars(Event("progress", "full", "jpeg-10", 1, 4, 1, 4))
+    assert "jpeg-10 full fine-tune: a checkpoint could not be written" in terminal.getvalue()
+
+
 def test_what_is_reused_is_no_pace() -> None:
     estimate = Estimate(split_plan(("jpeg-10", "jpeg-20")))
     for stage in ("original", "full", "selection", "partial"):

@@ -166,7 +166,8 @@ def undisturbed(folder: Path, ray_cluster: object) -> Path:
 def assert_same(folder: Path, store: str, undisturbed: Path, earlier: frozenset[str] = frozenset()) -> None:
     assert tiny.blobs(folder / store) == tiny.blobs(undisturbed) | earlier
     ours, theirs = (Store(folder).pull("tiny").manifest for folder in (folder / store, undisturbed))
-    assert {**ours, "created": ""} == {**theirs, "created": ""}
+    of_its_time = {"created": "", "tables": {}, "figures": {}}
+    assert {**ours, **of_its_time} == {**theirs, **of_its_time}
     # who is killed while it writes leaves its unfinished file, which nobody reads
     assert not [path for path in (folder / store / "checkpoints").iterdir() if not path.name.startswith(".tmp-")]
 
@@ -219,6 +220,21 @@ def test_a_job_whose_driver_was_killed_continues(folder: Path, undisturbed: Path
         assert epochs_of(stage, job.lines + last) <= once + 1
     assert epochs_of("full", before) == EPOCHS
     assert_same(folder, "driver", undisturbed, earlier)
+
+
+def test_two_drivers_of_one_job_compute_it_once(folder: Path, undisturbed: Path) -> None:
+    ran: list[list[dict[str, Any]]] = []
+    first = threading.Thread(target=lambda: ran.append(run_here(options(folder, "twice"))))
+    first.start()
+    while not list((folder / "twice").glob("leases/*.json")):
+        time.sleep(0.02)
+    second = run_here(options(folder, "twice"))
+    first.join(120)
+    assert [epochs_of(stage, ran[0]) for stage in ("full", "partial")] == [STAGE_EPOCHS] * 2
+    assert [epochs_of(stage, second) for stage in ("full", "partial")] == [0, 0]
+    (notice,) = [event["note"] for event in second if event["event"] == "notice"]
+    assert f"process {os.getpid()}): this one follows it" in notice
+    assert_same(folder, "twice", undisturbed)
 
 
 NODES = """

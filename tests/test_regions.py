@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gearnn_ray import AdaptiveModel, Release, Store, UserError
-from gearnn_ray.evaluation.baselines import reestimate_statistics
 from gearnn_ray.models.layers import layers_of, network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.serving.regions import has_regions
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Batch
+from gearnn_ray.training.batch_norm import reestimate_statistics
 from gearnn_ray.training.predict import Normalisation
 from tests.manifests import CLEAN, RGB, level_entry, manifest_of
 

@@ -1,5 +1,7 @@
 """How a release records its selections, and that it can be continued, pulled and served. No Ray."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from gearnn_ray.offline.importance import FOLDED
 from gearnn_ray.offline.job_spec import JobSpec, Network
 from gearnn_ray.offline.level_run import LevelResult, fine_tune_fully, run_level
 from gearnn_ray.offline.records import Execution
-from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
+from gearnn_ray.offline.release import figures_of, manifest_of, summary_row, tables_of
 from gearnn_ray.offline.release_context import open_release_context
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.store.manifest import SCHEMA
@@ -77,7 +79,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     images = {level: level_statistics(spec.data.train, parse_level(level), Path(spec.cache)) for level in LEVELS}
     summary = tuple(summary_row(result, spec, facts.floats) for result in results)
     Store(config.store).publish(
-        manifest_of(config, spec, base, facts, images, results), tables_of(config.name, spec, results, summary)
+        manifest_of(config, spec, base, facts, images, results),
+        tables_of(config.name, spec, results, summary),
+        figures=figures_of(config.name, results, summary),
+        stages=[key for result in results for key in result.stages],
     )
     return Made(config, spec, results)
 
@@ -144,6 +149,32 @@ def test_the_release_context_has_the_spec_that_the_release_was_made_with(made: M
     found = [run_level(again.spec, level, lambda event: said.append(event.kind)) for level in LEVELS]
     assert set(said) == {"reused"}
     assert [(r.digest, r.selection) for r in found] == [(r.digest, r.selection) for r in made.results]
+
+
+def test_the_manifest_lists_tables_and_figures_and_they_are_what_lies_at_their_paths(made: Made) -> None:
+    store = Store(made.spec.store)
+    manifest = store.manifest("tiny")[1]
+    files = {str(path.relative_to(store.uri)) for kind in ("tables", "figures") for path in Path(store.uri, kind).rglob("*.*")}
+    assert {path for path in files if "/." not in path} == manifest.files.keys()
+    assert "figures/tiny/accuracy.png" in manifest.figures
+    assert store.verify() == []
+
+
+def test_a_collector_leaves_every_stage_that_the_release_was_made_from(made: Made) -> None:
+    store = Store(made.spec.store)
+    other = replace(made.spec, seed=6)
+    run_level(other, "clean", lambda _: None)  # of another job, which published nothing
+    unused = store.put_blob(b"unused")
+    for path in Path(store.uri).rglob("*"):
+        os.utime(path, (time.time() - 86_400,) * 2)
+    gone = {line.partition(":")[0] for line in store.gc(3600, dry_run=False)}
+    assert f"blobs/sha256/{unused[7:]}" in gone
+    assert all(path.startswith(("stages/", "blobs/")) for path in gone)
+    assert store.verify() == []
+    said: list[str] = []
+    for level in LEVELS:
+        run_level(made.spec, level, lambda event: said.append(event.kind))
+    assert set(said) == {"reused"}
 
 
 def test_it_is_served_as_the_network_that_is_restored(made: Made) -> None:

@@ -103,7 +103,8 @@ def test_only_tasks_know_segmentation() -> None:
 
 def test_ray_is_known_at_one_edge() -> None:
     knowing = {name_of(path) for path in MODULES if any(m.split(".")[0] == "ray" for m in imported(path))}
-    edge = ("gearnn_ray.ray_jobs.", "gearnn_ray.service.deployment", "gearnn_ray.service.cameras", "gearnn_ray.service.steering")
+    of_the_service = ("app", "deployment", "cameras", "steering", "connections", "metrics")
+    edge = ("gearnn_ray.ray_jobs.", *(f"gearnn_ray.service.{name}" for name in of_the_service))
     assert {name for name in knowing if not name.startswith(edge)} == set()
 
 

@@ -9,6 +9,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -97,7 +98,7 @@ class Client:
 
     def __init__(self, port: int, path: str = PATH, head: str = "transfer-encoding: chunked") -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.socket.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
+        self.socket.sendall(f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n\r\n".encode())
         self._response: http.client.HTTPResponse | None = None
 
     def send(self, data: bytes) -> None:
@@ -133,6 +134,16 @@ def eventually(true: Any, seconds: float = 10) -> None:
 # ---- whole segments
 
 
+def test_segments_of_one_name_and_two_credentials_are_two_streams() -> None:
+    with served() as (port, backend, _):
+        for secret in ({}, {"authorization": "Bearer one"}, {"authorization": "Bearer two"}, {"authorization": "Bearer one"}):
+            assert {line["stream"] for line in lines_of(ask(port, "POST", PATH, SEGMENT, **secret))} == {"camera-1"}
+        plain, one, two = backend.streams
+        assert plain == "camera-1"
+        assert one.startswith("camera-1/")
+        assert two.startswith("camera-1/")
+
+
 def test_a_segment_has_a_line_for_every_frame(port: int) -> None:
     lines = lines_of(ask(port, "POST", PATH, SEGMENT))
     assert [line["frame"] for line in lines] == list(range(8))
@@ -157,7 +168,7 @@ def test_lines_are_in_order_and_only_a_few_frames_are_under_way() -> None:
     with served(Slow()) as (port, backend, _):
         lines = lines_of(ask(port, "POST", PATH, LONG))
         assert [line["frame"] for line in lines] == list(range(60))
-        assert 1 < backend.at_once[1] < FRAMES_AHEAD
+        assert 1 < backend.at_once[1] <= FRAMES_AHEAD
         assert backend.at_once[0] == 0
         assert [status for _, status in backend.counted] == [200] * 60
 
@@ -327,6 +338,22 @@ def test_bytes_in_flight_have_a_limit() -> None:
         assert ask(port, "POST", "/predict", still(picture())).status == 200
         assert lines_of(ask(port, "POST", PATH, SEGMENT))[-1]["frame"] == 7
         assert admitted.memory.used == 0
+
+
+def test_an_answer_counts_twice_while_it_is_held_and_encoded() -> None:
+    """Logits [4, 300, 400] have 1.9 MB, and as much again as a file."""
+    frame, logits = still(picture(300, 400), "JPEG"), {"accept": "application/x-npy"}
+    with served(memory=6_000_000) as (port, backend, admitted), ThreadPoolExecutor(1) as other:
+        backend.delays = [1.0]
+        first = other.submit(ask, port, "POST", "/predict", frame, **logits)
+        eventually(lambda: admitted.memory.used == 2 * 4 * 4 * 300 * 400 + 3 * 300 * 400)
+        refused = ask(port, "POST", "/predict", frame, **logits)
+        assert problem(refused)[0] == 503
+        assert refused.headers["retry-after"] == "2"
+        assert ask(port, "POST", "/predict", frame).status == 200  # a map of classes is small
+        assert first.result().status == 200
+        assert admitted.memory.used == 0
+        assert ask(port, "POST", "/predict", frame, **logits).status == 200
 
 
 def test_logits_beyond_the_limit_are_refused_before_the_network_runs() -> None:

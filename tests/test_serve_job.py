@@ -53,6 +53,7 @@ def test_a_configuration_reads_back_and_references_are_normalised(tmp_path: Path
         (["--max-batch", "0"], r"max_batch is '?0"),
         (["--port", "70000"], r"port is '?70000"),
         (["--untrained", "best"], "best"),
+        (["--allowed-hosts", "https://a.example"], "expected a name in lower case"),
     ],
 )
 def test_an_invalid_command_line_gives_one_sentence(arguments: list[str], found: str) -> None:
@@ -103,7 +104,7 @@ def test_it_serves_prints_its_address_and_ends_on_sigterm_with_all_its_processes
     job = subprocess.Popen(
         [
             sys.executable, str(ROOT / "jobs/serve.py"), "--store", str(tmp_path / "store"), "--bundles", "tiny",
-            "--trust", "tests", "--port", str(port),
+            "--trust", "tests", "--port", str(port), "--cache", str(tmp_path / "copies"),
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

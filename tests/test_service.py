@@ -114,11 +114,11 @@ def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
 def server(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("served") / "store"
     served.publish(Store(root), "tiny", tags=("first",))
-    served.publish(Store(root), "other", seed=7, shared=True)
+    served.publish(Store(root), "other", seed=7, shared=True, network_name="tests.nets:stuck")
     served.publish(Store(root), "video", seed=8, level_names=VIDEO_LEVELS)
     config = ServeConfig(
         store=str(root), bundles=("tiny", "other", "video"), port=free_port(), device="cpu", max_batch=8, poll_seconds=0.3,
-        trust=TRUST, limits=LimitsConfig(body_mib=0.1, megapixels=0.05, body_seconds=4),
+        trust=TRUST, limits=LimitsConfig(body_mib=0.1, megapixels=0.05, body_seconds=4), cache=str(root.with_name("copies")),
     )  # fmt: skip
     with service.serving(config) as serving:
         yield Server(root, config.port, serving)
@@ -130,6 +130,7 @@ FRAMES = {
     "jpeg-50": served.jpeg(served.picture(2, 48, 96), 50),
     "clean": served.png(served.picture(3)),
 }
+WHITE = served.png(np.full((64, 80, 3), 255, np.uint8))  # with which the network of the bundle `other` never ends
 
 
 def test_every_frame_is_answered_by_the_network_of_its_level(server: Server) -> None:
@@ -263,6 +264,8 @@ def test_hostile_segments_are_refused_and_the_replica_lives(server: Server) -> N
 
 def test_slow_clients_hold_up_neither_health_nor_a_good_request(server: Server) -> None:
     with contextlib.ExitStack() as stack:
+        half = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        half.sendall(b"POST /predict HTTP/1.1\r\nhost: local")
         for _ in range(40):
             client = stack.enter_context(Client(server.port, "/predict", "content-length: 1000"))
             client.socket.sendall(b"x")
@@ -271,6 +274,7 @@ def test_slow_clients_hold_up_neither_health_nor_a_good_request(server: Server) 
         server.check(FRAMES["clean"], "clean", server.predict(FRAMES["clean"]))
         assert time.monotonic() - start < 3
         assert client.response.status == 408
+        assert half.recv(1) == b""  # closed
         assert time.monotonic() - start < 8
 
 
@@ -333,6 +337,8 @@ def test_with_a_corrupt_release_or_a_lost_store_the_old_one_serves_and_health_gi
     before = set((server.root / "blobs/sha256").iterdir())
     third = served.publish(server.store, "tiny", seed=2, tags=("third",))
     server.store.tag("tiny", "latest", first)
+    time.sleep(1)  # the replica may have loaded the third one, and must see that it is not the latest any more
+    eventually(lambda: server.health()["bundles"]["tiny:latest"]["digest"] == first)
     broken = next(iter(set((server.root / "blobs/sha256").iterdir()) - before))
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     server.store.tag("tiny", "latest", third)
@@ -400,6 +406,56 @@ def test_a_killed_replica_gives_no_wrong_answer_and_repeated_requests_succeed(se
         before = len(load.releases)
         eventually(lambda: len(load.releases) > before + 5, 40)
     assert load.failed < 100
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP to a process, which is ended afterwards if somebody else has not."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_replica_that_does_not_answer_is_replaced_and_starts_without_the_newest_release(server: Server) -> None:
+    """Alive, but stopped; and the newest release is corrupt when the next replica starts."""
+    first = server.store.tags("tiny")["first"]
+    eventually(lambda: server.health()["bundles"]["tiny:latest"]["digest"] == first)
+    (wedged,) = replica_pids()
+    corrupt = server.root / "manifests" / f"{server.store.tags('other')['latest'].removeprefix('sha256:')}.json"
+    content = corrupt.read_bytes()
+    start = time.monotonic()
+    with stopped(wedged):
+        corrupt.write_bytes(content.replace(b"other", b"wrong"))
+        eventually(lambda: replica_pids() not in ([], [wedged]), 60)
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if (answer := server.predict(FRAMES["jpeg-10"], serve_multiplexed_model_id="other")).status == 200:
+                    break
+            assert time.monotonic() < start + 90
+            time.sleep(0.2)
+    assert time.monotonic() - start < 45
+    health = server.health()["bundles"]
+    assert health["other:latest"]["is_copy"]
+    assert "is altered" in health["other:latest"]["problem"]
+    assert (health["tiny:latest"]["is_copy"], health["tiny:latest"]["digest"]) == (False, first)
+    corrupt.write_bytes(content)
+    eventually(lambda: server.health()["status"] == "ok")
+    server.check(FRAMES["jpeg-10"], "jpeg-10", answer)
+    assert not psutil.pid_exists(wedged)
+
+
+@pytest.mark.slow  # a minute
+def test_a_replica_whose_network_hangs_is_replaced(server: Server) -> None:
+    (wedged,) = replica_pids()
+    start = time.monotonic()
+    with Client(server.port, "/predict", f"serve_multiplexed_model_id: other\r\ncontent-length: {len(WHITE)}") as client:
+        client.socket.sendall(WHITE)
+        eventually(lambda: replica_pids() not in ([], [wedged]), 60)
+    assert time.monotonic() - start > 15  # it had time
+    eventually(lambda: server.predict(FRAMES["jpeg-10"]).status == 200, 30)
 
 
 def test_the_controller_of_a_camera_survives_a_replica(server: Server) -> None:

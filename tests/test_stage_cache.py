@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 
+from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.core.errors import StoreUnavailableError
 from gearnn_ray.core.events import Event
+from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import records
 from gearnn_ray.offline.job_spec import stage_key
 from gearnn_ray.offline.records import BaseResult, OriginalResult, PartialResult, StageResult, from_json, to_json
 from gearnn_ray.offline.stage_cache import NotCachedError, StageCache
 from gearnn_ray.store.releases import Store
+from gearnn_ray.tasks.base import Image
+from gearnn_ray.training.trainer import fine_tune
+from tests.conftest import NORMALISATION, SEGMENTATION
 
 KEY = stage_key("original", level="jpeg-10")
 
@@ -72,11 +78,12 @@ def test_a_result_whose_blob_is_corrupt_is_computed_again(tmp_path: Path, cache:
 def test_a_result_of_other_versions_is_reused_with_a_remark(
     cache: StageCache, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "installed_versions", lambda: {"torch": "1.2.3", "torchvision": "0.4"})
+    older = {**records.installed_versions(), "torch": "1.2.3", "pillow": "9.0"}
+    monkeypatch.setattr(records, "installed_versions", lambda: older)
     cache.result(OriginalResult, KEY, lambda: OriginalResult(1.0))
     monkeypatch.undo()
     assert cache.result(OriginalResult, KEY, lambda: pytest.fail("computed")) == OriginalResult(1.0)
-    assert events[-1].note == "made with torch 1.2.3 and torchvision 0.4"
+    assert events[-1].note == "made with torch 1.2.3 and pillow 9.0"
 
 
 @dataclass(frozen=True)
@@ -101,3 +108,26 @@ def test_a_record_that_is_not_what_it_should_be_is_none(cache: StageCache, damag
 def test_results_read_back_as_they_were() -> None:
     result = PartialResult("sha256:" + "a" * 64, 12, 3, {"conv.weight": "int8"}, 5, 50.25, 1.5)
     assert from_json(PartialResult, to_json(result)) == (result, "")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_notice_and_the_next_epoch_writes_another(
+    cache: StageCache, events: list[Event], pictures: tuple[list[Image], list[Image]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failures = Store.put_checkpoint, [OSError(28, "No space left on device"), StoreUnavailableError("no answer in 300 s")]
+
+    def fail_twice(store: Store, key: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop(0)
+        put(store, key, data)
+
+    monkeypatch.setattr(Store, "put_checkpoint", fail_twice)
+    recipe, model = Recipe(epochs=4, batch_size=4, crop=24), build_model("tests.nets:small", 3)
+    outcome = fine_tune(
+        SEGMENTATION, model, *pictures, recipe, NORMALISATION, "float32", chosen=None, seed=0,
+        checkpoint=cache.checkpoint(KEY, "full"),
+    )  # fmt: skip
+    assert outcome.epochs_run == 4
+    assert [(event.kind, event.stage, event.level) for event in events] == [("notice", "full", "jpeg-10")] * 2
+    assert "the fine-tune goes on" in events[0].note
+    assert "No space left on device" in events[0].note
+    assert cache.store.get_checkpoint(KEY) is not None

@@ -6,6 +6,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import string
 import subprocess
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from gearnn_ray.adaptors import storage_formats
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import Blob, canonical_json, digest_of
+from gearnn_ray.store.blobs import Blob, canonical_json, digest_of, encode_table
 from gearnn_ray.store.files import FileTree
-from gearnn_ray.store.manifest import SCHEMA, Manifest
+from gearnn_ray.store.manifest import SCHEMA, Manifest, content_key
 from gearnn_ray.store.releases import Store
+from gearnn_ray.store.tags import LostRaceError
 
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 ABSENT = "sha256:" + "0" * 64
@@ -58,7 +60,8 @@ class Folder:
 
     def snapshot(self) -> dict[str, Any]:
         paths = sorted(self.root.rglob("*"))
-        return {str(path.relative_to(self.root)): path.stat().st_mtime_ns for path in paths}
+        # a file that is replaced is another file; one that is only made young stays the same
+        return {str(path.relative_to(self.root)): path.stat().st_ino for path in paths}
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
@@ -102,6 +105,12 @@ def table(share: float = 0.5) -> pa.Table:
     ]
     rows = {"level": ["jpeg-10", "jpeg-20"], "share": [share, 0.25]}
     return pa.table(rows, schema=pa.schema(fields, metadata={"schema_version": "1"}))
+
+
+def listed_table(store: Store, share: float = 0.5) -> Blob:
+    """The entry of `table(share)` in a manifest."""
+    data = encode_table(table(share))
+    return Blob(digest=digest_of(data), bytes=len(data))
 
 
 def manifest_of(store: Store, shift: float = 1.0, name: str = "street") -> Manifest:
@@ -159,6 +168,11 @@ def forge(place: Place, manifest: Any) -> str:
     place.write(f"manifests/{digest[7:]}.json", data)
     place.write("refs/street/latest", digest.encode())
     return digest
+
+
+def files_of(place: Place) -> set[str]:
+    """The paths of the blobs, manifests and other files; S3 also has markers of folders."""
+    return {path for path in place.snapshot() if re.search(r"\.[a-z]+$|/[0-9a-f]{64}$|^refs/.*/", path)}
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -312,8 +326,10 @@ class StoreBattery:
             assert release.name == "street"
             created = datetime.fromisoformat(release.manifest["created"])
             assert created.utcoffset() == timedelta(0)
-            assert release.manifest == {**content_of(store), "created": release.manifest["created"]}
-            assert release.content == manifest.model_copy(update={"created": release.content.created})
+            listed = {TABLE: listed_table(store)}
+            own = {"created": release.manifest["created"], "tables": {path: blob.model_dump() for path, blob in listed.items()}}
+            assert release.manifest == {**content_of(store), **own}
+            assert release.content == manifest.model_copy(update={"created": release.content.created, "tables": listed})
             assert set(release.levels) == {"clean", "brightness-0.4+jpeg-30"}
             assert equal(release.base_state(), base_state())
             assert equal(release.adaptor_state("brightness-0.4+jpeg-30"), adaptor_state(1.0))
@@ -403,6 +419,208 @@ class StoreBattery:
         with pytest.raises(UserError, match="of 'street', not of 'road'"):
             store.tag("road", "latest", a)
         assert store.tags("street") == {"latest": a, "next": b}
+
+    def test_a_rollback_brings_back_the_tables_and_figures_of_the_release(self, store: Store, place: Place) -> None:
+        figure, own = "figures/street/accuracy.png", "tables/street/selection/jpeg-20.parquet"
+        a = store.publish(manifest_of(store, 1.0), {TABLE: table(0.1)}, figures={figure: b"picture of a"})
+        b = store.publish(manifest_of(store, 2.0), {TABLE: table(0.2), own: table(0.3)}, figures={figure: b"picture of b"})
+        assert store.get_table(TABLE).equals(table(0.2))
+        assert store.manifest("street")[1].tables[TABLE] == listed_table(store, 0.2)
+
+        store.tag("street", "latest", a)
+        assert store.get_table(TABLE).equals(table(0.1))
+        assert place.read(figure) == b"picture of a"
+        with pytest.raises(UserError, match=own):
+            store.get_table(own)  # only b has it
+        store.tag("street", "latest", b)
+        assert store.get_table(TABLE).equals(table(0.2))
+        assert store.get_table(own).equals(table(0.3))
+        assert place.read(figure) == b"picture of b"
+
+    def test_tables_are_those_of_latest_whatever_else_is_published(self, store: Store) -> None:
+        store.publish(manifest_of(store, 1.0), {TABLE: table(0.1)}, ("partial",), latest=False)
+        assert store.get_table(TABLE).equals(table(0.1))  # while there is no latest
+        store.publish(manifest_of(store, 2.0), {TABLE: table(0.2)})
+        partial = store.publish(manifest_of(store, 3.0), {TABLE: table(0.3)}, ("partial",), latest=False)
+        store.tag("street", "v1", partial)
+        assert store.get_table(TABLE).equals(table(0.2))
+
+    def test_a_release_without_a_list_of_tables_is_as_good_as_before(self, store: Store, place: Place) -> None:
+        old = forge(place, {**content_of(store), "created": "2026-01-01T00:00:00Z"})
+        place.write(TABLE, b"written beside it")
+        assert store.pull("street").digest == old
+        assert store.verify() == []
+        store.publish(manifest_of(store, 2.0), {TABLE: table()})
+        store.tag("street", "latest", old)
+        assert store.pull("street").digest == old
+
+    def test_a_release_lists_no_files_of_others(self, store: Store) -> None:
+        for path in ("tables/road/summary.parquet", "tables/streets/summary.parquet"):
+            with pytest.raises(CorruptStoreError, match=f"{path}.*expected a path tables/street/….parquet"):
+                store.publish(manifest_of(store), {path: table()})
+        assert store.names() == []
+
+    def test_a_tag_moves_only_from_where_it_is_expected(self, store: Store) -> None:
+        a = store.publish(manifest_of(store, 1.0), {TABLE: table(0.1)})
+        b = store.publish(manifest_of(store, 2.0), {TABLE: table(0.2)})
+        for expected in (a, None):
+            with pytest.raises(LostRaceError, match=f"street:latest in .* is {b}, expected {expected or 'no tag'}") as caught:
+                store.tag("street", "latest", a, expected=expected)
+            assert "\n" not in str(caught.value)
+        assert store.tag_digest("street", "latest") == b
+        assert store.get_table(TABLE).equals(table(0.2))
+        store.tag("street", "latest", a, expected=b)
+        store.tag("street", "v1", a, expected=None)
+        with pytest.raises(LostRaceError, match="is no tag, expected"):
+            store.tag("street", "v2", a, expected=a)
+        assert store.tags("street") == {"latest": a, "v1": a}
+
+    def test_of_many_who_move_a_tag_one_wins(self, store: Store, place: Place) -> None:
+        base = store.publish(manifest_of(store, 0.0), {})
+        digests = [store.publish(manifest_of(store, float(i)), {}, (f"v{i}",), latest=False) for i in range(1, 5)]
+        start = threading.Barrier(4)
+
+        def move(digest: str) -> bool:
+            mine = Store(place.uri)
+            start.wait()
+            try:
+                mine.tag("street", "latest", digest, expected=base)
+            except LostRaceError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(move, digests))
+        assert sum(won) == 1
+        assert store.tag_digest("street", "latest") == digests[won.index(True)]
+
+    def test_equal_content_has_one_digest_whoever_is_first(self, store: Store, place: Place) -> None:
+        manifest = manifest_of(store)
+        start = threading.Barrier(6)
+
+        def publish(i: int) -> str:
+            mine = Store(place.uri)
+            start.wait()
+            return mine.publish(manifest, {}, (f"v{i}",), stages=[f"{i}" * 64])
+
+        with ThreadPoolExecutor(6) as pool:
+            digests = set(pool.map(publish, range(6)))
+        assert len(digests) == 1
+        assert set(store.tags("street").values()) == digests
+        record = store.get_record(content_key(manifest.as_json()))
+        assert record is not None
+        assert record["stages"] == [f"{i}" * 64 for i in range(6)]
+
+    def test_what_is_computed_again_is_the_release_that_it_was_with_its_first_tables(self, store: Store, place: Place) -> None:
+        digest = store.publish(manifest_of(store), {TABLE: table(0.1)}, figures={"figures/street/a.png": b"first"})
+        for tables in ({TABLE: table(0.2)}, {}):  # other seconds, or none
+            assert store.publish(manifest_of(store), tables) == digest
+        assert store.get_table(TABLE).equals(table(0.1))
+        more = "tables/street/scores.parquet"
+        assert store.publish(manifest_of(store), {more: table(0.3)}) != digest
+        with pytest.raises(UserError, match=TABLE):
+            store.get_table(TABLE)
+
+    def test_first_tables_that_are_damaged_are_replaced(self, store: Store, place: Place) -> None:
+        digest = store.publish(manifest_of(store), {TABLE: table(0.1)})
+        place.write(f"blobs/sha256/{listed_table(store, 0.1).digest[7:]}", b"damaged")
+        assert store.verify()
+        again = store.publish(manifest_of(store), {TABLE: table(0.2)})
+        assert again != digest
+        assert store.get_table(TABLE).equals(table(0.2))
+        assert store.verify() == []
+
+    def test_a_tag_can_be_removed(self, store: Store) -> None:
+        digest = store.publish(manifest_of(store), {}, ["v1"])
+        store.untag("street", "v1")
+        assert store.tags("street") == {"latest": digest}
+        for name, tag, reason in (
+            ("street", "v1", "Its tags: latest"),
+            ("road", "v1", "none"),
+            ("street", "../x", "cannot be used"),
+        ):
+            with pytest.raises(UserError, match=reason):
+                store.untag(name, tag)
+
+    def test_what_no_tag_leads_to_can_be_deleted(self, store: Store, place: Place) -> None:
+        a = store.publish(manifest_of(store, 1.0), {TABLE: table(0.1)})
+        b = store.publish(manifest_of(store, 2.0), {TABLE: table(0.2)})
+        store.put_checkpoint(KEY, b"epoch 1")
+        assert store.gc(3600, dry_run=False) == []
+        time.sleep(1.1)  # S3's times are whole seconds
+        before = files_of(place)
+        lines = store.gc(0)
+        assert files_of(place) == before
+        assert len(lines) == 5  # manifest, its record, adaptor, table, checkpoint
+        assert any(line.startswith(f"manifests/{a[7:]}.json: ") for line in lines)
+        assert store.gc(0, dry_run=False) == lines
+        gone = {line.partition(":")[0] for line in lines}
+        assert files_of(place) == before - gone
+        assert store.pull("street").digest == b
+        assert store.verify() == []
+        with pytest.raises(CorruptStoreError, match=a):
+            store.tag("street", "latest", a)
+
+    def test_publishing_and_tagging_repair_a_ref_whatever_it_holds(self, store: Store, place: Place) -> None:
+        digest = store.publish(manifest_of(store), {TABLE: table()}, ["v1"])
+        for damaged in (b"", b"torn", bytes(1_000_000)):
+            for tag in ("latest", "v1"):
+                place.write(f"refs/street/{tag}", damaged)
+            store.tag("street", "v1", digest)
+            assert store.publish(manifest_of(store), {TABLE: table()}) == digest
+            assert store.tags("street") == {"latest": digest, "v1": digest}
+
+    # what is checked before it is read
+
+    def test_sizes_are_compared_before_anything_is_read(
+        self, store: Store, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        digest = store.publish(manifest_of(store), {})
+        level = store.manifest("street")[1].levels["brightness-0.4+jpeg-30"]
+        adaptor = f"blobs/sha256/{str(level.digest)[7:]}"
+        whole, read = place.read(adaptor), list[int]()
+        allocate = pa.allocate_buffer
+        monkeypatch.setattr(pa, "allocate_buffer", lambda size, *more: read.append(size) or allocate(size, *more))
+        place.write(adaptor, bytes(1_000_000))
+        with pytest.raises(CorruptStoreError, match=f"{level.digest} has 1000000 bytes, but the manifest says {level.bytes}"):
+            store.pull("street")
+        place.write(adaptor, whole)
+        for path, sentence in (
+            ("refs/street/latest", "refs/street/latest has 5,000,000 bytes, expected at most 256"),
+            (f"manifests/{digest[7:]}.json", r"json has 5,000,000 bytes, expected at most 4,194,304"),
+        ):
+            whole = place.read(path)
+            place.write(path, bytes(5_000_000))
+            with pytest.raises(CorruptStoreError, match=sentence) as caught:
+                store.pull("street")
+            assert "\n" not in str(caught.value)
+            place.write(path, whole)
+        assert max(read) < 100_000
+        assert store.pull("street").digest == digest
+
+    def test_a_manifest_that_nobody_would_read_is_not_published(self, store: Store, place: Place) -> None:
+        before = place.snapshot()
+        large = manifest_of(store).model_copy(update={"config": {"text": "x" * 5_000_000}})
+        with pytest.raises(UserError, match=r"has 5,00\d,\d+ bytes, expected at most 4,194,304"):
+            store.publish(large, {})
+        assert store.names() == []
+        assert {path for path in place.snapshot().keys() - before.keys() if path.startswith("refs")} == set()
+
+    @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+    def test_json_that_is_nested_without_end_is_a_sentence(self, store: Store, place: Place, opening: bytes) -> None:
+        nested = opening * 200_000
+        digest = forge(place, nested)
+        with pytest.raises(CorruptStoreError, match=f"{digest} is not valid: its JSON is nested too deeply"):
+            store.pull("street")
+        within = b'{"schema":2,"config":' + b'{"a":' * 900 + b"1" + b"}" * 901
+        forge(place, within)
+        with pytest.raises(UserError, match="manifest sha256"):
+            store.pull("street")
+        place.write(f"stages/{KEY}.json", nested)
+        assert store.get_record(KEY) is None
+        blob = store.put_blob(len(nested).to_bytes(8, "little") + nested)
+        with pytest.raises(CorruptStoreError, match=f"{blob} does not hold safetensors"):
+            store.get_state(blob)
 
     def test_an_unknown_release_names_those_there_are(self, store: Store) -> None:
         with pytest.raises(UserError, match=r"^No release street:latest: the store .* is empty\. Run the split job first"):
@@ -525,26 +743,30 @@ class StoreBattery:
     def test_interrupted_at_any_write_the_latest_release_stays_whole(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         a = store.publish(manifest_of(store, 1.0), {TABLE: table()})
         b_manifest = manifest_of(store, 2.0)
-        write, outcomes = FileTree.write, []
-        for allowed in range(20):
-            left = iter(range(allowed))
+        outcomes: list[str] = []
 
-            def write_some(self: FileTree, path: str, data: bytes, left: Iterator[int] = left) -> None:
+        def limited(call: Any, left: Iterator[int]) -> Any:
+            def limited_call(*arguments: Any) -> Any:
                 if next(left, None) is None:
                     raise KeyboardInterrupt
-                write(self, path, data)
+                return call(*arguments)
 
+            return limited_call
+
+        for allowed in range(20):
+            left = iter(range(allowed))
             with monkeypatch.context() as patch:
-                patch.setattr(FileTree, "write", write_some)
+                for name in ("write", "update"):
+                    patch.setattr(FileTree, name, limited(getattr(FileTree, name), left))
                 with suppress(KeyboardInterrupt):
                     outcomes.append(store.publish(b_manifest, {TABLE: table(0.75)}, tags=["v2"]))
             latest = store.pull("street").digest
             if outcomes:
                 break
-            assert latest == a
+            assert (latest == a) == (allowed < 5)  # until its ref is written
             for tag in store.tags("street"):
                 store.pull(f"street:{tag}")  # a ref that is there always leads to a whole release
-        assert allowed == 5  # table, record, manifest, tag, latest
+        assert allowed == 6  # the table's blob, record, manifest, tag, latest, the table's path
         assert outcomes == [latest]
 
     def test_many_publish_at_once(self, store: Store, place: Place) -> None:
@@ -766,6 +988,28 @@ class TestLocalStore(StoreBattery):
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(UserError):
             Store(tmp_path / "file").pull("street")
+
+    @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+    def test_what_is_no_regular_file_is_refused_at_once(self, store: Store, place: Folder, kind: str) -> None:
+        digest = store.publish(manifest_of(store), {TABLE: table()})
+        make = {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind]
+        manifest = store.manifest("street")[1]
+        for path in ("refs/street/latest", f"manifests/{digest[7:]}.json", f"blobs/sha256/{manifest.base.digest[7:]}"):
+            whole = place.read(path)
+            place.remove(path)
+            make(place.root / path)
+            with pytest.raises(UserError, match=f"is a {kind}, expected a regular file") as caught:
+                store.pull("street")
+            assert "\n" not in str(caught.value)
+            if kind == "folder":
+                (place.root / path).rmdir()
+            else:
+                place.remove(path)
+            place.write(path, whole)
+        make(place.root / "stages" / f"{KEY}.json")
+        assert store.get_record(KEY) is None
+        make(place.root / "checkpoints")
+        assert store.pull("street").digest == digest
 
     def test_a_relative_path_stays_where_it_was_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

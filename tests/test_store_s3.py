@@ -5,10 +5,13 @@ import importlib.util
 import logging
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gearnn_ray.cli.machine import gather
+from gearnn_ray.config.doctor import DoctorConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.store.releases import Store, digest_of
 from tests.test_store import StoreBattery, manifest_of
@@ -101,6 +104,13 @@ class TestS3Store(StoreBattery):
             with pytest.raises(UserError, match="cannot be written") as caught:
                 store.check_writable()
             assert "\n" not in str(caught.value)
+
+    def test_the_doctor_finds_it_usable_with_its_clock_and_leaves_it_as_it_is(self, place: Bucket, tmp_path: Path) -> None:
+        store = gather(DoctorConfig(store=place.uri, cache=str(tmp_path)), {}).store
+        ahead, error = store.ahead or (1e9, 0.0)
+        assert (store.uri, store.problem) == (place.uri, None)
+        assert abs(ahead) <= error + 1
+        assert [path for path in place.snapshot() if path] == []
 
     def test_ctrl_c_waits_for_the_upload(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         # Otherwise the stream, open and still empty, is completed by its destructor: an empty object.

@@ -101,6 +101,14 @@ def test_there_is_no_other_stream(page: str, path: str) -> None:
     assert "use /streams/gate" in json.loads(said)["detail"]
 
 
+def test_a_page_of_another_name_sees_nothing_of_the_stream(page: str) -> None:
+    for path in ("/streams/gate", "/streams/gate/picture", "/metrics"):
+        request = urllib.request.Request(page.replace("/streams/gate", path), headers={"host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code == 421
+
+
 def test_a_port_that_is_taken_is_refused_in_one_sentence(live: LiveStream) -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]

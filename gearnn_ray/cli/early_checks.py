@@ -7,6 +7,7 @@ exist on its nodes alone, and the job's workers check them. Imports neither torc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from gearnn_ray.config.split import DataConfig, SplitConfig
 from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import open_dataset
-from gearnn_ray.models.names import check_name, check_released_name, check_weights_path
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.levels.own import Own
+from gearnn_ray.models.names import check_name, check_released_levels, check_released_name, check_weights_path
 from gearnn_ray.store.releases import Store
 
 _VIDEO_RELEASE = "centre-video"
@@ -35,8 +38,11 @@ def check_split(config: SplitConfig) -> None:
             f"{config.model.name} does not learn from random weights, because its batch normalisations stay as they are: give "
             "model.weights, or model.start with a pretrained network or backbone"
         )
+    if config.data.kind == "footage" and config.model.weights is None:
+        raise UserError("data.kind is footage, without labels to train a base on: give the base with model.weights")
     if starts_own_cluster():
         _check_module(config.model.name)
+        _check_levels(config.levels)
         for path in (config.model.weights, config.model.start):
             if path is not None:
                 check_weights_path(Path(path))
@@ -49,21 +55,23 @@ def check_release_job(config: EvaluateConfig | SweepConfig) -> None:
     store = Store(config.store)
     _, manifest = store.manifest(config.release)
     check_released_name(manifest.model.name, config.trust)
+    check_released_levels(manifest.levels, config.trust)
     if not manifest.config:
         raise UserError(f"{config.release} does not record how it was made: name a release of jobs/split.py")
     store.check_writable()
     made_by = from_mapping(SplitConfig, manifest.config, f"the configuration in {config.release}")
     if starts_own_cluster():
         _check_module(manifest.model.name)
+        _check_levels(manifest.levels)
         data: DataConfig = made_by.data.model_copy(update={"path": config.data.path or made_by.data.path})
         _check_data(made_by.model_copy(update={"data": data}))
 
 
 def check_bundles(config: ServeConfig) -> None:
-    """Raise UserError for a release that is not in the store, or whose network is not trusted."""
+    """Raise UserError for a release that is not in the store or not signed as required, or whose network is not trusted."""
     store = Store(config.store)
     for ref in config.bundles:
-        check_released_name(store.manifest(ref)[1].model.name, config.trust)
+        check_released_name(store.manifest(ref, config.require_signature)[1].model.name, config.trust)
 
 
 def check_watch(config: WatchConfig) -> None:
@@ -123,3 +131,12 @@ def _check_module(network: str) -> None:
             spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations or [])
     if spec is None:
         raise UserError(f"the network {network!r} is in the module {module}, which Python does not find: check the path")
+
+
+def _check_levels(levels: Iterable[str]) -> None:
+    """Raise UserError for a level of the user's own that cannot be imported or distorts no frame."""
+    own = [part for level in levels for part in parse_level(level).parts if isinstance(part, Own)]
+    if own and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as Ray's workers do
+    for part in own:
+        part.check()

@@ -13,12 +13,16 @@ from gearnn_ray.cli import early_checks, output
 from gearnn_ray.config.adapt import AdaptConfig
 from gearnn_ray.config.camera import CameraConfig
 from gearnn_ray.config.command_line import ConfigT, JobOptions, parse_command_line
+from gearnn_ray.config.doctor import DoctorConfig
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.config.transfer import CopyConfig, ExportConfig, SignConfig
+from gearnn_ray.config.upkeep import GcConfig, VerifyConfig
 from gearnn_ray.config.watch import WatchConfig
-from gearnn_ray.core.errors import UserError
+from gearnn_ray.core.errors import UserError, storage_problem
 from gearnn_ray.reporting.progress import reporter, split_plan
+from gearnn_ray.store.releases import Store
 
 if TYPE_CHECKING:
     from gearnn_ray.video.live import LiveStream
@@ -29,6 +33,13 @@ _SWEEP = "Try several budgets M on the levels of a release, and recommend the sm
 _WATCH = "Take a video through the adaptive network: every frame with the network of its own distortion level."
 _ADAPT = "Steer a camera's knobs by the network's gradient (OneAdapt, SoCC 2023), and compare every rival over the same video."
 _CAMERA = "Be a camera whose encoder the service steers: post segments, and encode the next ones with the knobs in the answers."
+_PULL = "Copy a release from another store into this one: every digest is verified, and the tag is copied last."
+_PUSH = "Copy a release from this store to another one: every digest is verified, and the tag is copied last."
+_EXPORT = "Write the network of one level as a file that runs without this package: ONNX, torch.export or safetensors."
+_SIGN = "Sign a release: its name and the digest of its manifest, which holds the digest of everything in it."
+_GC = "Delete what no tag of a store leads to and nobody has used for a while, and cached images that nobody needs."
+_VERIFY = "Read everything that a tag of a store leads to, and every stage record, and say what is wrong. Changes nothing."
+_DOCTOR = "Say what this machine is good for, and what is wrong. Starts no Ray, and leaves the store unchanged."
 _SERVE = "Serve releases over HTTP: one base network, and for each frame the adaptor of its own distortion level."
 
 
@@ -168,6 +179,99 @@ def run_camera(arguments: Sequence[str]) -> int:
     return _run(CameraConfig, arguments, _CAMERA, run)
 
 
+def run_pull(arguments: Sequence[str]) -> int:
+    """`gearnn pull`. Exit codes: 0 the release is in this store, 2 invalid configuration, or a damaged release."""
+    return _run(CopyConfig, arguments, _PULL, lambda config, options: _copy(config, options, config.other, config.store))
+
+
+def run_push(arguments: Sequence[str]) -> int:
+    """`gearnn push`. Exit codes: 0 the release is in the other store, 2 as of `run_pull`."""
+    return _run(CopyConfig, arguments, _PUSH, lambda config, options: _copy(config, options, config.store, config.other))
+
+
+def _copy(config: CopyConfig, options: JobOptions, source: str, target: str) -> bool:
+    if not config.other:
+        raise UserError("no other store is given: expected one behind the release, such as name:tag s3://bucket/prefix")
+    origin, goal = Store(source), Store(target)
+    digest = origin.copy_to(goal, config.release, config.require_signature)
+    name, pinned, _ = config.release.partition("@")
+    if not pinned:
+        name, _, tag = config.release.partition(":")
+        goal.tag(name, tag, digest)
+    output.show_copied(config.release, f"{name}@{digest}", goal, options.json_lines)
+    return True
+
+
+def run_export(arguments: Sequence[str]) -> int:
+    """`gearnn export`. Exit codes: 0 the file is written, 2 invalid configuration, or a network that cannot be exported."""
+
+    def run(config: ExportConfig, options: JobOptions) -> bool:
+        if not config.level or not config.file:
+            raise UserError(
+                "no level or no file is given: expected name:tag LEVEL FILE, such as name:latest jpeg-10 jpeg-10.onnx"
+            )
+        from gearnn_ray.serving.export import export_level
+
+        release = Store(config.store).pull(config.release, config.require_signature)
+        path = export_level(release, config.level, config.file, config.image_size, config.trust)
+        output.show_exported(f"{release.name}@{release.digest}", config.level, path, options.json_lines)
+        return True
+
+    return _run(ExportConfig, arguments, _EXPORT, run)
+
+
+def run_sign(arguments: Sequence[str]) -> int:
+    """`gearnn sign`. Exit codes: 0 the release is signed, 2 invalid configuration."""
+
+    def run(config: SignConfig, options: JobOptions) -> bool:
+        output.show_signed(config.release, Store(config.store).sign(config.release, config.key), options.json_lines)
+        return True
+
+    return _run(SignConfig, arguments, _SIGN, run)
+
+
+def run_gc(arguments: Sequence[str]) -> int:
+    """`jobs/gc.py`. Exit codes: 0 what should go is listed or deleted, 2 invalid configuration, or a tag that cannot be read."""
+
+    def run(config: GcConfig, options: JobOptions) -> bool:
+        from gearnn_ray.data.cache_limits import limit_cache
+
+        day, data = 86_400.0, config.data
+        files = Store(config.store).gc(config.grace * day, dry_run=not config.delete)
+        cache = Path(data.cache).expanduser()
+        images = limit_cache(cache, config.grace * day, data.max_age * day, data.max_gib * 2**30, dry_run=not config.delete)
+        output.show_gc(config, files, images, options.json_lines)
+        return True
+
+    return _run(GcConfig, arguments, _GC, run)
+
+
+def run_verify(arguments: Sequence[str]) -> int:
+    """`jobs/verify.py`. Exit codes: 0 everything is as it was published, 1 something is wrong, 2 invalid configuration."""
+
+    def run(config: VerifyConfig, options: JobOptions) -> bool:
+        store = Store(config.store)
+        found = store.verify()
+        output.show_problems(store, found, options.json_lines)
+        return not found
+
+    return _run(VerifyConfig, arguments, _VERIFY, run)
+
+
+def run_doctor(arguments: Sequence[str]) -> int:
+    """`jobs/doctor.py`. Exit codes: 0 nothing is wrong, 1 something is, 2 invalid configuration."""
+
+    def run(config: DoctorConfig, options: JobOptions) -> bool:
+        from gearnn_ray.cli.diagnosis import TESTED, diagnose
+        from gearnn_ray.cli.machine import gather
+
+        findings = diagnose(gather(config, TESTED))
+        output.show_findings(findings, options.json_lines)
+        return all(finding.state != "wrong" for finding in findings)
+
+    return _run(DoctorConfig, arguments, _DOCTOR, run)
+
+
 @contextmanager
 def _live_page(config: WatchConfig, options: JobOptions) -> Iterator["LiveStream | None"]:
     """The page of a stream while it is watched, where a port is given for it."""
@@ -196,6 +300,11 @@ def _run(kind: type[ConfigT], arguments: Sequence[str], description: str, run: C
         return 0 if run(config, options) else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (problem := storage_problem(error)) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)

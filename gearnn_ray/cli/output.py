@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from rich.table import Table
 from gearnn_ray.config.adapt import AdaptConfig
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.split import SplitConfig
+from gearnn_ray.config.upkeep import GcConfig
 from gearnn_ray.config.watch import WatchConfig
-from gearnn_ray.levels.level import parse_level
-from gearnn_ray.reporting.summary import LayerChange, accuracy_figure, print_summary, weight_change_figure
+from gearnn_ray.reporting.summary import print_summary
 from gearnn_ray.store.releases import Store
 
 if TYPE_CHECKING:
+    from gearnn_ray.cli.diagnosis import Finding
     from gearnn_ray.evaluation.findings import Outcome as Evaluated
     from gearnn_ray.knobs.camera import Filmed
     from gearnn_ray.knobs.findings import Found
@@ -36,15 +38,13 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def show_split(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> None:
-    """Put the figures of a release into its store, and print where everything is."""
-    store, figures = Store(config.store), _figures(config, outcome)
-    for path, png in figures.items():
-        store.put_figure(path, png)
+    """Print the summary of a release, and where everything is."""
+    store = Store(config.store)
     if json_lines:
         rows = [{**asdict(row), "gap_closed": row.gap_closed} for row in outcome.summary]
         _print_json(
             release=outcome.release, tag=outcome.tag, name=config.name, store=store.uri, summary=rows,
-            failed=dict(outcome.failed), figures=list(figures),
+            failed=dict(outcome.failed), figures=list(outcome.figures),
         )  # fmt: skip
         return
     console = _console()
@@ -71,7 +71,7 @@ def show_split(config: SplitConfig, outcome: "Outcome", json_lines: bool) -> Non
         f'print({{**r.base_state(), **r.adaptor_state({example!r})}}.keys())"'
     )
     places = [("bundle", f"{release} ({outcome.release[:19]}…) in {store.uri}"), ("pull it", pull)]
-    _print_places(console, [*places, *(("picture", f"{store.uri}/{path}") for path in figures)])
+    _print_places(console, [*places, *(("picture", f"{store.uri}/{path}") for path in outcome.figures)])
 
 
 def _remarks(config: SplitConfig, outcome: "Outcome") -> Iterator[str]:
@@ -86,22 +86,6 @@ def _remarks(config: SplitConfig, outcome: "Outcome") -> Iterator[str]:
         by_layer, by_weight = (f"{100 * min(each):.1f} to {max(each):.1%}" for each in zip(*shares, strict=True))
         yield f"Full fine-tuning changed {by_weight} of the weights by more than 2e-4."
         yield f"Layers whose average change exceeds 2e-4 hold {by_layer} of the weights."
-
-
-def _figures(config: SplitConfig, outcome: "Outcome") -> dict[str, bytes]:
-    """Figures of a release, by path in the store."""
-    trained = [r for r in outcome.results if not parse_level(r.level).is_clean]
-    if not trained:
-        return {}
-    changes = {
-        r.level: [LayerChange(s.layer, s.kind, s.index, s.mean_abs_change, s.layer in r.layers) for s in r.sensitivity]
-        for r in trained
-    }
-    folder = f"figures/{config.name}"
-    return {
-        f"{folder}/accuracy.png": accuracy_figure(outcome.summary, f"{config.name}: accuracy over distortion"),
-        f"{folder}/weight_change.png": weight_change_figure(changes, f"{config.name}: weight change per layer"),
-    }
 
 
 def show_evaluation(config: EvaluateConfig, outcome: "Evaluated", json_lines: bool) -> None:
@@ -368,6 +352,68 @@ def show_camera(filmed: "Filmed", problem: str | None, json_lines: bool) -> None
     print(f"\n{filmed.segments} segments: {filmed.answered} answered{rate}, {filmed.refused} refused, {filmed.dropped} dropped")
     if problem:
         print(f"the source failed: {problem}")
+
+
+def show_copied(ref: str, release: str, store: Store, json_lines: bool) -> None:
+    """Print which release is now in a store."""
+    content, signers = store.manifest(release)[1], store.signers(release)
+    size = sum(blob.bytes for blob in content.blobs)
+    if json_lines:
+        _print_json(release=release, store=store.uri, levels=list(content.levels), bytes=size, signed_by=signers)
+        return
+    signed = f", signed by {' and '.join(f'{key[:12]}…' for key in signers)}" if signers else ""
+    digest = release.partition("@")[2]
+    print(f"{ref} ({digest[:19]}…) is in {store.uri}: {len(content.levels)} levels, {size:,} bytes{signed}")
+
+
+def show_exported(release: str, level: str, path: Path, json_lines: bool) -> None:
+    """Print where a level was written."""
+    if json_lines:
+        _print_json(release=release, level=level, file=str(path), bytes=path.stat().st_size)
+    else:
+        print(f"{level} of {release[: release.index(':') + 13]}… is in {path} ({path.stat().st_size:,} bytes)")
+
+
+def show_signed(ref: str, public: str, json_lines: bool) -> None:
+    """Print with which option a release can be required to be signed."""
+    if json_lines:
+        _print_json(release=ref, signed_by=public)
+    else:
+        print(f"{ref} is signed. Whoever pulls it can require this: --require-signature {public}")
+
+
+def show_findings(findings: Sequence["Finding"], json_lines: bool) -> None:
+    """Print a line for each finding, and how many are wrong."""
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    if json_lines:
+        _print_json(wrong=wrong, findings=[asdict(finding) for finding in findings])
+        return
+    for finding in findings:
+        print(f"{finding.state:<6}{finding.what + ':':<13}{finding.sentence}")
+    print(f"\n{('Nothing is', 'One thing is')[wrong] if wrong < 2 else f'{wrong} things are'} wrong.")
+
+
+def show_gc(config: GcConfig, files: Sequence[str], images: Sequence[str], json_lines: bool) -> None:
+    """Print what goes from the store and from the cache, a line each."""
+    if json_lines:
+        _print_json(deleted=config.delete, files=list(files), images=list(images))
+        return
+    for line in (*files, *images):
+        print(line)
+    count = f"{len(files):,} files of the store {config.store} and {len(images):,} entries of the cache {config.data.cache}"
+    print(f"{count} were deleted." if config.delete else f"{count} would be deleted: --delete deletes them.")
+    if config.store.startswith("s3://"):
+        print("Unfinished uploads are not listed: end them with a lifecycle rule of the bucket (AbortIncompleteMultipartUpload).")
+
+
+def show_problems(store: Store, found: Sequence[str], json_lines: bool) -> None:
+    """Print a sentence for each thing that is wrong with a store."""
+    if json_lines:
+        _print_json(store=store.uri, problems=list(found))
+        return
+    for sentence in found:
+        print(sentence)
+    print(f"{('Nothing is', 'One thing is')[len(found)] if len(found) < 2 else f'{len(found)} things are'} wrong in {store.uri}.")
 
 
 def _console() -> Console:

@@ -10,7 +10,8 @@ TORCHVISION_DETECTORS = (
     "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "ssd300_vgg16",
 )  # fmt: skip
 BUILT_IN = {
-    "drn_d_22": "drn", "drn_d_38": "drn", "centre_detector": "centre_detector", "light_maskrcnn": "light_maskrcnn",
+    "drn_d_22": "drn", "drn_d_22_narrow": "drn", "drn_d_38": "drn",
+    "centre_detector": "centre_detector", "light_maskrcnn": "light_maskrcnn",
     **dict.fromkeys(TORCHVISION_DETECTORS, "torchvision_detectors"),
 }  # fmt: skip
 """Every built-in network, and the module of `gearnn_ray.models` that it is in."""
@@ -21,10 +22,11 @@ NEEDS_WEIGHTS = (*(name for name in TORCHVISION_DETECTORS if name != "ssd300_vgg
 KINDS = {
     "scenes": ("segmentation", "detection"), "camvid": ("segmentation",), "cityscapes": ("segmentation",),
     "folder": ("segmentation",), "coco": ("detection",), "penn-fudan": ("detection",), "yolo": ("detection",),
+    "footage": ("segmentation", "detection"),
 }  # fmt: skip
 """Every kind of data set, and the tasks that it has targets for."""
 
-_SEGMENTATION = ("drn_d_22", "drn_d_38")
+_SEGMENTATION = ("drn_d_22", "drn_d_22_narrow", "drn_d_38")
 _SIZES = ("min_size", "max_size")  # arguments of built-in detectors that scale images themselves
 
 

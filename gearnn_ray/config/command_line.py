@@ -92,8 +92,8 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
                 description=f"{description}\n\n--config FILE: a YAML file with any of these options; the command line takes "
                 "precedence. --json: print one JSON object per line instead of text."
                 + (
-                    f" --preset {' or '.join(PRESETS)}: fewer epochs, more accuracy for each byte, or levels of video; all other "
-                    "options take precedence." * (kind is SplitConfig)
+                    f" --preset {', '.join(PRESETS)}: Algorithm 1 as published, fewer epochs, more accuracy for each byte, or "
+                    "levels of video; all other options take precedence." * (kind is SplitConfig)
                 ),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )

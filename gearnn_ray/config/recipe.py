@@ -1,14 +1,17 @@
 """How a network is fine-tuned and how its layers are selected: the configuration, which a release also records."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from gearnn_ray.config.checks import Section
 
+Objective = Literal["labels", "teacher", "both"]
+"""What a fine-tune minimises."""
 
-class Recipe(Section):
-    """How a network is fine-tuned: SGD on random crops, as in DRN's recipe (§4 of the paper leaves it open)."""
+
+class BaseRecipe(Section):
+    """How a network is trained: SGD on random crops, as in DRN's recipe (§4 of the paper leaves it open)."""
 
     epochs: int = Field(4, ge=1)
     """passes over the training images"""
@@ -34,9 +37,34 @@ class Recipe(Section):
     averaged: float = Field(0, ge=0, le=1)
     """share of the steps, counted from the last, whose weights are averaged; 0: the last step's weights are used"""
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, object]:
         """Fields hashed into a stage's key. The precision is hashed apart, as the job resolved it."""
         return self.model_dump(exclude={"precision"})
+
+
+class Recipe(BaseRecipe):
+    """How the network of a level is fine-tuned, and what it learns from."""
+
+    objective: Objective = "labels"
+    """what fine-tunes minimise: labels, the task's loss; teacher, the distance to the base's own answers to the undistorted
+    images, which needs no labels; both, their sum"""
+    teacher_weight: float = Field(1, gt=0)
+    """factor of the distance to the base's answers where recipe.objective is both"""
+    temperature: float = Field(1, gt=0)
+    """divides the logits of both networks before they are compared; a higher one gives unlikely classes more weight"""
+
+    @model_validator(mode="after")
+    def _options_of_the_objective(self) -> Self:
+        if self.teacher_weight != 1 and self.objective != "both":
+            raise ValueError(f"teacher_weight is given and objective is {self.objective}: leave it out, or choose both")
+        if self.temperature != 1 and self.objective == "labels":
+            raise ValueError("temperature is given and objective is labels: leave it out, or choose teacher or both")
+        return self
+
+    def inputs(self) -> dict[str, object]:
+        """As of `BaseRecipe`. Fields added later are omitted while they have their default."""
+        later = {"objective", "teacher_weight", "temperature"}
+        return {name: value for name, value in super().inputs().items() if name not in later or self.objective != "labels"}
 
 
 Importance = Literal["mean-abs", "sum-abs", "l2", "relative", "first-order", "fisher"]

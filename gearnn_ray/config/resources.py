@@ -25,7 +25,8 @@ class TaskResources(Section):
     gpus: Gpus = Field(0, ge=0)
     """GPUs that a fine-tune reserves; with 0.25 four fine-tunes share one GPU"""
     retries: int = Field(3, ge=0)
-    """how often a task is started again after its worker died; it continues from its last checkpoint"""
+    """how often a task is started again after its worker died or hung in one place; it continues from its last checkpoint, and
+    each new epoch begins the count anew"""
 
 
 class ResourcesConfig(TaskResources):

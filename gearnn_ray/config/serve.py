@@ -22,7 +22,8 @@ class LimitsConfig(Section):
     body_mib: float = Field(16, gt=0, le=1024)
     """largest body of one request, and most bytes of an endless upload that may wait, in MiB"""
     body_seconds: float = Field(10, gt=0, le=3600)
-    """within this time a whole body must have arrived, and an endless upload must bring its next frame"""
+    """within this time the head of a request and then its whole body must have arrived, and an endless upload must bring its next
+    frame"""
     megapixels: float = Field(8.5, gt=0, le=100)
     """largest frame, and largest sum of the frames in one batch, in million pixels; a 4K frame has 8.3"""
     answer_mib: float = Field(128, gt=0, le=4096)
@@ -32,11 +33,12 @@ class LimitsConfig(Section):
     streams: int = Field(16, ge=1, le=1024)
     """most segments and uploads that a replica processes at the same time"""
     in_flight_mib: float = Field(512, gt=0)
-    """most memory of a replica for bodies, decoded frames and answers of all requests, in MiB"""
+    """most memory of a replica for bodies, decoded frames and answers of all requests, and as much again of the HTTP proxy for
+    answers on their way to clients, in MiB"""
 
     @model_validator(mode="after")
     def _room_for_one(self) -> Self:
-        one = self.body_mib + self.answer_mib + FRAMES_AHEAD * 3e6 * self.megapixels / 2**20
+        one = self.body_mib + 2 * self.answer_mib + FRAMES_AHEAD * 3e6 * self.megapixels / 2**20
         if self.in_flight_mib < one:
             raise ValueError(
                 f"in_flight_mib is {self.in_flight_mib:g}, but one request may need {one:.0f}: raise it, or lower others"
@@ -53,8 +55,12 @@ class ServeConfig(Section):
     """releases to serve, as name:tag (followed when it moves) or name@sha256:…; the first answers requests that name none"""
     trust: TrustedModules = ()
     """import paths of networks' modules that a release may name, such as my_package.nets; built-in networks need none"""
+    require_signature: str | None = None
+    """public ed25519 key, as a PEM file or 64 hexadecimal digits; releases that it did not sign are refused"""
     host: str = Field("127.0.0.1", min_length=1)
     """address to listen on; 127.0.0.1 accepts only this machine, 0.0.0.0 also others"""
+    allowed_hosts: tuple[str, ...] = ()
+    """host names under which clients reach the service, beside its address and localhost; requests to others are refused"""
     port: int = Field(8000, ge=1, le=65535)
     """HTTP port"""
     device: str = "auto"
@@ -76,6 +82,9 @@ class ServeConfig(Section):
     entropy: their mixture by how certain each of them is of the frame, which takes half a pass more"""
     poll_seconds: float = Field(10, gt=0)
     """seconds between two checks whether a tag has moved"""
+    cache: str = "~/.cache/gearnn_ray_releases"
+    """folder where each node keeps copies of the last releases that it has served; a replica that starts while the store or the
+    newest release cannot be read serves from them"""
     limits: LimitsConfig = LimitsConfig()
     cameras: dict[str, float] = Field(default_factory=dict)
     """mean luma (0 to 255) of a camera's undistorted frames, by its x-gearnn-stream header; default: the training images'"""
@@ -102,6 +111,16 @@ class ServeConfig(Section):
                 raise ValueError(f"watch has {each!r}: expected NAME=ADDRESS, such as gate=rtsp://10.0.0.7/stream")
         each_once("camera", tuple(each.partition("=")[0] for each in watch))
         return watch
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+                raise ValueError(
+                    f"allowed_hosts has {name!r}: expected a name in lower case, such as cameras.example, and no port"
+                )
+        return names
 
     @field_validator("bundles")
     @classmethod

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from gearnn_ray.config.budget import Budget
 from gearnn_ray.config.catalogue import check_arguments, task_of_network, task_of_options
 from gearnn_ray.config.checks import LevelNames, Section
-from gearnn_ray.config.recipe import Coupling, Criterion, Recipe
+from gearnn_ray.config.recipe import BaseRecipe, Coupling, Criterion, Recipe
 from gearnn_ray.config.release_ref import SafeName
 from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.levels.level import parse_level
@@ -35,17 +35,25 @@ class ScenesConfig(Section):
     """images of each scene, which the camera pans over: H.264 levels then are those of video, not of stills"""
 
 
+class FootageConfig(Section):
+    """Images and videos without labels (data.kind footage)."""
+
+    rate: float = Field(1, gt=0, le=1000)
+    """frames that are taken from each second of a video"""
+
+
 class DataConfig(Section):
     """Images and labels."""
 
-    kind: Literal["scenes", "camvid", "cityscapes", "folder", "coco", "penn-fudan", "yolo"] = "scenes"
+    kind: Literal["scenes", "camvid", "cityscapes", "folder", "coco", "penn-fudan", "yolo", "footage"] = "scenes"
     """generated scenes, for either task; CamVid, Cityscapes, or a folder with train/images, train/labels, val/images, val/labels,
-    for segmentation; COCO's format, Penn-Fudan, or YOLO's format, for detection"""
+    for segmentation; COCO's format, Penn-Fudan, or YOLO's format, for detection; a folder of videos and images without labels"""
     path: str | None = None
     """folder of the data set, as every worker sees it; generated scenes need none"""
     num_classes: int | None = Field(None, ge=2, le=255)
-    """number of classes, only for kind folder"""
+    """number of classes, for kinds folder and footage"""
     scenes: ScenesConfig = ScenesConfig()
+    footage: FootageConfig = FootageConfig()
     cache: str = "~/.cache/gearnn_ray"
     """folder where each node caches the distorted images"""
 
@@ -54,8 +62,8 @@ class ModelConfig(Section):
     """The network D."""
 
     name: str = "drn_d_22"
-    """drn_d_22 or drn_d_38; centre_detector, light_maskrcnn, or a detector of torchvision's such as maskrcnn_resnet50_fpn; or a
-    function that returns a network, as package.module:function"""
+    """drn_d_22, drn_d_22_narrow (the default of generated scenes) or drn_d_38; centre_detector, light_maskrcnn, or a detector of
+    torchvision's such as maskrcnn_resnet50_fpn; or a function that returns a network, as package.module:function"""
     arguments: dict[str, int | float | bool | str] = Field(default_factory=dict)
     """further arguments that the network is built with: min_size and max_size of torchvision's detectors, or what the user's own
     function takes"""
@@ -102,9 +110,20 @@ class SelectionConfig(Coupling, Criterion):
         return Coupling(**{name: getattr(self, name) for name in Coupling.model_fields})
 
 
-BASE_RECIPE = Recipe(epochs=14, learning_rate=0.1, batch_size=4)
+BASE_RECIPE = BaseRecipe(epochs=14, learning_rate=0.1, batch_size=4)
 
 PRESETS: dict[str, dict[str, object]] = {
+    "paper": {
+        "budget": "0.2%",
+        "selection": {
+            "importance": "mean-abs",
+            "granularity": "tensor",
+            "against": "base",
+            "storage_formats": ["float32"],
+            "problem": "per-level",
+        },
+        "recipe": {"objective": "labels", "epochs": 4},
+    },
     "fast": {"sensitivity": {"epochs": 0.125}, "recipe": {"epochs": 3}},
     "compact": {
         "selection": {
@@ -133,8 +152,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "recipe": {"epochs": 1},
     },
 }
-"""Values that a preset gives to options of `SplitConfig` that are not given: fewer epochs, more accuracy for each byte
-(docs/budget.md has what they cost and gain), or levels as video streams have them (docs/streams.md)."""
+"""Values that a preset gives to options of `SplitConfig` that are not given: Algorithm 1 as published; fewer epochs, or more
+accuracy per byte (docs/budget.md has costs and gains); or levels as video streams have them (docs/streams.md)."""
 
 
 DETECTION: dict[str, object] = {
@@ -147,6 +166,18 @@ DETECTION: dict[str, object] = {
     "base_recipe": {"crop": 1333, "epochs": 24, "learning_rate": 0.02, "batch_size": 4},
 }
 """Defaults of the task detection, where they are not those of `SplitConfig`."""
+
+
+SCENES: dict[str, object] = {
+    "model": {"name": "drn_d_22_narrow"},
+    "budget": "1%",
+    "base_recipe": {"epochs": 20, "learning_rate": 0.1, "batch_size": 4},
+}
+"""Defaults of segmentation of the generated scenes, unless a network or its weights are given: a few minutes on two cores."""
+
+
+FOOTAGE: dict[str, object] = {"recipe": {"objective": "teacher"}}
+"""Defaults of data without labels."""
 
 
 def _filled(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
@@ -170,7 +201,7 @@ class SplitConfig(Section):
     """what the network predicts: segmentation, a class for each pixel; detection, boxes, and masks if network and data have them.
     Default: that of the data or of the built-in network. Each task has defaults of its own (docs/detection.md)"""
     levels: LevelNames = ("jpeg-10", "jpeg-20", "jpeg-40", "jpeg-80")
-    """distortion levels: jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean, and combinations with +"""
+    """distortion levels (docs/levels.md): jpeg-Q, brightness-B, h264-WxH, h264-crfC, clean and more, and combinations with +"""
     budget: Budget = "0.2%"
     """M of Eq. (2), the size of each adaptor: a share of the model size such as 0.2%, a number of floats, or of bytes such as
     127256B; with selection.problem one-memory the size of all adaptors together"""
@@ -185,7 +216,7 @@ class SplitConfig(Section):
     recipe: Recipe = Recipe()
     sensitivity: SensitivityConfig = SensitivityConfig()
     selection: SelectionConfig = SelectionConfig()
-    base_recipe: Recipe = BASE_RECIPE
+    base_recipe: BaseRecipe = BASE_RECIPE
     """how the base is trained if no weights are given"""
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -210,7 +241,19 @@ class SplitConfig(Section):
         kind = data.get("kind", "scenes") if isinstance(data, dict) else "scenes"
         network = model.get("name") if isinstance(model, dict) else None
         task = values.get("task") or task_of_options(kind, network)
-        return _filled({**values, "task": task}, DETECTION if task == "detection" else {})
+        values = _filled({**values, "task": task}, DETECTION if task == "detection" else {})
+        own_network = isinstance(model, dict) and {"name", "weights", "start"} & model.keys()
+        if task == "segmentation" and kind == "scenes" and not own_network:
+            values = _filled(values, SCENES)
+        return _filled(values, FOOTAGE if kind == "footage" else {})
+
+    @model_validator(mode="after")
+    def _labels_where_they_are_needed(self) -> "SplitConfig":
+        if self.data.kind == "footage" and self.recipe.objective != "teacher":
+            raise ValueError(
+                f"recipe.objective is {self.recipe.objective} and footage has no labels: give teacher, which is the default there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _network_of_the_task(self) -> "SplitConfig":
@@ -269,4 +312,6 @@ class SplitConfig(Section):
         """Options of the data set's kind, for `open_dataset`."""
         if self.data.kind == "scenes":
             return self.data.scenes.model_dump()
+        if self.data.kind == "footage":
+            return {"num_classes": self.data.num_classes, **self.data.footage.model_dump()}
         return {"num_classes": self.data.num_classes} if self.data.kind == "folder" else {}

@@ -8,12 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Event:
-    """A report of one stage: `step` of `steps` while it runs, then `finished` or `reused`. `level` is a level's name, or "all"
-    for a stage that serves several. `score` is in percent, and `metric` names it, such as mIoU. `seconds` is how long the stage
-    took, `time` when it reported, in seconds since 1970 by the worker's clock, and `note` a remark for the reader.
+    """A report of one stage: `step` of `steps` while it runs, then `finished` or `reused`; a `notice` has only its note to tell.
+    `level` is a level's name, or "all" for a stage that serves several. `score` is in percent, and `metric` names it, such as
+    mIoU. `seconds` is how long the stage took, `time` when it reported, in seconds since 1970 by the worker's clock, and `note` a
+    remark for the reader.
     """
 
-    kind: Literal["started", "progress", "finished", "reused"]
+    kind: Literal["started", "progress", "finished", "reused", "notice"]
     stage: str
     level: str
     step: int = 0

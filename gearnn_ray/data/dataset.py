@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from gearnn_ray.config.catalogue import KINDS
 from gearnn_ray.core.errors import UserError
 
-__all__ = ["IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
+__all__ = ["AGREEMENT", "IGNORED", "KINDS", "Dataset", "Split", "open_dataset"]
 
+AGREEMENT = "agreement"  # begins the names of metrics where the base's own answers stand in for labels
 IGNORED = 255  # the label of a pixel that neither training nor evaluation uses
 
 
@@ -57,10 +58,17 @@ class Dataset:
     class_names: tuple[str, ...]
     train: Split
     val: Split
+    labelled: ClassVar[bool] = True
+    """whether there are targets"""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def remark(self) -> str:
+        """What a user must know of how the data were read; empty where that is nothing."""
+        return ""
 
 
 def open_dataset(kind: str, path: str | None = None, task: str = "segmentation", **options: Any) -> Dataset:

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from gearnn_ray.core.errors import UserError
 
 AS_IS = bytes(range(256))  # the class map of label files that already hold class ids
+_MOST_CLASSES = 255  # class ids are bytes, and 255 is ignored
 _VERSION = 1  # part of every digest: raise it if the same files would give other arrays
 
 
@@ -149,6 +150,27 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text: expected lines in UTF-8, so save it as such.") from error
+
+
+def class_names(listing: Path, num_classes: int | None) -> tuple[str, ...]:
+    """`num_classes` classes, or those in the file `listing`, one name per line. Raises `UserError` for a number of classes that
+    is missing or contradictory.
+    """
+    if num_classes is not None and (type(num_classes) is not int or not 1 <= num_classes <= _MOST_CLASSES):
+        raise UserError(f"num_classes is {num_classes!r}: expected a whole number from 1 to {_MOST_CLASSES}.")
+    if not listing.is_file():
+        if num_classes is None:
+            raise UserError(f"there is neither num_classes nor a file {listing}: give one of the two.")
+        return tuple(f"class {index}" for index in range(num_classes))
+    names = tuple(read_lines(listing))
+    if not 1 <= len(names) <= _MOST_CLASSES or "" in names:
+        raise UserError(
+            f"{listing} holds {len(names)} lines, {names.count('')} of them blank: "
+            f"expected 1 to {_MOST_CLASSES} names of classes, one a line."
+        )
+    if num_classes not in (None, len(names)):
+        raise UserError(f"num_classes is {num_classes} but {listing} names {len(names)} classes: make them agree.")
+    return names
 
 
 def _refuse_lonely(what: str, files: Mapping[str, Path], partner: str, partners: Mapping[str, Path]) -> None:

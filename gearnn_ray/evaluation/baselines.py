@@ -9,7 +9,7 @@ Functions of networks, images and tensors. Knows nothing of Ray, the store, or h
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from gearnn_ray.offline.selection import select
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Task, loss_of
 from gearnn_ray.training.predict import Normalisation, Predictor, for_inference
 from gearnn_ray.training.sampling import crop_size, training_batches
+from gearnn_ray.training.teacher import Teacher, teaching
 from gearnn_ray.training.trainer import Loss
 
 TITLES: dict[str, str] = {
@@ -50,29 +51,6 @@ CONSTANT = ("original", "mixed", "stability", "clean-tuned")
 def held_back(count: int) -> int:
     """The number of training images, the last ones in order, that are held back while learning rates are chosen: a fifth."""
     return max(1, count // 5)
-
-
-def reestimate_statistics(model: nn.Module, batches: Iterable[Batch], normalisation: Normalisation, precision: str) -> None:
-    """Replace the running statistics of batch normalisations by the mean over the statistics of these batches (AdaBN).
-
-    batches: cropped as in training, because statistics of whole frames differ from those that the weights were trained with;
-    their targets are not used. Weights stay as they are. Leaves the network in evaluation mode.
-    """
-    device = next(for_inference(model).parameters()).device
-    forward = Predictor(model, normalisation, precision)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.training = True  # not by `train()`, which norms that are never trained do not follow
-    with torch.no_grad():
-        for batch in batches:
-            forward(batch.to(device).images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.training = False
-    model.eval()
 
 
 def stability_loss(task: Task, alpha: float, sigma: float) -> Loss:
@@ -136,6 +114,7 @@ def relative_gradients(
     crop: int,
     seed: int,
     precision: str,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Lee et al.'s RGN by layer: ||gradient|| / ||weight|| of the loss, the mean over one epoch's batches.
 
@@ -147,9 +126,11 @@ def relative_gradients(
     layers = [layer for layer in movable_layers(model) if layer.kind != "norm_statistics"]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sums, batches = dict.fromkeys((layer.name for layer in layers), 0.0), 0
-    for batch in training_batches(task, images, targets, batch_size, crop_size(task, images, crop), (seed, 0)):
+    teach, undistorted = teaching(teacher), None if teacher is None else teacher.images
+    sides = crop_size(task, images, crop)
+    for batch in training_batches(task, images, targets, batch_size, sides, (seed, 0), undistorted=undistorted):
         model.zero_grad(set_to_none=True)
-        loss_of(task.losses(forward, batch.to(device))).backward()  # type: ignore[no-untyped-call]
+        loss_of(task.losses(forward, teach(batch.to(device)))).backward()  # type: ignore[no-untyped-call]
         for layer in layers:
             parameter = parameters[layer.tensors[0]]
             weight = float(parameter.detach().double().norm())

@@ -21,6 +21,20 @@ def notes(
         f"All fine-tunes use the same {count} training images, {recipe.epochs} epochs, batches of {recipe.batch_size}, crops of "
         f"{recipe.crop} pixels, SGD with momentum {recipe.momentum:g} and a {recipe.schedule} learning rate."
     )
+    if not spec.data.labelled:
+        yield (
+            "Scores are the agreement with the base's own answers to the undistorted images, because there are no labels: the "
+            "base scores 100 where nothing is distorted, and its errors count as right."
+        )
+    if recipe.objective != "labels":
+        how = {
+            "both": f"beside the labels (weight {recipe.teacher_weight:g})",
+            "teacher": "instead of labels, after running statistics that may move were re-estimated at the level",
+        }
+        yield (
+            "All fine-tunes learn the base's own answers to the undistorted images, "
+            f"{how[recipe.objective]}, at temperature {recipe.temperature:g}."
+        )
     tuned = {method: rate for method, rate in rates.items() if not (plan.is_joint and method == "gearnn")}
     chosen = ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in tuned.items())
     if has_grid:

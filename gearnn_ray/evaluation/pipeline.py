@@ -40,7 +40,9 @@ from gearnn_ray.offline.pipeline import prepare_images
 from gearnn_ray.offline.release_context import open_release_context
 from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.progress import Reporter
+from gearnn_ray.store.leases import HeldLease, lease_key, run_leased
 from gearnn_ray.store.manifest import LevelEntry
+from gearnn_ray.store.patience import patient
 from gearnn_ray.store.releases import Store
 
 _MAIN = ("switching", "gearnn")
@@ -54,14 +56,20 @@ _COST = {"stability": 2.0, "bn-statistics": 0.2, "evaluation": 0.11, "adaptor": 
 
 def evaluate(config: EvaluateConfig, emit: Reporter, command: str) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when the configuration is invalid."""
-    store = Store(config.store)
+    store = Store(patient(config.store))
     check_levels(config, store.manifest(config.release)[1])
     store.check_writable()
-    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit) as tasks:
+    key = lease_key("evaluate", config.model_dump(mode="json", exclude={"store"}))
+    return run_leased(store.uri, key, emit, lambda lease: _evaluate(config, store, lease, emit, command))
+
+
+def _evaluate(config: EvaluateConfig, store: Store, lease: HeldLease, emit: Reporter, command: str) -> Outcome:
+    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit, lease.check) as tasks:
         plan = plan_of(config, open_release_context(store, config, tasks))
         spec, levels = plan.spec, tuple(dict.fromkeys((*plan.levels, "clean")))
         prepare_images(spec.data, spec.network.task, levels, spec.cache, tasks, emit)
         plan, found = _Run(plan, tasks, emit).all()
+    lease.confirm()
     return publish(store, plan, found, command)
 
 

@@ -28,6 +28,7 @@ from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.store.manifest import LevelEntry
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks.base import score
+from gearnn_ray.training.batch_norm import reestimate_statistics
 from gearnn_ray.training.predict import Predictor, collect_evidence
 from gearnn_ray.training.sampling import Mixture, Subset, crop_size, training_batches
 from gearnn_ray.training.trainer import fine_tune
@@ -229,8 +230,9 @@ def _train(
     if method == "bn-statistics":
         sides = crop_size(task, images, recipe.crop)
         batches = training_batches(task, images, targets, recipe.batch_size, sides, (wanted.seed, 0))
-        baselines.reestimate_statistics(model, batches, normalisation, precision)
+        reestimate_statistics(model, batches, normalisation, precision)
         return baselines.statistics_layers(model)
+    teacher = spec.teacher(lambda: base_network(spec)[0])
     if method == "stability":
         assert wanted.alpha is not None
         assert wanted.sigma is not None
@@ -245,7 +247,7 @@ def _train(
 
         def choose() -> LayersResult:
             rgn = baselines.relative_gradients(
-                task, model, images, targets, normalisation, recipe.batch_size, recipe.crop, wanted.seed, precision
+                task, model, images, targets, normalisation, recipe.batch_size, recipe.crop, wanted.seed, precision, teacher
             )
             return LayersResult(*baselines.auto_rgn(model, wanted.budget, rgn))
 
@@ -259,6 +261,6 @@ def _train(
     if chosen != ():
         fine_tune(
             task, model, images, targets, recipe, normalisation, precision, chosen=chosen, seed=wanted.seed,
-            checkpoint=cache.checkpoint(key), progress=cache.progress(label), loss=loss, rates=rates,
+            checkpoint=cache.checkpoint(key, label), progress=cache.progress(label), loss=loss, teacher=teacher, rates=rates,
         )  # fmt: skip
     return chosen

@@ -32,7 +32,9 @@ from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.progress import Reporter
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.store import tables
+from gearnn_ray.store.leases import HeldLease, lease_key, run_leased
 from gearnn_ray.store.manifest import Manifest
+from gearnn_ray.store.patience import patient
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import task_by_name
 
@@ -136,9 +138,14 @@ def _streams(config: AdaptConfig, manifest: Manifest) -> list[Stream]:
 
 def adapt(config: AdaptConfig, emit: Reporter, command: str) -> Outcome:
     """Run the job. Raises UserError before anything is computed or written when the configuration is invalid."""
-    store = Store(config.store)
+    store = Store(patient(config.store))
     plan = plan_of(config, store)
-    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit) as tasks:
+    key = lease_key("adapt", config.model_dump(mode="json", exclude={"store"}))
+    return run_leased(store.uri, key, emit, lambda lease: _adapt(config, store, plan, lease, emit, command))
+
+
+def _adapt(config: AdaptConfig, store: Store, plan: Plan, lease: HeldLease, emit: Reporter, command: str) -> Outcome:
+    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit, lease.check) as tasks:
         judge = Judge(
             store=store.uri,
             release=f"{plan.manifest.name}@{plan.digest}",
@@ -154,6 +161,7 @@ def adapt(config: AdaptConfig, emit: Reporter, command: str) -> Outcome:
         watched = [_Watched(stream, config.segments, judge, tasks, emit) for stream in plan.streams]
         tasks.settle()
     sources = [_replayed(plan, each) for each in watched if each.found]
+    lease.confirm()
     return publish(store, plan, sources, command, dict(tasks.failed))
 
 

@@ -1,12 +1,15 @@
 """The axes that levels are placed on: coordinates, neighbours and titles for estimation, evaluation, plots and mixing.
 
-A level has up to four properties. Each one is an axis, and has the name of the level family that changes it alone:
+Four properties of a level can be read off a frame. Each one is an axis, with the name of the level family that changes it alone:
 
     axis         coordinate                                   undistorted   unit of distance
     brightness   ln(brightness factor)                        0             spread of ln(mean luma) over images
     h264-size    ln(pixels of a frame / original pixels)      0             0.05, about 5% of the pixels
     h264-crf     H.264 constant rate factor                   17.5          1
     jpeg         libjpeg quality, 1 to 100                    101           5
+
+All other families (noise, blur, fog, gamma, low light, WebP, H.265, AV1, and levels of the user's own) are not read off frames:
+such a level is used where it is named. Their coordinate is the number in their names.
 """
 
 import itertools
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from gearnn_ray.levels.level import Brightness, Combination, H264Crf, H264Size, Jpeg, Level, parse_level
+from gearnn_ray.levels.level import Brightness, H264Crf, H264Size, Jpeg, Level, parse_level
 
 __all__ = [
     "AXES", "AXIS_TITLES", "LOSSLESS", "UNDISTORTED", "Neighbours", "Properties", "axes_of", "coordinate",
@@ -30,6 +33,15 @@ AXIS_TITLES: dict[str, str] = {  # by family of levels, for plots, tables and me
     "h264-size": "frame size (H.264)",
     "h264-crf": "H.264 rate factor (CRF)",
     "jpeg": "JPEG quality",
+    "webp": "WebP quality",
+    "hevc-crf": "H.265 rate factor (CRF)",
+    "av1-crf": "AV1 rate factor (CRF)",
+    "gamma": "gamma exponent",
+    "low-light": "share of the light",
+    "gaussian-noise": "noise (standard deviation)",
+    "motion-blur": "motion blur (pixels)",
+    "defocus": "defocus (radius in pixels)",
+    "fog": "fog density",
     "combination": "combined distortions",
     "clean": "undistorted",
 }
@@ -46,13 +58,15 @@ _LEAST_SPREAD = 0.05  # with images of one fixed scene, brightness would otherwi
 
 class Properties(NamedTuple):
     """What a level changes: its value on each axis, in the order of `AXES`. `size` is width and height in pixels, None for the
-    original size. `crf` is None without H.264, and at the fixed rate of `h264-WxH` levels.
+    original size. `crf` is None without H.264, and at the fixed rate of `h264-WxH` levels. `unread`: names of the level's parts
+    that are on no axis.
     """
 
     factor: float = 1.0
     size: tuple[int, int] | None = None
     crf: float | None = None
     quality: float = LOSSLESS
+    unread: tuple[str, ...] = ()
 
     def differs_only_on(self, axis: int, other: "Properties") -> bool:
         """Whether the two differ on this axis, an index into `AXES`, and on no other."""
@@ -66,7 +80,7 @@ UNDISTORTED = Properties()
 def properties_of(level: Level) -> Properties:
     """The properties of a level. In a combination brightness factors multiply; otherwise the last part on an axis counts."""
     properties = UNDISTORTED
-    for part in level.parts if isinstance(level, Combination) else (level,):
+    for part in level.parts:
         match part:
             case Brightness(factor):
                 properties = properties._replace(factor=properties.factor * factor)
@@ -76,6 +90,8 @@ def properties_of(level: Level) -> Properties:
                 properties = properties._replace(crf=float(crf))
             case Jpeg(quality):
                 properties = properties._replace(quality=float(quality))
+            case _ if not part.is_clean:
+                properties = properties._replace(unread=(*properties.unread, part.name))
     return properties
 
 
@@ -93,7 +109,7 @@ def units(luma_spread: float) -> tuple[float, float, float, float]:
 def coordinate(level: Level) -> float | None:
     """The coordinate of a level on its family's axis, a frame size as ln(pixels); None for clean and combinations."""
     if level.family not in AXES:
-        return None
+        return level.value
     return coordinates(properties_of(level), pixels=1)[AXES.index(level.family)]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DECODER_OPTIONS", "LEVEL_RATE", "Frame", "Picture", "UnequalFramesError", "decode", "encode", "equal_sizes",
     "padded_to_even", "picture_qp", "rgb_to_yuv", "side_data", "through_h264", "video_versions", "x264_encoder",
+    "yuv_to_rgb",
 ]  # fmt: skip
 
 Frame = NDArray[np.uint8]  # an RGB image [H, W, 3]
@@ -111,6 +112,12 @@ def rgb_to_yuv() -> Callable[[Frame], "VideoFrame"]:
     return lambda frame: convert(av.VideoFrame.from_ndarray(frame, format="rgb24"))
 
 
+def yuv_to_rgb() -> Callable[["VideoFrame"], Frame]:
+    """A function that converts decoded frames in BT.709 with limited range to RGB uint8 [H, W, 3]."""
+    convert = _converter("rgb24", "MPEG", "JPEG")
+    return lambda frame: np.asarray(convert(frame).to_ndarray(), np.uint8)
+
+
 def decode(packets: Iterable["Packet[Any]"]) -> Iterator[Picture]:
     """Decode the packets of one clip to pictures of uint8 [H, W, 3], in display order."""
     import av
@@ -118,10 +125,10 @@ def decode(packets: Iterable["Packet[Any]"]) -> Iterator[Picture]:
     decoder = av.CodecContext.create("h264", "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.options, decoder.thread_count = DECODER_OPTIONS, 1
-    convert = _converter("rgb24", "MPEG", "JPEG")
+    convert = yuv_to_rgb()
     for packet in itertools.chain(packets, [None]):
         for video in decoder.decode(packet):
-            yield Picture(np.asarray(convert(video).to_ndarray(), np.uint8), picture_qp(video))
+            yield Picture(convert(video), picture_qp(video))
 
 
 def picture_qp(frame: "VideoFrame") -> float | None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gearnn_ray.models.detector import Found, SingleStageDetector, Target, Terms
+from gearnn_ray.models.lesson import yes_no_divergence
 
 STRIDE = 4  # pixels between two positions
 _MOST = 100  # detections of one image
@@ -104,6 +105,31 @@ class CentreDetector(SingleStageDetector):
         found = STRIDE * torch.cat([middle - sides[:, :2], middle + sides[:, 2:]], 1)
         count = torch.tensor(len(image), device=heat.device)
         return {"centres": (-(hit + miss).sum(), count), "boxes": (_box_distance(found, boxes_G4).sum(), count)}
+
+    def imitation(
+        self, raw: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor], temperature: float, height: int, width: int
+    ) -> Terms:
+        """The divergence at every cell of the heatmap, and the generalised IoU of the boxes at every position, weighted by the
+        teacher's highest score there; both per unit of that score. Where the teacher saw larger images, each position has the
+        teacher's surest answer in its area, because a peak is a single cell.
+        """
+        (heat, logarithms), (their_heat, their_logarithms) = ((part.float() for part in each) for each in (raw, taught))
+        size, larger = heat.shape[-2:], their_heat.shape[-2:]
+        best_B1hw, place_B1hw = F.adaptive_max_pool2d(their_heat.amax(1, keepdim=True), size, return_indices=True)
+        shrunk = heat.new_tensor([size[1] / larger[1], size[0] / larger[0]] * 2)
+        theirs = _boxes(their_logarithms).gather(1, place_B1hw.flatten(1)[..., None].expand(-1, -1, 4)) * shrunk
+        sure_BP = best_B1hw.sigmoid().flatten(1)
+        apart_BP = _box_distance(_boxes(logarithms).flatten(0, 1), theirs.flatten(0, 1)).view_as(sure_BP)
+        divergence = yes_no_divergence(F.adaptive_max_pool2d(their_heat, size), heat, temperature)
+        return {"centres": (divergence.sum(), sure_BP.sum()), "boxes": ((sure_BP * apart_BP).sum(), sure_BP.sum())}
+
+
+def _boxes(logarithms: Tensor) -> Tensor:
+    """The box of every position [B, h·w, 4] in pixels, from the logarithms of its distances [B, 4, h, w]."""
+    h, w = logarithms.shape[-2:]
+    row, column = torch.meshgrid(*(torch.arange(side, device=logarithms.device) for side in (h, w)), indexing="ij")
+    centre, sides = torch.stack([column, row], -1).flatten(0, 1) + 0.5, logarithms.flatten(2).exp().transpose(1, 2)
+    return STRIDE * torch.cat([centre - sides[..., :2], centre + sides[..., 2:]], 2)
 
 
 def _upsampled(x: Tensor, like: Tensor) -> Tensor:

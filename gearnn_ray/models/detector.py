@@ -1,7 +1,10 @@
 """What a detector looks like to this package: torchvision's own convention, and a base class for single-stage detectors.
 
-    detector(images)           -> the objects found in each image
-    detector(images, targets)  -> the terms of the training loss, in whatever mode the detector's modules are
+    detector(images)                   -> the objects found in each image
+    detector(images, targets)          -> the terms of the training loss, in whatever mode the detector's modules are
+    detector(images, targets, lesson)  -> also the terms of the distance to a teacher's answers; without targets, these alone
+
+The last form, and the teacher's answers (`teacher_of`), are there if a detector can learn from its base without labels.
 
 `images` are normalised: one tensor [B, 3, H, W], or tensors [3, H, W] of different sizes. All boxes are left, top, right and
 bottom in pixels of the image. Letters of shapes: B images, D detections and G objects of one image, K classes.
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.models.lesson import Lesson
 
 Target = Mapping[str, Tensor]
 """The objects of one image: `boxes` float32 [G, 4], `labels` int64 [G] from 0, `masks` bool [G, H, W] if the data set has masks,
@@ -55,9 +59,9 @@ def offer_candidates(scores: Callable[[], Tensor | None]) -> None:
 
 class SingleStageDetector(nn.Module):
     """A detector whose network computes all its answers in one pass. A subclass writes three methods, of which only `raw` may use
-    weights: `raw` (the network), `decode` (raw tensors in, boxes out) and `losses`; if it drops detections, also `candidates`.
-    They see one size of image, `input_size` (height, width) if it is set, to which images are then stretched bilinearly; boxes
-    are converted.
+    weights: `raw` (the network), `decode` (raw tensors in, boxes out) and `losses`; if it drops detections, also `candidates`;
+    and `imitation`, to learn from its base's answers without labels. They see one size of image, `input_size` (height, width) if
+    it is set, to which images are then stretched bilinearly; boxes are converted.
     """
 
     input_size: tuple[int, int] | None = None
@@ -78,16 +82,34 @@ class SingleStageDetector(nn.Module):
         """The terms of the training loss over these images."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
-        """What was found in the images, as one `Found` of B images; with targets, the terms of the loss."""
+    def imitation(self, raw: Any, taught: Any, temperature: float, height: int, width: int) -> Terms:
+        """The terms of the distance from raw tensors of images of this size to the teacher's raw tensors `taught` of the same
+        images without distortion. Without an `input_size` these may be larger images, whose raw tensors have more positions.
+        """
+        raise NotImplementedError
+
+    def answers(self, images: Tensor | Sequence[Tensor]) -> Any:
+        """The raw tensors of the images, as a teacher gives them."""
+        return self.raw(self._fitted(images)[0])
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None, lesson: Lesson | None = None
+    ) -> Any:
+        """What was found in the images, as one `Found` of B images; with targets or a lesson, the terms of the loss."""
         x_BCHW, scales_B4 = self._fitted(images)
         raw, (height, width) = self.raw(x_BCHW), x_BCHW.shape[-2:]
+        terms: Terms = {}
         if targets is not None:
             fitted = [
                 {**target, "boxes": target["boxes"] / scale, "crowd": target["crowd"] / scale}
                 for target, scale in zip(targets, scales_B4, strict=True)
             ]
-            return self.losses(raw, fitted, height, width)
+            terms |= self.losses(raw, fitted, height, width)
+        if lesson is not None:
+            taught = self.imitation(raw, lesson.answers, lesson.temperature, height, width)
+            terms |= {f"teacher {name}": (lesson.weight * total, count) for name, (total, count) in taught.items()}
+        if targets is not None or lesson is not None:
+            return terms
         found = self.decode(raw, height, width)
         offer_candidates(lambda: self.candidates(raw))
         return {**found, "boxes": found["boxes"] * scales_B4[:, None]}
@@ -107,6 +129,19 @@ class SingleStageDetector(nn.Module):
         ]
         fitted = [batch if batch.shape[-2:] == size else stretched(batch, *size) for batch in batches]
         return (torch.cat(fitted), torch.cat(scales)) if len(batches) > 1 else (fitted[0], scales[0])
+
+
+def teacher_of(network: nn.Module) -> Callable[..., Any]:
+    """What maps normalised images to the detector's raw answers, which another copy of it learns. Raises UserError for a detector
+    that cannot learn them.
+    """
+    answers: Callable[..., Any] | None = getattr(network, "answers", None)
+    if answers is None or getattr(type(network), "imitation", None) is SingleStageDetector.imitation:
+        raise UserError(
+            f"the detector {type(network).__name__} has no dense answers that a copy of it could learn: choose recipe.objective "
+            "labels, or write the method `imitation` of gearnn_ray.models.detector.SingleStageDetector"
+        )
+    return answers
 
 
 def has_its_own_size(network: nn.Module) -> bool:

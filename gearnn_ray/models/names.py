@@ -1,13 +1,15 @@
 """Names of networks and of weights files. Checking one imports neither torch nor the module that a name is in."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from gearnn_ray.config.catalogue import BUILT_IN
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.levels.level import parse_level
+from gearnn_ray.levels.own import Own
 
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -46,6 +48,17 @@ def check_released_name(name: str, trust: Collection[str]) -> None:
             f"the release names the network {name!r}, and only built-in networks load by themselves: "
             f'if you trust the code of {module}, give trust=("{module}",) in Python or --trust {module} on the command line'
         )
+
+
+def check_released_levels(levels: Iterable[str], trust: Collection[str]) -> None:
+    """Raise UserError unless every level of the user's own that a release names is in a module of `trust`. Imports nothing."""
+    for level in levels:
+        for part in parse_level(level).parts:
+            if isinstance(part, Own) and not is_trusted(part.module, trust):
+                raise UserError(
+                    f"the release has the level {level}, whose images only the code of {part.module} can make: "
+                    f"if you trust it, give --trust {part.module}"
+                )
 
 
 def is_trusted(module: str, trust: Collection[str]) -> bool:

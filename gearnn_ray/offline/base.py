@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gearnn_ray.config.recipe import PAPERS, Criterion, Recipe
+from gearnn_ray.config.recipe import PAPERS, BaseRecipe, Criterion, Recipe
 from gearnn_ray.config.split import ModelConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit
@@ -23,6 +23,7 @@ from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, predict_image
+from gearnn_ray.training.teacher import check_teacher
 from gearnn_ray.training.trainer import fine_tune
 
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # used to train torchvision's and DRN's networks
@@ -59,9 +60,11 @@ def _triple(value: object) -> tuple[float, float, float] | None:
     return None
 
 
-def check_network(network: Network, weights: str | None, start: str | None = None, data: Dataset | None = None) -> NetworkFacts:
+def check_network(
+    network: Network, weights: str | None, start: str | None = None, data: Dataset | None = None, recipe: Recipe | None = None
+) -> NetworkFacts:
     """Build the network and load its weights, or those that its training starts from, and let it predict one validation image of
-    `data`, to see that all of it works. Raises UserError.
+    `data`, and teach a copy of itself if the recipe asks for it, to see that all of it works. Raises UserError.
     """
     model = _network_from_weights(network, weights)
     if start is not None:
@@ -75,11 +78,11 @@ def check_network(network: Network, weights: str | None, start: str | None = Non
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
     if data is not None:
-        _try_on_an_image(network, model, data)
+        _try_on_an_image(network, model, data, recipe or Recipe())
     return NetworkFacts(sum(layer.numel for layer in layers), min(layer.numel for layer in layers))
 
 
-def _try_on_an_image(network: Network, model: nn.Module, data: Dataset) -> None:
+def _try_on_an_image(network: Network, model: nn.Module, data: Dataset, recipe: Recipe) -> None:
     """Predict and judge the first validation image, and compute the loss on it."""
     task, image, target = task_by_name(network.task), data.val.image(0), data.val.target(0)
     task.check(image, target, network.num_classes, f"val sample {data.val.ids[0]!r}")
@@ -89,6 +92,8 @@ def _try_on_an_image(network: Network, model: nn.Module, data: Dataset) -> None:
         task.evidence(prediction, target, image.shape[:2], network.num_classes)
         with torch.no_grad():
             task.losses(predictor, task.collate([(image, target)]))
+        if recipe.objective != "labels":
+            check_teacher(task, model, network.normalisation, recipe, image, target, network.name)
     except UserError:
         raise
     except Exception as error:  # of a network of the user's own, anything
@@ -117,7 +122,7 @@ def train_base(
     network: Network,
     start: str | None,
     data: Dataset,
-    recipe: Recipe,
+    recipe: BaseRecipe,
     seed: int,
     execution: Execution,
     emit: Emit,
@@ -147,7 +152,7 @@ def train_base(
         images, targets = level_data(data, task, "train", "clean", cache)
         outcome = fine_tune(
             task, model, images, targets, recipe, network.normalisation, execution.precision,
-            chosen=None, seed=seed, checkpoint=stages.checkpoint(key), progress=stages.progress("base"),
+            chosen=None, seed=seed, checkpoint=stages.checkpoint(key, "base"), progress=stages.progress("base"),
         )  # fmt: skip
         blob = stages.store.put_state(network_state(model))
         return BaseResult(blob.digest, blob.bytes, outcome.seconds)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.config.recipe import BaseRecipe
 from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.offline.records import Execution, ExecutionResult
 from gearnn_ray.training.precision import fastest_precision
@@ -26,7 +26,9 @@ def look_at_processor(cpus: int) -> Processor:
     return Processor(cpus, fastest_precision(torch.device("cpu")), gpu)
 
 
-def decide(recipe: Recipe, base_recipe: Recipe, resources: ResourcesConfig, processors: Sequence[Processor]) -> ExecutionResult:
+def decide(
+    recipe: BaseRecipe, base_recipe: BaseRecipe, resources: ResourcesConfig, processors: Sequence[Processor]
+) -> ExecutionResult:
     """Precision `auto` is bfloat16 if every node gains from it, so that it does not matter where a task runs. A level gets as
     many threads as it reserves CPUs; the base, which is trained while nothing else runs, as many as the largest node has.
     """
@@ -36,7 +38,7 @@ def decide(recipe: Recipe, base_recipe: Recipe, resources: ResourcesConfig, proc
     threads = max(1, int(resources.cpus))
     most = max([threads, *(p.cpus for p in processors)])
 
-    def execution(asked: Recipe, threads: int) -> Execution:
+    def execution(asked: BaseRecipe, threads: int) -> Execution:
         return Execution(device, fastest if asked.precision == "auto" else asked.precision, threads)
 
     return ExecutionResult(execution(recipe, threads), execution(base_recipe, most))

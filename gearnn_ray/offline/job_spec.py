@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from gearnn_ray.config.recipe import PAPERS, PER_LEVEL, Coupling, Criterion, Recipe
-from gearnn_ray.data.cache import level_images, split_targets
+from gearnn_ray.data.cache import answered_targets, level_images, split_targets
 from gearnn_ray.data.dataset import Dataset
-from gearnn_ray.levels.level import parse_level
+from gearnn_ray.levels.level import CLEAN, parse_level
 from gearnn_ray.models.registry import Argument, build_model
 from gearnn_ray.offline.records import Execution
-from gearnn_ray.tasks import task_by_name
+from gearnn_ray.store.releases import Store
+from gearnn_ray.tasks import agreement, task_by_name
 from gearnn_ray.tasks.base import Image, Task
-from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, predict_image
+from gearnn_ray.training.teacher import Teacher
+
+Part = Literal["train", "val"]
 
 KEY_VERSION = 2
 """Part of every stage key: raised whenever a stage would compute something else from the same inputs."""
@@ -67,7 +71,8 @@ class JobSpec:
 
     @property
     def task(self) -> Task:
-        return task_by_name(self.network.task)
+        task = task_by_name(self.network.task)
+        return task if self.data.labelled else agreement(task)
 
     @property
     def keeps_full(self) -> bool:
@@ -79,11 +84,37 @@ class JobSpec:
         return torch.device(self.execution.device)
 
     def training_data(self, level: str) -> tuple[Sequence[Image], Sequence[Any]]:
-        """Images of a level and their targets to train on; made here where this node does not have them yet."""
-        return level_data(self.data, self.task, "train", level, self.cache)
+        """Images of a level and their targets to train on; made here where this node does not have them yet. Without labels, the
+        targets are the base's own answers to the undistorted images.
+        """
+        return self._level_data("train", level)
 
     def validation_data(self, level: str) -> tuple[Sequence[Image], Sequence[Any]]:
-        return level_data(self.data, self.task, "val", level, self.cache)
+        return self._level_data("val", level)
+
+    def teacher(self, base: Callable[[], nn.Module]) -> Teacher | None:
+        """The teacher of the job's fine-tunes; None where they learn from labels alone. base: makes a copy of the base, on the
+        job's device, that nothing else trains.
+        """
+        if self.recipe.objective == "labels":
+            return None
+        images = level_images(self.data.train, CLEAN, Path(self.cache).expanduser())
+        return Teacher(self.task, base(), images, self.recipe, self.network.normalisation, self.execution.precision)
+
+    def _level_data(self, part: Part, level: str) -> tuple[Sequence[Image], Sequence[Any]]:
+        if self.data.labelled:
+            return level_data(self.data, self.task, part, level, self.cache)
+        split, folder = getattr(self.data, part), Path(self.cache).expanduser()
+        by_base = self.key("answers", split=split.digest)
+        return level_images(split, parse_level(level), folder), answered_targets(split, by_base, self._answers, folder, self.task)
+
+    def _answers(self, images: Iterable[Image]) -> Iterator[Any]:
+        """The base's own answers to undistorted images, as targets."""
+        model = for_inference(self.network.build().to(self.device))
+        model.load_state_dict(Store(self.store).get_state(self.base))
+        predictor = Predictor(model, self.network.normalisation, self.execution.precision)
+        for image in images:
+            yield self.task.target_of(predict_image(self.task, predictor, image, self.device), image.shape[:2])
 
     def key(self, stage: str, **inputs: Any) -> str:
         """The key of a stage that depends on base, network and execution, and on these inputs."""
@@ -91,9 +122,7 @@ class JobSpec:
         return stage_key(stage, task_version=self.task.version, **shared, **inputs)
 
 
-def level_data(
-    data: Dataset, task: Task, part: Literal["train", "val"], level: str, cache: str
-) -> tuple[Sequence[Image], Sequence[Any]]:
+def level_data(data: Dataset, task: Task, part: Part, level: str, cache: str) -> tuple[Sequence[Image], Sequence[Any]]:
     """One level's images of one split and their targets, from this node's cache or made now. Raises UserError."""
     split, folder = getattr(data, part), Path(cache).expanduser()
     return level_images(split, parse_level(level), folder), split_targets(split, data.num_classes, folder, task)

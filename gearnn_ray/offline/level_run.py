@@ -4,6 +4,7 @@ Each stage is a pure function of its inputs whose result the store keeps. A join
 levels. Runs in any process, alone or as one of several under `torch.distributed`. Knows nothing of Ray.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ from gearnn_ray.store.states import encode_state
 from gearnn_ray.tasks.base import scores
 from gearnn_ray.training.gradients import Gradients, gradients
 from gearnn_ray.training.predict import Predictor, collect_evidence
+from gearnn_ray.training.teacher import Teacher
 from gearnn_ray.training.trainer import fine_tune
 
 T = TypeVar("T")
@@ -47,7 +49,7 @@ T = TypeVar("T")
 class LevelResult:
     """The results of one level. Scores in percent, None where nothing was trained. others: the task's other metrics, by network
     (original, full, adaptor). storage_formats: of the adaptor's tensors that are not stored as float32. sensitivity: Eq. (1).
-    compared: the rows that the selection used, in the same order.
+    compared: the rows that the selection used, in the same order. stages: the keys of the records that the results come from.
     """
 
     level: str
@@ -66,6 +68,7 @@ class LevelResult:
     compared: tuple[Sensitivity, ...] = ()
     selection: LayerSelection | None = None
     others: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def others_by_metric(self) -> dict[str, dict[str, float]]:
@@ -92,7 +95,7 @@ def run_level(
     run = LevelRun(spec, level, emit, only_cached)
     original = run.original()
     if parse_level(level).is_clean:
-        return LevelResult(level, original.score, others={"original": original.others})
+        return LevelResult(level, original.score, others={"original": original.others}, stages=tuple(sorted(run.cache.used)))
     full = run.full()
     selection = selection or run.selection(full, spec.budget)
     partial = run.partial(selection)
@@ -114,6 +117,7 @@ def run_level(
         compared=measured.compared,
         selection=selection,
         others={"original": original.others, "full": full.others, "adaptor": partial.others},
+        stages=tuple(sorted(run.cache.used)),
     )
 
 
@@ -187,6 +191,7 @@ class LevelRun:
         self._base: dict[str, Tensor] = {}
         self._model: nn.Module | None = None
         self._gradients_at_base: Gradients | None = None
+        self._teaches: Teacher | None = None
         self._states: dict[str, dict[str, Tensor]] = {}
         self._controls: dict[str, FullResult] = {}
 
@@ -317,7 +322,9 @@ class LevelRun:
                 if event.kind != "reused":  # every level reuses it
                     self.cache.emit(event)
 
-            self._controls[key] = LevelRun(self.spec, "clean", emit, self.cache.only_cached).full()
+            control = LevelRun(self.spec, "clean", emit, self.cache.only_cached)
+            self._controls[key] = control.full()
+            self.cache.used |= control.cache.used
         return self._controls[key]
 
     def _state(self, digest: str) -> dict[str, Tensor]:
@@ -382,9 +389,14 @@ class LevelRun:
             spec, (images, targets) = self.spec, self.spec.training_data(self.level)
             self._gradients_at_base = gradients(
                 spec.task, model, images, targets, spec.network.normalisation, spec.execution.precision,
-                spec.recipe.crop, spec.seed,
+                spec.recipe.crop, spec.seed, self._teacher(),
             )  # fmt: skip
         return self._gradients_at_base
+
+    def _teacher(self) -> Teacher | None:
+        if self._teaches is None:
+            self._teaches = self.spec.teacher(lambda: copy.deepcopy(self.network()))
+        return self._teaches
 
     def _fine_tune(self, model: nn.Module, chosen: tuple[str, ...] | None, key: str, label: str) -> float:
         """Seconds that it took."""
@@ -395,8 +407,8 @@ class LevelRun:
         images, targets = spec.training_data(self.level)
         outcome = fine_tune(
             spec.task, model, images, targets, recipe, spec.network.normalisation, spec.execution.precision,
-            chosen=chosen, seed=spec.seed, checkpoint=self.cache.checkpoint(key), progress=self.cache.progress(label),
-            stop_after=stop_after,
+            chosen=chosen, seed=spec.seed, checkpoint=self.cache.checkpoint(key, label), progress=self.cache.progress(label),
+            teacher=self._teacher(), stop_after=stop_after,
         )  # fmt: skip
         return outcome.seconds
 

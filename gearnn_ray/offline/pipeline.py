@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gearnn_ray.config.budget import budget_floats
+from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.config.split import ModelConfig, SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit, Event
-from gearnn_ray.data.cache import ImageStatistics, level_statistics
+from gearnn_ray.data.cache import ImageStatistics, level_images, level_statistics
 from gearnn_ray.data.dataset import Dataset, open_dataset
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.offline.base import NetworkFacts, check_network, network_of, publish_given_base, train_base
@@ -25,7 +26,7 @@ from gearnn_ray.offline.job_spec import JobSpec, Network, level_data, stage_key
 from gearnn_ray.offline.joint_selection import LevelMeasurement
 from gearnn_ray.offline.level_run import LevelResult, cached, fine_tune_fully, measure_level, run_level, select_jointly
 from gearnn_ray.offline.records import ExecutionResult
-from gearnn_ray.offline.release import manifest_of, summary_row, tables_of
+from gearnn_ray.offline.release import figures_of, manifest_of, summary_row, tables_of
 from gearnn_ray.offline.selection import LayerSelection
 from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.ray_jobs.board import discard
@@ -33,6 +34,8 @@ from gearnn_ray.ray_jobs.cluster import ask_every_node
 from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.summary import SummaryRow
 from gearnn_ray.store.blobs import Blob
+from gearnn_ray.store.leases import HeldLease, lease_key, run_leased
+from gearnn_ray.store.patience import patient
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import task_by_name
 
@@ -45,7 +48,7 @@ PARTIAL_TAG = "partial"
 @dataclass(frozen=True)
 class Outcome:
     """What a job made. release: digest of the manifest, None when no level was published. failed: level to reason. tag: `latest`,
-    or `partial` where a level failed.
+    or `partial` where a level failed. figures: the paths of the release's figures, empty where they are another release's.
     """
 
     release: str | None
@@ -53,16 +56,23 @@ class Outcome:
     failed: Mapping[str, str] = field(default_factory=dict)
     summary: tuple[SummaryRow, ...] = ()
     tag: str = "latest"
+    figures: tuple[str, ...] = ()
 
 
 def split(config: SplitConfig, emit: Emit) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when the configuration is invalid."""
-    store = Store(config.store)
+    store = Store(patient(config.store))
     store.check_writable()
-    given, config = config, with_absolute_paths(config)
-    with job_tasks(config.resources, emit) as tasks:
+    key = lease_key("split", with_absolute_paths(config).model_dump(mode="json", exclude={"store", "tags"}))
+    return run_leased(store.uri, key, emit, lambda lease: _split(config, store, lease, emit))
+
+
+def _split(given: SplitConfig, store: Store, lease: HeldLease, emit: Emit) -> Outcome:
+    config = with_absolute_paths(given)
+    with job_tasks(config.resources, emit, lease.check) as tasks:
         checked = _check(config, tasks, emit)
-        execution = _execution(config, store, checked)
+        stages = StageCache(store, "all", discard)
+        execution = _execution(config, stages, checked)
         base = _base(config, store, checked, execution, tasks)
         if base is None:
             reason = f"the base could not be trained: {tasks.failed['base']}"
@@ -90,13 +100,18 @@ def split(config: SplitConfig, emit: Emit) -> Outcome:
     if not ordered:
         return Outcome(None, (), failed)
     summary = tuple(summary_row(result, spec, checked.facts.floats) for result in ordered)
+    figures = figures_of(config.name, ordered, summary)
+    lease.confirm()  # a driver that was stopped for long must not move tags that others have moved since
     release = store.publish(
         manifest_of(given, spec, base, checked.facts, checked.images, ordered),
         tables_of(config.name, spec, ordered, summary),
         (PARTIAL_TAG,) if failed else config.tags,
         latest=not failed,
+        figures=figures,
+        stages=[*stages.used, *(key for result in ordered for key in result.stages)],
     )
-    return Outcome(release, ordered, failed, summary, PARTIAL_TAG if failed else "latest")
+    shown = tuple(figures) if store.tag_digest(config.name, "latest") in (release, None) else ()
+    return Outcome(release, ordered, failed, summary, PARTIAL_TAG if failed else "latest", shown)
 
 
 def with_absolute_paths(config: SplitConfig) -> SplitConfig:
@@ -132,14 +147,17 @@ def open_data(config: SplitConfig) -> Dataset:
     return data
 
 
-def _look_at_network(model: ModelConfig, data: Dataset, task: str) -> tuple[Network, NetworkFacts]:
+def _look_at_network(model: ModelConfig, data: Dataset, task: str, recipe: Recipe) -> tuple[Network, NetworkFacts]:
     network = network_of(model, data.num_classes, task)
-    return network, check_network(network, model.weights, model.start, data)
+    return network, check_network(network, model.weights, model.start, data, recipe)
 
 
 def _prepare_images(data: Dataset, task: str, level: str, part: Any, cache: str) -> ImageStatistics | None:
     """Make one level's images of one split and check every target; statistics of those to train on."""
-    level_data(data, task_by_name(task), part, level, cache)
+    if data.labelled:
+        level_data(data, task_by_name(task), part, level, cache)
+    else:
+        level_images(getattr(data, part), parse_level(level), Path(cache).expanduser())
     return _statistics(data, level, cache) if part == "train" else None
 
 
@@ -166,13 +184,15 @@ def prepare_images(
 def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
     """Data, targets, weights, budget: all of it looked at, every level's images made and measured. Raises UserError."""
     data: Dataset = tasks.check(open_data, config)
+    if data.remark:
+        emit(Event("finished", "footage", "all", note=data.remark))
     workers = config.resources.workers_per_level
     if workers > len(data.train):
         raise UserError(
             f"resources.workers_per_level is {workers} and there are {len(data.train)} training images: every worker needs an "
             "image of each batch, so give fewer workers"
         )
-    network, facts = tasks.check(_look_at_network, config.model, data, config.task)
+    network, facts = tasks.check(_look_at_network, config.model, data, config.task, config.recipe)
     budget = budget_floats(config.budget, facts.floats)
     if budget < facts.least_budget(config.selection.criterion):
         raise UserError(
@@ -180,7 +200,8 @@ def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
             f"has {facts.smallest_layer}, so give at least that"
         )
     levels = list(config.levels)
-    if (config.model.weights is None or config.selection.against == "clean") and "clean" not in levels:
+    undistorted_too = config.model.weights is None or config.selection.against == "clean" or config.recipe.objective != "labels"
+    if undistorted_too and "clean" not in levels:
         levels.append("clean")
     images = prepare_images(data, config.task, levels, config.data.cache, tasks, emit)
     if "clean" not in images:
@@ -188,7 +209,7 @@ def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
     return _Checked(data, network, facts, budget, images)
 
 
-def _execution(config: SplitConfig, store: Store, checked: _Checked) -> ExecutionResult:
+def _execution(config: SplitConfig, stages: StageCache, checked: _Checked) -> ExecutionResult:
     """Device, precision and threads: those that this job began with, whatever machine it continues on."""
     data, resources = checked.data, config.resources
     key = stage_key(
@@ -196,7 +217,7 @@ def _execution(config: SplitConfig, store: Store, checked: _Checked) -> Executio
         network=checked.network.inputs(),
         train=data.train.digest,
         val=data.val.digest,
-        recipes=[config.recipe.model_dump(), config.base_recipe.model_dump()],
+        recipes=[{**each.inputs(), "precision": each.precision} for each in (config.recipe, config.base_recipe)],
         seed=config.seed,
         resources=[resources.cpus, resources.gpus, resources.workers_per_level],
     )
@@ -205,7 +226,7 @@ def _execution(config: SplitConfig, store: Store, checked: _Checked) -> Executio
         processors = ask_every_node(look_at_processor, resources.gpus)
         return decide(config.recipe, config.base_recipe, resources, processors)
 
-    return StageCache(store, "all", discard).result(ExecutionResult, key, resolve)
+    return stages.result(ExecutionResult, key, resolve)
 
 
 def _base(config: SplitConfig, store: Store, checked: _Checked, execution: ExecutionResult, tasks: TaskRunner) -> Blob | None:

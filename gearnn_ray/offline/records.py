@@ -16,8 +16,8 @@ from gearnn_ray.offline.sensitivity import Sensitivity, StoredVariant
 RECORD_SCHEMA = 1
 """Raised when records of a stage get other fields."""
 
-VERSIONED = ("torch", "torchvision")
-"""Packages whose versions stand in every record, because they decide the last bits of what was computed."""
+VERSIONED = ("torch", "torchvision", "numpy", "pillow", "av", "ortools")
+"""Packages whose versions stand in every record, because they decide the bits of images, crops, weights and selections."""
 
 
 @dataclass(frozen=True)

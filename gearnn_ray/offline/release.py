@@ -15,7 +15,7 @@ from gearnn_ray.offline.importance import IMPORTANCE
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelResult
 from gearnn_ray.offline.sensitivity import table_row
-from gearnn_ray.reporting.summary import NETWORKS, SummaryRow
+from gearnn_ray.reporting.summary import NETWORKS, LayerChange, SummaryRow, accuracy_figure, weight_change_figure
 from gearnn_ray.store import tables
 from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.manifest import (
@@ -132,6 +132,21 @@ def _installed(package: str) -> bool:
 def _config_to_keep(config: SplitConfig) -> Mapping[str, object]:
     """The configuration without where things lie (a store's URI may hold credentials) and how many machines did it."""
     return config.model_dump(mode="json", exclude={"store": True, "data": {"cache"}, "resources": True, "tags": True})
+
+
+def figures_of(name: str, results: tuple[LevelResult, ...], summary: tuple[SummaryRow, ...]) -> dict[str, bytes]:
+    """The release's figures as PNG, by path in the store."""
+    trained = [r for r in results if not parse_level(r.level).is_clean]
+    if not trained:
+        return {}
+    changes = {
+        r.level: [LayerChange(s.layer, s.kind, s.index, s.mean_abs_change, s.layer in r.layers) for s in r.sensitivity]
+        for r in trained
+    }
+    return {
+        f"figures/{name}/accuracy.png": accuracy_figure(summary, f"{name}: accuracy over distortion"),
+        f"figures/{name}/weight_change.png": weight_change_figure(changes, f"{name}: weight change per layer"),
+    }
 
 
 def tables_of(name: str, spec: JobSpec, results: tuple[LevelResult, ...], summary: tuple[SummaryRow, ...]) -> dict[str, pa.Table]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from gearnn_ray.core.errors import StoreUnavailableError
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.offline.records import ResultT, StageResult, from_json, to_json
 from gearnn_ray.store.releases import Store
@@ -22,16 +23,21 @@ class NotCachedError(Exception):
 
 
 class StoredCheckpoint:
-    """An unfinished fine-tune's state, in the store: a node that is lost takes no finished epoch with it."""
+    """An unfinished fine-tune's state, in the store: a node that is lost takes no finished epoch with it. A state that cannot be
+    written is passed to `warn` as a sentence, because only the loss of the process makes it matter.
+    """
 
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
+    def __init__(self, store: Store, key: str, warn: Callable[[str], None]) -> None:
+        self._store, self._key, self._warn = store, key, warn
 
     def load(self) -> bytes | None:
         return self._store.get_checkpoint(self._key)
 
     def save(self, data: bytes) -> None:
-        self._store.put_checkpoint(self._key, data)
+        try:
+            self._store.put_checkpoint(self._key, data)
+        except (OSError, StoreUnavailableError) as error:
+            self._warn(f"a checkpoint could not be written; the fine-tune goes on, and its next epoch writes another: {error}")
 
 
 class StageCache:
@@ -42,6 +48,8 @@ class StageCache:
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.leads = not self._distributed or dist.get_rank() == 0
         """Whether this process is the one that reads and writes."""
+        self.used: set[str] = set()
+        """The keys of all results so far, found or computed."""
 
     def result(
         self,
@@ -73,6 +81,7 @@ class StageCache:
     ) -> list[ResultT]:
         """Like `result`, for results computed together. compute: gets the missing keys, and returns results in their order."""
         label = label or kind.stage
+        self.used |= set(keys)
         found = {key: self._look_up(kind, key, intact) for key in keys} if self.leads else {}
         known = self._agree({key: each for key, each in found.items() if each is not None}) or {}
         results = {key: result for key, (result, _) in known.items()}
@@ -90,14 +99,16 @@ class StageCache:
             assert result is not None
             results[key] = result
             if self.leads:
-                self.store.put_record(key, to_json(result))
+                record = to_json(result)
+                self.store.put_record(key, {**record, "blobs": self.store.blobs_in(record)})
                 self.store.drop_checkpoint(key)
         seconds = time.perf_counter() - started
         self.emit(replace(self._event("finished", label, results, metric), seconds=seconds))
         return [results[key] for key in keys]
 
-    def checkpoint(self, key: str) -> StoredCheckpoint:
-        return StoredCheckpoint(self.store, key)
+    def checkpoint(self, key: str, label: str) -> StoredCheckpoint:
+        """Where the stage `label` keeps its state while it is unfinished."""
+        return StoredCheckpoint(self.store, key, lambda note: self.emit(Event("notice", label, self.level, note=note)))
 
     def progress(self, label: str) -> Callable[[Progress], None]:
         """What a fine-tune reports, as events of its stage."""

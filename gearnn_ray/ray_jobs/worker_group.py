@@ -9,7 +9,7 @@ import ray
 from gearnn_ray.adaptors.adaptor import ComplementChangedError
 from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.core.errors import TrainingFailedError, UserError
-from gearnn_ray.ray_jobs.board import beside_driver, discard, event_sender
+from gearnn_ray.ray_jobs.board import WorkerLostError, beside_driver, discard, event_sender, reason_of
 from gearnn_ray.training.precision import prepare_process
 
 
@@ -26,19 +26,21 @@ def run_on_workers(
     threads: int,
     resources: ResourcesConfig,
     board: Any,
+    attempt: str,
 ) -> Any:
     """The reference of a task that runs `function(*arguments, emit)` on every worker of a group. The result comes from the store
     through `look_up`, which may already have it.
     """
-    task = _watch_group.options(max_retries=resources.retries, scheduling_strategy=beside_driver())
-    return task.remote(function, look_up, label, threads, resources, board, *arguments)
+    task = _watch_group.options(scheduling_strategy=beside_driver())
+    return task.remote(function, look_up, label, attempt, threads, resources, board, *arguments)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_retries=0)
 def _watch_group(
     function: Callable[..., Any],
     look_up: Callable[..., Any],
     label: str,
+    attempt: str,
     threads: int,
     resources: ResourcesConfig,
     board: Any,
@@ -61,9 +63,7 @@ def _watch_group(
         if (device := get_device()).type == "cuda":
             torch.cuda.set_device(device)
         prepare_process(threads)
-        if ray.get(board.given_up.remote(label)) is not None:
-            return  # Ray Train tries again after any failure; what is wrong with a level does not get better
-        with event_sender(board) as emit:
+        with event_sender(board, attempt) as emit:
             try:
                 function(*arguments, emit if dist.get_rank() == 0 else discard)
             except (TrainingFailedError, UserError, ComplementChangedError) as error:
@@ -80,17 +80,17 @@ def _watch_group(
                 use_gpu=resources.gpus > 0,
                 resources_per_worker={name: amount for name, amount in bundle.items() if amount},
             ),
-            # Train wants a folder; what it would restore from is in our store
+            # Train wants a folder; what it would restore from is in our store. A lost group is started again by the driver.
             run_config=RunConfig(
-                name=label.replace(" ", "_"), storage_path=scratch, failure_config=FailureConfig(max_failures=resources.retries)
+                name=label.replace(" ", "_"), storage_path=scratch, failure_config=FailureConfig(max_failures=0)
             ),
         )
         try:
             trainer.fit()
-        finally:
-            reason = ray.get(board.given_up.remote(label))
-            if reason is not None:
+        except Exception as error:
+            if (reason := ray.get(board.given_up.remote(label))) is not None:
                 raise TrainingFailedError(reason) from None
+            raise WorkerLostError(reason_of(error)) from None
     result = look_up(*arguments, emit=discard)
     assert result is not None, "Ray Train ended without an error but left a stage undone"
     return result

@@ -116,6 +116,9 @@ class _Plain:
         self._estimate.expect(plan)
 
     def __call__(self, event: Event) -> None:
+        if event.kind == "notice":
+            self.write(event, None)
+            return
         now = self._clock()
         self._estimate.see(event, now)
         if event.kind == "progress" and not _worth_a_line(event):
@@ -171,6 +174,9 @@ class _LiveBars:
         self._all = self._bars.add_task("", name="all", total=1.0)  # removed and added, so that it stays the last line
 
     def __call__(self, event: Event) -> None:
+        if event.kind == "notice":
+            self._bars.console.print(f"{_place(event)}: {event.note}", highlight=False, markup=False)  # above the bars, for good
+            return
         now = time.monotonic()
         self._estimate.see(event, now)
         remaining = self._estimate.remaining(event, now)
@@ -200,6 +206,8 @@ def reporter(plan: Plan, json_lines: bool) -> Reporter:
 
 def describe(event: Event) -> str:
     """An event in words, without its stage and time."""
+    if event.kind == "notice":
+        return event.note
     note = f" ({event.note})" if event.note else ""
     if event.kind == "started":
         return f"started{note}"

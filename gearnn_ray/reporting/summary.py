@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gearnn_ray.data.dataset import AGREEMENT
 from gearnn_ray.levels.axes import AXIS_TITLES, short_name
 from gearnn_ray.levels.level import parse_level
 
@@ -76,6 +77,8 @@ def print_summary(rows: Sequence[SummaryRow], console: Console) -> None:
             f"{100 * row.adaptor_floats / row.model_floats:.3f}%",
         )
     console.print(f"{rows[0].metric} in percent on the validation images", style="bold", highlight=False)
+    if rows[0].metric.startswith(AGREEMENT):
+        console.print("agreement: with the base's own answers to the undistorted images, because there are no labels")
     console.print("original: the base; full: the base fully fine-tuned; adaptor: base + adaptor", highlight=False)
     console.print(table, highlight=False)
     if any(row.gap_closed is None for row in rows):
@@ -156,7 +159,7 @@ def accuracy_figure(rows: Sequence[SummaryRow], title: str) -> bytes:
             axis.plot(x, [getattr(row, column) for _, row in points], label=label, markersize=5, **style)
         if undistorted is not None:
             axis.axhline(undistorted, color="grey", linewidth=0.8, label="original, undistorted")
-        axis.set_xlabel(AXIS_TITLES[family])
+        axis.set_xlabel(AXIS_TITLES.get(family, family))
         if family in ("h264-size", "combination"):
             names = [short_name(parse_level(row.level)) for _, row in points]
             axis.set_xticks(x, names, rotation=20, fontsize=7)

@@ -5,10 +5,11 @@ Used on one event loop, without locks.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gearnn_ray.config.serve import ServeConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.service.origins import Hosts
 from gearnn_ray.serving.frames import Limits
 
 __all__ = ["Admission", "BusyError", "Quota", "Reservation"]
@@ -63,7 +64,7 @@ class Admission:
 
     frame: of a body and a frame. body_seconds: within which a whole body arrives, and an upload brings its next frame.
     answer_bytes: of an answer. segment_frames: of a whole segment. requests: that wait or are processed. streams: segments and
-    uploads that are processed. memory: bytes of bodies, decoded frames and answers.
+    uploads that are processed. memory: bytes of bodies, decoded frames and answers. hosts: to which requests may be sent.
     """
 
     frame: Limits
@@ -73,6 +74,7 @@ class Admission:
     requests: Quota
     streams: Quota
     memory: Quota
+    hosts: Hosts = field(default_factory=Hosts)
 
     @classmethod
     def of_config(cls, config: ServeConfig) -> "Admission":
@@ -86,4 +88,5 @@ class Admission:
             Quota(2 * config.max_batch + _WAITING, "requests"),
             Quota(limits.streams, "streams"),
             Quota(int(limits.in_flight_mib * _MIB), "bytes of requests"),
+            Hosts(config.host, config.allowed_hosts),
         )

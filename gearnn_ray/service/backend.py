@@ -37,13 +37,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class BundleHealth:
-    """The state of one bundle: its release (None while none could be loaded), and what went wrong at the last look-up."""
+    """The state of one bundle: its release (None while none could be loaded), and what went wrong at the last look-up.
+
+    is_copy: the last good release is served from this node's copy, because neither the store's nor an older one could be loaded.
+    """
 
     digest: str | None = None
     task: str | None = None
     levels: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     problem: str | None = None
+    is_copy: bool = False
 
 
 @dataclass(frozen=True)

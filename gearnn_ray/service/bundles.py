@@ -5,8 +5,7 @@ Knows nothing about HTTP or Ray.
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +19,15 @@ from gearnn_ray.knobs.tiles import tiles_of
 from gearnn_ray.knobs.wire import Head
 from gearnn_ray.models.names import check_released_name
 from gearnn_ray.service.backend import BundleHealth, Prediction
+from gearnn_ray.service.copies import Copies
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.frames import Evidence, Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
+from gearnn_ray.serving.stream_table import StreamTable
 from gearnn_ray.store.releases import Store
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.stream_levels import StreamLevels
 
-_STREAMS = 4096  # streams whose level is remembered; the one that was used least recently is dropped
 _LOG = logging.getLogger("ray.serve")  # Ray Serve writes this log to a file of the replica
 
 
@@ -37,21 +37,30 @@ class Bundle:
     def __init__(self, ref: str, config: ServeConfig) -> None:
         """ref: "name:tag" or "name@sha256:…". Loads nothing; `refresh` does."""
         self.ref, self._config = ref, config
+        self._copies = Copies(config.cache, config.store, config.require_signature)
         self.current: AdaptiveModel | None = None
         self.problem: str | None = None
-        self._streams: OrderedDict[tuple[str, str], StreamLevels] = OrderedDict()
+        self.is_copy = False
+        """Whether the current release was read from this node's copy."""
+        self._streams: StreamTable[StreamLevels] = StreamTable()
+        self._streams_of: str | None = None  # the release that they are levels of
 
     def refresh(self) -> None:
-        """Load the release if there is none yet or the tag has moved. Blocks. If this fails, the old release stays."""
+        """Load the release if there is none yet or the tag has moved. Blocks. If this fails, the old release stays; if there is
+        none, the last one that could be loaded on this node is served from its copy.
+        """
         try:
-            if self.current is None or self._tagged() != self.current.digest:
-                self.current = self._pull()
-            self.problem = None
+            if self.current is None or self.is_copy or self._tagged() != self.current.digest:
+                self.current = self._pull(self._config.store, self.ref)
+                self._copies.keep(self.ref, f"{self.current.name}@{self.current.digest}")
+            self.problem, self.is_copy = None, False
         except UserError as error:
             self.problem = str(error)
         except Exception as error:
             _LOG.exception("%s could not be looked up", self.ref)
             self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if self.current is None:
+            self._serve_copy()
 
     def model(self) -> AdaptiveModel:
         """The model of the current release. Raises CorruptStoreError while none could be loaded."""
@@ -61,21 +70,20 @@ class Bundle:
 
     def level_of_next(self, stream: str, evidence: Evidence) -> tuple[AdaptiveModel, LevelEstimate]:
         """The model and the level for the next frame of a stream. A stream is remembered from segment to segment, until the
-        release is replaced. Raises as `model` does.
+        release is replaced. Raises as `model` does, and TooManyStreamsError.
         """
         model = self.model()
-        key = model.digest, stream
-        levels = self._streams.setdefault(key, StreamLevels(model.level_estimator, stream))
-        self._streams.move_to_end(key)
-        if len(self._streams) > _STREAMS:
-            self._streams.popitem(last=False)
+        if self._streams_of != model.digest:
+            self._streams, self._streams_of = StreamTable(), model.digest
+        levels = self._streams.state(stream, lambda: StreamLevels(model.level_estimator, stream))
         return model, levels.estimate(evidence)
 
     def health(self) -> BundleHealth:
         """The state of this bundle."""
         if (model := self.current) is None:
             return BundleHealth(problem=self.problem)
-        return BundleHealth(model.digest, model.task.name, model.levels, model.content.model.class_names, self.problem)
+        names = model.content.model.class_names
+        return BundleHealth(model.digest, model.task.name, model.levels, names, self.problem, self.is_copy)
 
     def _tagged(self) -> str:
         """The digest that the bundle refers to now."""
@@ -88,19 +96,35 @@ class Bundle:
             raise UserError(f"{self.ref} is not in {store.uri} any more: restore the store or the tag")
         return now
 
-    def _pull(self) -> AdaptiveModel:
+    def _serve_copy(self) -> None:
+        if (last := self._copies.last(self.ref)) is None:
+            return
+        try:
+            self.current = self._pull(*last)
+        except Exception as error:  # a copy may be damaged in any way, and is only a help
+            _LOG.warning("the copy of %s in %s cannot be served: %s", last[1], last[0], error)
+        else:
+            self.is_copy = True
+            _LOG.warning("%s cannot be loaded (%s): the copy of %s is served", self.ref, self.problem, last[1])
+
+    def _pull(self, store: str, ref: str) -> AdaptiveModel:
         config = self._config
-        model = AdaptiveModel.pull(config.store, self.ref, config.device, config.untrained, config.trust, config.precision)
+        model = AdaptiveModel.pull(
+            store, ref, config.device, config.untrained, config.trust, config.precision, config.require_signature
+        )
         reference = Reference.of_manifest(model.content)
         model.level_estimator = LevelEstimator(model.levels, reference, config.untrained, config.cameras)
         return model
 
 
 def check_bundles(config: ServeConfig) -> None:
-    """Raise UserError unless every bundle can be pulled, and its network is built in or trusted. Imports no network."""
+    """Raise UserError unless every bundle can be pulled, is signed as required, and its network is built in or trusted.
+
+    Imports no network.
+    """
     store = Store(config.store)
     for ref in config.bundles:
-        check_released_name(store.pull(ref).content.model.name, config.trust)
+        check_released_name(store.pull(ref, config.require_signature).content.model.name, config.trust)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +136,6 @@ class Item:
     estimate: LevelEstimate
     media_type: str | None
     since: float
-
-
-def passes(items: Sequence[Item], pixels: int) -> Iterator[list[int]]:
-    """Positions of the items that share a forward pass: one release, one size, and at most `pixels` pixels in total."""
-    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for position, item in enumerate(items):
-        groups.setdefault((id(item.model), item.frame.pixels.shape), []).append(position)
-    for (_, (height, width, _)), positions in groups.items():
-        most = max(1, pixels // (height * width))
-        for start in range(0, len(positions), most):
-            yield positions[start : start + most]
 
 
 @torch.no_grad()  # not inference_mode: weights that are merged and kept here are used where gradients are taken, too

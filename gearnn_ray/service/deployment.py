@@ -1,7 +1,7 @@
 """Releases behind HTTP as one Ray Serve deployment. Other modules of this room know nothing about Ray.
 
-    request ─► http.answer ─► predict: which bundle, which level ─► batch of all levels, streams and sizes
-                                                                          │ one thread, one pass per frame size
+    request ─► http.answer ─► predict: which bundle, which level ─► batches of one size, of all levels and streams
+                                                                          │ one thread
     store ◄── every poll_seconds: has a tag moved? ─► pull, verify, swap  ▼
                                                                    AdaptiveModel
 
@@ -17,22 +17,22 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 # Ray starts workers at niceness 15: requests would wait for any other process on the machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # A thread of Serve's that outlives the service would start another Ray, in the moment when the job ends.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+# A replica that is not healthy is ended at once: one that does not answer does not end its requests either.
+os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
 
 import ray
 import torch
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve import metrics
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 from starlette.requests import Request
@@ -47,11 +47,16 @@ from gearnn_ray.ray_jobs.local_ray import address_to_join, bind_replica_to_its_n
 from gearnn_ray.service import http
 from gearnn_ray.service.admission import Admission
 from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
-from gearnn_ray.service.bundles import Bundle, Item, check_bundles, passes, predict, weights_at
+from gearnn_ray.service.batching import Batcher, Group
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, predict, weights_at
 from gearnn_ray.service.cameras import CameraAnswer, CameraStreams, LevelFacts, cameras, process_names
+from gearnn_ray.service.connections import bound_proxies
+from gearnn_ray.service.liveness import PassClock
+from gearnn_ray.service.metrics import Metrics
 from gearnn_ray.service.steering import SharedControllers, controllers
 from gearnn_ray.serving.frames import Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate, Reference
+from gearnn_ray.store.signatures import public_key
 from gearnn_ray.tasks.base import Served, Task
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.live import jpeg_of
@@ -61,33 +66,8 @@ APP = "gearnn"
 _SPARE = 256  # requests for the page and /health, and refusals: these never wait for those that a replica processes
 _QUEUED = 128  # requests that wait in Serve's proxy while a replica has even more than that; more are answered with 503
 _START_SECONDS = 60.0
-_LATENCIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
-# boundaries between whole numbers, because Ray computes a histogram's sum from the centres of its buckets
-_COUNTS = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5, 64.5, 128.5]
-_DISTANCES = [0.01, 0.5, 1, 2, 4, 8, 16, 32]
 _LOG = logging.getLogger("ray.serve")  # Ray Serve writes this log to a file of the replica
-
-
-class _Metrics:
-    """Metrics for Prometheus, beside Serve's own. No tag has a value that a client chooses freely."""
-
-    def __init__(self) -> None:
-        def keys(*names: str) -> Any:
-            return names  # Ray's annotation allows one key only
-
-        self.seconds = metrics.Histogram("gearnn_request_seconds", "Time from request to answer.", _LATENCIES)
-        self.requests = metrics.Counter(
-            "gearnn_requests", "Answers of /predict, by the level used.", keys("bundle", "level", "status")
-        )
-        self.lines = metrics.Counter(
-            "gearnn_lines", "Lines about frames of streams (200), and errors.", keys("bundle", "level", "status")
-        )
-        self.batch_size = metrics.Histogram("gearnn_batch_size", "Frames of one pass.", _COUNTS)
-        self.batch_levels = metrics.Histogram("gearnn_batch_levels", "Different levels of one pass.", _COUNTS)
-        self.distance = metrics.Histogram(
-            "gearnn_level_distance", "Distance from a frame to the level used.", _DISTANCES, keys("bundle")
-        )
-        self.release = metrics.Gauge("gearnn_release", "1: served now, 0: served before.", keys("bundle", "digest"))
+T = TypeVar("T")
 
 
 class Service:
@@ -98,15 +78,12 @@ class Service:
         bind_replica_to_its_node()
         self._config = config
         self._admission = Admission.of_config(config)
-        self._worker = ThreadPoolExecutor(1, "network", _prepare_thread, (max(1, int(config.num_cpus)),))
-        torch.set_num_threads(max(1, int(config.num_cpus)))
-        self._free = asyncio.Event()
-        self._free.set()
-        self._batch.set_max_batch_size(config.max_batch)  # type: ignore[attr-defined]
-        self._batch.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)  # type: ignore[attr-defined]
-
+        threads = max(1, int(config.num_cpus))
+        torch.set_num_threads(threads)
+        self._clock = PassClock()
+        self._batches = Batcher(self._run, self._group, config.batch_wait_ms / 1000, partial(_prepare_thread, threads))
         self.cameras, self._controllers = CameraStreams(processes), SharedControllers()
-        self._metrics = _Metrics()
+        self._metrics = Metrics()
         self._bundles: dict[str, Bundle] = {}
         for ref in config.bundles:
             await self._load(ref)
@@ -122,6 +99,11 @@ class Service:
             tags = {"bundle": visit.bundle, "level": visit.level, "status": str(response.status_code)}
             self._metrics.requests.inc(tags=tags)
         return response
+
+    def check_health(self) -> None:
+        """Raise RuntimeError while the network is wedged. Serve asks, and replaces the replica."""
+        if (problem := self._clock.problem()) is not None:
+            raise RuntimeError(problem)
 
     def health(self) -> Health:
         """As in `backend.Backend`."""
@@ -146,14 +128,14 @@ class Service:
             self._metrics.distance.observe(estimate.distance, {"bundle": ref})
         else:
             estimate = replace(model.level_estimator.match(level), found=estimate.found)
-        return await self._batched(Item(model, frame, estimate, media_type, since))
+        return await self._batches.submit(Item(model, frame, estimate, media_type, since))
 
     async def predict_next(self, frame: VideoFrame, stream: str, bundle: str | None) -> Prediction:
         """As in `backend.Backend`."""
         since, ref = time.perf_counter(), self.reference(bundle)
         model, estimate = self._bundles[ref].level_of_next(stream, frame.evidence)
         self._metrics.distance.observe(estimate.distance, {"bundle": ref})
-        return await self._batched(Item(model, frame, estimate, None, since))
+        return await self._batches.submit(Item(model, frame, estimate, None, since))
 
     async def predict_at(self, frame: VideoFrame, estimate: LevelEstimate, draw: bool) -> CameraAnswer:
         """The answer to a camera's next frame, at a level that its own process has found. draw: whether a picture is wanted."""
@@ -162,7 +144,7 @@ class Service:
         if not {estimate.level, estimate.neighbour or estimate.level} <= set(model.levels):  # of another release than now
             estimate = replace(model.level_estimator.match(estimate.level), found=estimate.found)
         self._metrics.distance.observe(estimate.distance, {"bundle": ref})
-        prediction = await self._batched(Item(model, frame, estimate, None, since))
+        prediction = await self._batches.submit(Item(model, frame, estimate, None, since))
         return await asyncio.to_thread(_camera_answer, model.task, frame, prediction, draw)
 
     async def advise(
@@ -173,7 +155,7 @@ class Service:
         model, weights = self._bundles[ref].model(), None
         if report.errors is not None:
             work = partial(weights_at, model, frame, estimate, head)
-            weights = await asyncio.get_running_loop().run_in_executor(self._worker, work)
+            weights = await self._batches.call(partial(self._timed, frame.pixels.size, work))
         return await self._controllers.step(f"{ref}/{stream}", Costs.of(head, report, weights))
 
     def level_facts(self) -> LevelFacts:
@@ -218,44 +200,35 @@ class Service:
         await asyncio.to_thread(bundle.refresh)
         if before is not None and bundle.current is not before:
             self._metrics.release.set(0, {"bundle": bundle.ref, "digest": before.digest})
+        self._metrics.copy.set(float(bundle.is_copy), {"bundle": bundle.ref})
         if bundle.current is not None:  # at every refresh, because Ray drops a gauge that is not set again
             self._metrics.release.set(1, {"bundle": bundle.ref, "digest": bundle.current.digest})
 
     async def _watch(self) -> None:
+        bounds = self._admission.body_seconds, self._admission.memory.most
         while True:
+            try:
+                await asyncio.to_thread(bound_proxies, *bounds)
+            except Exception as error:  # releases are followed all the same
+                _LOG.warning("the connections of Serve's proxy have no bounds: %r", error)
             await asyncio.sleep(self._config.poll_seconds)
             for bundle in self._bundles.values():
                 await self._refresh(bundle)
 
-    async def _batched(self, item: Item) -> Prediction:
-        # Serve closes a batch when its time is up, even if the network is still busy: under load it would queue many
-        # small batches. Therefore frames wait here until the network is free, and then form one batch.
-        await self._free.wait()
-        result = await self._batch(item)
-        if isinstance(result, Exception):
-            raise result
-        return result
+    def _group(self, item: Item) -> Group:
+        """One release and one size, and at most as many pixels in total as one frame may have."""
+        height, width, _ = item.frame.pixels.shape
+        most = min(self._config.max_batch, self._admission.frame.pixels // (height * width))
+        return Group((id(item.model), height, width), max(1, most))
 
-    @serve.batch
-    async def _batch(self, items: list[Item]) -> list[Prediction | Exception]:
-        """All frames that waited. Serve separates them by the bundle id in their headers, but not by level or size."""
-        self._free.clear()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._run, items)
-        finally:
-            self._free.set()
+    def _run(self, items: Sequence[Item]) -> Sequence[Prediction]:
+        self._metrics.batch_size.observe(len(items))
+        self._metrics.batch_levels.observe(len({item.estimate.level for item in items}))
+        return self._timed(sum(item.frame.pixels.size for item in items), partial(predict, items))
 
-    def _run(self, items: Sequence[Item]) -> list[Prediction | Exception]:
-        results: dict[int, Prediction | Exception] = {}
-        for positions in passes(items, self._admission.frame.pixels):
-            together = [items[position] for position in positions]
-            self._metrics.batch_size.observe(len(together))
-            self._metrics.batch_levels.observe(len({item.estimate.level for item in together}))
-            try:
-                results.update(zip(positions, predict(together), strict=True))
-            except Exception as error:  # fails only the frames of this pass
-                results.update(dict.fromkeys(positions, error))
-        return [results[position] for position in range(len(items))]
+    def _timed(self, pixels: int, work: Callable[[], T]) -> T:
+        with self._clock.timed(pixels):
+            return work()
 
 
 @dataclass
@@ -327,7 +300,10 @@ def application(config: ServeConfig, processes: Mapping[str, str]) -> serve.Appl
         max_ongoing_requests=admission.requests.most + admission.streams.most + _SPARE,
         max_queued_requests=_QUEUED,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=2,  # a dead replica is noticed within this time
+        graceful_shutdown_timeout_s=10,
+        # a dead replica is noticed within the period, one that does not answer after three timeouts; then another one is started
+        health_check_period_s=2,
+        health_check_timeout_s=5,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(Service)
     return deployment.bind(config, processes)
@@ -380,11 +356,14 @@ def wait_until_gone() -> None:
 
 
 def _resolved(config: ServeConfig) -> ServeConfig:
-    """The configuration with device and num_gpus resolved to what the cluster has."""
+    """The configuration with device and num_gpus resolved to what the cluster has, and with the public key instead of its file,
+    because replicas may be on other nodes.
+    """
     has_gpu = _cluster_resources().get("GPU", 0) >= 1
     gpus = config.num_gpus if config.num_gpus is not None else float(has_gpu and config.device != "cpu")
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
-    return config.model_copy(update={"num_gpus": gpus, "device": device})
+    key = config.require_signature and public_key(config.require_signature)
+    return config.model_copy(update={"num_gpus": gpus, "device": device, "require_signature": key})
 
 
 def _check_port(config: ServeConfig) -> None:

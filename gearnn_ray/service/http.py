@@ -1,7 +1,7 @@
 """HTTP: one request makes one response. The networks are behind a `Backend`.
 
     GET  /                           the page: compares the original and the adapted network on an image that the user distorts
-    GET  /health                     JSON: ok or degraded, the reason, and the bundles with their levels
+    GET  /health                     JSON: ok or degraded, the reason, and the bundles; 503 while one of them has no release
     POST /predict                    one frame (JPEG, PNG, or application/x-npy) -> the answer of the bundle's task
     POST /streams/{stream}/segments  a video -> a line of JSON for each frame; see `service.streams`
     GET  /streams/{stream}           a camera that the service keeps open, live; see `service.stream_pages`
@@ -40,9 +40,11 @@ from starlette.types import Receive, Scope, Send
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.service.admission import Admission, Quota
 from gearnn_ray.service.backend import Backend
+from gearnn_ray.service.origins import StrangerError
 from gearnn_ray.service.requests import (
     RefusedError,
     bundle_of,
+    busy,
     error,
     least_score_of,
     media_type_of,
@@ -62,6 +64,10 @@ _PAGE = resources.files("gearnn_ray.service").joinpath("page.html").read_bytes()
 
 async def answer(request: Request, backend: Backend, admission: Admission) -> Response:
     """The response to one request. Every failure becomes a response, too."""
+    try:
+        admission.hosts.check(request)
+    except StrangerError as problem:
+        return error(problem.status, str(problem))
     path, method = request.scope["path"], request.method
     route = path
     if path.startswith("/streams/"):
@@ -76,10 +82,8 @@ async def answer(request: Request, backend: Backend, admission: Admission) -> Re
     try:
         return await handle(request, backend, admission)
     except Exception as problem:
-        refused = error(*refusal(problem, f"{method} {route}"))
-        if refused.status_code == 503:
-            refused.headers["retry-after"] = "2"
-        return refused
+        status, sentence = refusal(problem, f"{method} {route}")
+        return busy(sentence, status) if status in (429, 503) else error(status, sentence)
 
 
 async def _page(request: Request, backend: Backend, admission: Admission) -> Response:
@@ -96,7 +100,9 @@ async def _health(request: Request, backend: Backend, admission: Admission) -> R
         }
         for name, state in (await backend.cameras.all()).items()
     }
-    return JSONResponse(asdict(backend.health()) | {"streams": streams}, headers={"cache-control": "no-store"})
+    health = backend.health()
+    is_ready = all(bundle.digest for bundle in health.bundles.values())  # an old release or a copy answers, too
+    return JSONResponse(asdict(health) | {"streams": streams}, 200 if is_ready else 503, headers={"cache-control": "no-store"})
 
 
 class _Followed(StreamingResponse):
@@ -145,7 +151,7 @@ async def _predict(request: Request, backend: Backend, admission: Admission) -> 
                 f"The answer as {media_type} would have {size:,} bytes, expected at most {admission.answer_bytes:,}: send a "
                 "smaller frame, or accept another type.",
             )
-        held.add(size)
+        held.add(2 * size)  # what the network gives, and beside it what is sent
         prediction = await backend.predict(frame, level, stream, bundle, media_type)
         encoding = time.perf_counter()
         facts = {

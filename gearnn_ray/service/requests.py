@@ -1,6 +1,7 @@
 """What every request needs: its headers and its body, read within their limits, and its refusal in one sentence."""
 
 import asyncio
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.service.admission import Admission, Reservation
 from gearnn_ray.service.backend import UnknownBundleError
 
-__all__ = ["RefusedError", "bundle_of", "error", "least_score_of", "media_type_of", "name_of", "refusal", "whole_body"]
+__all__ = [
+    "RefusedError", "bundle_of", "busy", "error", "key_of", "least_score_of", "media_type_of", "name_of", "refusal", "whole_body",
+]  # fmt: skip
 
 _BUNDLE = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")  # Ray Serve reads both spellings
 _ID = re.compile(r"[A-Za-z0-9._:@+-]{1,128}")
@@ -46,14 +49,34 @@ def error(status: int, sentence: str) -> Response:
     return JSONResponse({"status": status, "detail": sentence}, status, media_type="application/problem+json")
 
 
+def busy(sentence: str, status: int = 503) -> Response:
+    """An error that passes: the client may try again in two seconds."""
+    answer = error(status, sentence)
+    answer.headers["retry-after"] = "2"
+    return answer
+
+
 def bundle_of(request: Request) -> str | None:
     """The bundle that the request names. Raises RefusedError."""
     return _header(request, *_BUNDLE)
 
 
 def stream_of(request: Request) -> str | None:
-    """The stream that the header of the request names. Raises RefusedError."""
-    return _header(request, "x-gearnn-stream")
+    """The key of the stream that the header of the request names. Raises RefusedError."""
+    name = _header(request, "x-gearnn-stream")
+    return None if name is None else key_of(request, name)
+
+
+def key_of(request: Request, stream: str) -> str:
+    """What a stream's state is remembered under: its name, and behind a slash its client's credential, where it sends one.
+
+    The level of a stream follows from its last frames, so that whoever can send frames under its name switches its level: three
+    dark ones are enough. A client that sends `authorization` has streams of its own, which nobody reaches without that secret.
+    The service does not judge the credential (a proxy before it does) and keeps only its digest. Clients that send none, or
+    share one, share the streams of the same name.
+    """
+    credential = request.headers.get("authorization")
+    return stream if credential is None else f"{stream}/{hashlib.sha256(credential.encode()).hexdigest()[:32]}"
 
 
 def name_of(text: str, what: str) -> str:

@@ -17,11 +17,14 @@ import uvicorn
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.service.origins import Hosts, StrangerError
 from gearnn_ray.video.lines import Line, written
 from gearnn_ray.video.live import LiveStream, StreamState
 
@@ -140,8 +143,7 @@ def stream_page_at(port: int, live: LiveStream) -> Iterator[str]:
 
     async def page(request: Request) -> Response:
         answer = await respond(request.url.path, streams)
-        detail = f"there is no {request.url.path[:100]} here: use /streams/{live.stream}"
-        return answer or JSONResponse({"status": 404, "detail": detail}, 404, media_type="application/problem+json")
+        return answer or _problem(404, f"there is no {request.url.path[:100]} here: use /streams/{live.stream}")
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
@@ -149,7 +151,8 @@ def stream_page_at(port: int, live: LiveStream) -> Iterator[str]:
     async def home(request: Request) -> Response:
         return RedirectResponse(f"/streams/{live.stream}")
 
-    app = Starlette(routes=[Route("/", home), Route("/metrics", metrics), Route("/{path:path}", page)])
+    routes = [Route("/", home), Route("/metrics", metrics), Route("/{path:path}", page)]
+    app = Starlette(routes=routes, middleware=[Middleware(_OwnHost)])
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=_run, args=(server,), daemon=True)
     thread.start()
@@ -163,6 +166,26 @@ def stream_page_at(port: int, live: LiveStream) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(timeout=5)
+
+
+def _problem(status: int, detail: str) -> Response:
+    return JSONResponse({"status": status, "detail": detail}, status, media_type="application/problem+json")
+
+
+class _OwnHost:
+    """Refuses requests under names of other hosts, as `origins` describes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] == "http":
+                Hosts().check(Request(scope))
+        except StrangerError as problem:
+            await _problem(problem.status, str(problem))(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _run(server: uvicorn.Server) -> None:

@@ -15,7 +15,6 @@ A camera that wants its knobs steered sends application/x-gearnn-segment (`camer
 
 import asyncio
 import json
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -30,7 +29,7 @@ from gearnn_ray.config.serve import FRAMES_AHEAD
 from gearnn_ray.service.admission import Admission, Reservation
 from gearnn_ray.service.backend import Backend, Prediction
 from gearnn_ray.service.camera_segments import CameraSegment, is_camera_segment
-from gearnn_ray.service.requests import RefusedError, bundle_of, is_endless, least_score_of, name_of, refusal, whole_body
+from gearnn_ray.service.requests import RefusedError, bundle_of, is_endless, key_of, least_score_of, name_of, refusal, whole_body
 from gearnn_ray.tasks.base import Served, Task
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.lines import line_of, written
@@ -46,7 +45,7 @@ _NextFrame = Callable[[], Awaitable[VideoFrame | None]]
 async def answer_segments(request: Request, backend: Backend, admission: Admission) -> Response:
     """The response to one segment or upload. Raises what is wrong with it before its first line."""
     stream = name_of(request.scope["path"].removeprefix("/streams/").removesuffix("/segments"), "The stream")
-    answering = _Stream(stream, bundle_of(request), least_score_of(request), backend, admission)
+    answering = _Stream(stream, key_of(request, stream), bundle_of(request), least_score_of(request), backend, admission)
     lines = answering.lines(request)
     return _Lines(await anext(lines), lines)
 
@@ -70,9 +69,10 @@ class _Lines(StreamingResponse):
 
 @dataclass
 class _Stream:
-    """One segment or upload of a stream."""
+    """One segment or upload of a stream. key: of what is remembered of the stream."""
 
     name: str
+    key: str
     bundle: str | None
     least_score: float | None
     backend: Backend
@@ -103,7 +103,7 @@ class _Stream:
                         yield line
                     if camera is not None:
                         told = camera.head, await camera.report()
-                        advice = await self.backend.advise(self.name, self.bundle, frame, prediction.estimate, *told)
+                        advice = await self.backend.advise(self.key, self.bundle, frame, prediction.estimate, *told)
                         yield advice.line()
         except Exception as problem:
             status, sentence = refusal(problem, "a segment")
@@ -118,7 +118,7 @@ class _Stream:
         if (room := FRAMES_AHEAD * frame.pixels.nbytes) > self._room:
             held.add(room - self._room)
             self._room = room
-        prediction = await self.backend.predict_next(frame, self.name, self.bundle)
+        prediction = await self.backend.predict_next(frame, self.key, self.bundle)
         line = await asyncio.to_thread(self._written, number, frame, task, prediction)
         return line, frame, prediction
 
@@ -176,30 +176,31 @@ async def _in_order(next_frame: _NextFrame, answer: Callable[[VideoFrame], Corou
     """The answers to all frames in their order, each as soon as it is there; at most `FRAMES_AHEAD` frames are decoded or
     processed at a time. An error of `next_frame` follows the answers to the frames before it.
     """
-    answers: deque[asyncio.Future[Any]] = deque()
-    reading: asyncio.Future[VideoFrame | None] | None = None
-    ended = False
+    answers: asyncio.Queue[asyncio.Future[T] | None] = asyncio.Queue()
+    room = asyncio.Semaphore(FRAMES_AHEAD)
+
+    async def read() -> None:
+        await room.acquire()
+        while (frame := await next_frame()) is not None:
+            answers.put_nowait(asyncio.ensure_future(answer(frame)))
+            await room.acquire()
+
+    reading = asyncio.ensure_future(read())
+    reading.add_done_callback(lambda _: answers.put_nowait(None))
     try:
-        while True:
-            if reading is None and not ended and len(answers) < FRAMES_AHEAD - 1:
-                reading = asyncio.ensure_future(next_frame())
-            awaited = [*([reading] if reading else []), *list(answers)[:1]]
-            if not awaited:
-                return
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            if answers and answers[0].done():
-                yield answers.popleft().result()
-            elif reading is not None:
-                if reading.exception() is not None:
-                    answers.append(reading)
-                    ended = True
-                elif (frame := reading.result()) is None:
-                    ended = True
-                else:
-                    answers.append(asyncio.ensure_future(answer(frame)))
-                reading = None
+        while (future := await answers.get()) is not None:
+            try:
+                answered = await future
+            finally:
+                room.release()
+            yield answered
+        reading.result()
     finally:
-        left = [*answers, *([reading] if reading else [])]
+        left: list[asyncio.Future[Any]] = [reading, *filter(None, _left(answers))]
         for future in left:
             future.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def _left(queue: asyncio.Queue[T]) -> list[T]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]

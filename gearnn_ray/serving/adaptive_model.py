@@ -94,16 +94,17 @@ class AdaptiveModel(nn.Module):
         untrained: Untrained = "nearest",
         trust: Collection[str] = (),
         precision: Literal["auto", "float32", "bfloat16"] = "float32",
+        require_signature: str | None = None,
     ) -> "AdaptiveModel":
         """The release `ref` ("name", "name:tag" or "name@sha256:…") of the store at `uri`, with every digest verified.
 
         untrained: the weights for a level between two levels of the release: those of the nearest one, the linear interpolation
         of both, or their mixture by the entropies of both networks' answers (`serving.mixing`). trust: import paths of modules,
         such as "my_package.nets", whose networks the release may name; built-in networks need none. precision: of the network's
-        arithmetic; auto: bfloat16 where the device gains from it, else float32. Raises UserError and CorruptStoreError as
-        `Store.pull` and the constructor do.
+        arithmetic; auto: bfloat16 where the device gains from it, else float32. require_signature: a public key, without whose
+        signature the release is refused. Raises UserError and CorruptStoreError as `Store.pull` and the constructor do.
         """
-        return cls(Store(uri).pull(ref), device, untrained, trust, precision)
+        return cls(Store(uri).pull(ref, require_signature), device, untrained, trust, precision)
 
     def forward(self, images: Any, levels: Any = None) -> Any:
         """The task's outputs for images [B, 3, H, W]. For segmentation, logits float32 [B, K, H, W]. For detection a list with a
@@ -197,6 +198,7 @@ class AdaptiveModel(nn.Module):
         with self._choice.lock:
             host = self._selection.host
             tensors |= {id(host.restored): {}, id(host.merged): OrderedDict(), id(host.mixtures): []}
+            tensors |= {id(self._selection.vectors): self._selection.vectors}
             twin._network, twin._selection = copy.deepcopy((self._network, self._selection), tensors)
         twin._selection.hold(None)
         twin._predictor = twin._run = replace(self._predictor, network=twin._network)

@@ -19,7 +19,7 @@ from gearnn_ray.adaptors.storage_formats import parts_of
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.models.registry import build_released_model
 from gearnn_ray.serving import convolution
-from gearnn_ray.serving.batch import CompressedTable, Mixture, Selection, Table
+from gearnn_ray.serving.batch import CompressedTable, Mixture, Selection, Table, Vectors
 from gearnn_ray.serving.level_estimation import Reference
 from gearnn_ray.serving.modules import Adaptive, AdaptiveConv, NeedsParentError, PerLevel, kind_of
 from gearnn_ray.serving.regions import has_regions, with_regions
@@ -86,8 +86,10 @@ def assemble(
         base = tensors[name]
         if id(base) not in made:
             made[id(base)] = _table(name, base.detach(), stored_variants[name], maps.index(rows[name]), selection)
-            base.data = made[id(base)].row(0)  # the plain network uses this row, so that no tensor is held twice
         tables[name] = made[id(base)]
+    _side_by_side(list(made.values()), selection)
+    for name, table in tables.items():
+        tensors[name].data = table.row(0)  # the plain network uses this row, so that no tensor is held twice
     whole: set[str] = set()  # paths of modules that run as a whole, once per level
     while True:
         built = _with_tables(network, tables, whole)
@@ -164,6 +166,13 @@ def _table(
     if not stacked:
         return Table(values, map_index, selection)
     return CompressedTable(values, stacked, name, map_index, selection)
+
+
+def _side_by_side(tables: Sequence[Table], selection: Selection) -> None:
+    """Let the batch's rows of all vectors be gathered at once. Compressed and mixed rows are restored or merged one by one."""
+    vectors = [table for table in tables if type(table) is Table and table.values.dim() == 2]
+    if vectors and not selection.mixes:
+        selection.vectors = Vectors(vectors)
 
 
 def _parent(network: nn.Module, path: str) -> str:

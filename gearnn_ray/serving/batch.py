@@ -21,6 +21,7 @@ from gearnn_ray.adaptors.storage_formats import added, difference_of
 from gearnn_ray.models.layers import same_bits
 
 _MIXTURES = 4  # whose merged rows are kept: several calm streams' together, each at most two adaptors as float32
+_LAYOUTS = 32  # numbers of samples for which `Vectors` remembers where the values lie
 _CAPACITY = 64  # samples; the index grows with the first batch that is larger
 
 
@@ -37,13 +38,13 @@ class _Host:
     """The host's view of the batch; a plain object, because setting a Module's attributes takes microseconds."""
 
     __slots__ = (
-        "held", "holds", "images", "indices", "merged", "mixed", "mixtures", "regions", "restored", "rows", "unwritten",
+        "_rows", "gathered", "held", "holds", "images", "indices", "lists", "merged", "mixed", "mixtures", "regions", "restored",
+        "unwritten",
     )  # fmt: skip
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices  # the buffer `rows` of the Selection
-        # [M, n], or [M, 1] if all samples use one level; None: unknown. -1 - k: what `mixtures[k]` merges
-        self.rows: NDArray[np.int64] | None = None
+        self.rows = None
         self.mixed = False  # whether this batch has more mixtures than `merged` keeps: then `rows` does not tell them
         self.mixtures: list[Mixture] = []
         self.merged: OrderedDict[Mixture, dict[Table, Tensor]] = OrderedDict()  # the least recently used one first
@@ -53,6 +54,17 @@ class _Host:
         self.holds = False  # whether all samples of this batch use the level `held`
         self.regions: int | None = None  # how many samples there are while they are regions of images
         self.images: NDArray[np.int64] | None = None  # `rows` of the images, while samples are regions
+
+    @property
+    def rows(self) -> NDArray[np.int64] | None:
+        """[M, n], or [M, 1] if all samples use one level; None: unknown. -1 - k: what `mixtures[k]` merges."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: NDArray[np.int64] | None) -> None:
+        self._rows = rows
+        self.lists: list[list[int]] | None = None  # what `on_host` gives for each map
+        self.gathered: Tensor | None = None  # what `vectors` has gathered for this batch
 
 
 class Selection(nn.Module):
@@ -78,6 +90,7 @@ class Selection(nn.Module):
         self.register_buffer("rows", torch.zeros_like(self.maps[:, :1]), persistent=False)
         self.host = _Host(self.rows)
         self._grow(_CAPACITY)
+        self.vectors: Vectors | None = None
         levels = range(self._maps_ML.shape[1])
         self._columns = [(self.maps[:, [level]].contiguous(), self._maps_ML[:, [level]]) for level in levels]
 
@@ -196,11 +209,19 @@ class Selection(nn.Module):
         """Rows of the samples ([row] if all use the same), or None if the graph must not depend on them."""
         if torch.compiler.is_compiling() or self.host.rows is None or self.host.mixed:
             return None
-        rows = self.host.rows[map_index]
-        if not len(rows):  # no regions: any row will do
-            return [0]
-        first = int(rows[0])
-        return [first] if (rows == first).all() else rows.tolist()
+        if self.host.lists is None:
+            # without regions any row will do
+            self.host.lists = [rows[:1] if len(set(rows)) == 1 else rows or [0] for rows in self.host.rows.tolist()]
+        return self.host.lists[map_index]
+
+    def gathered(self, n: int) -> Tensor | None:
+        """What `vectors` gathers for the batch of n images, once for all tables; None if every table must gather by itself."""
+        if self.vectors is None or torch.compiler.is_compiling() or self.host.regions is not None:
+            return None
+        if self.host.gathered is None:
+            with torch.inference_mode(False):  # a pass with gradients may use it too
+                self.host.gathered = self.vectors.gather(self.rows[:, :n])
+        return self.host.gathered
 
 
 class Table(nn.Module):
@@ -213,6 +234,7 @@ class Table(nn.Module):
         self.register_buffer("values", values)
         self.map_index = map_index
         self.selection = selection
+        self.offset: int | None = None  # in `Vectors`, for tables that are part of them
 
     def __len__(self) -> int:
         """R."""
@@ -244,12 +266,57 @@ class Table(nn.Module):
     def gather(self, n: int) -> Tensor:
         """[n, *shape]: the tensor of each sample."""
         selection = self.selection
+        if self.offset is not None and (gathered := selection.gathered(n)) is not None:
+            width = self.values.shape[1]
+            return gathered[self.offset * n : (self.offset + width) * n].view(n, width)
         values = self.take(selection.rows[self.map_index, :n])
         if not selection.mixes:
             return values
         others = self.take(selection.neighbours[self.map_index, :n])
         weights = selection.weights[:n].view(n, *(1 for _ in values.shape[1:]))
         return torch.lerp(values, others, weights)
+
+
+class Vectors:
+    """The tables of vectors, such as those of batch normalisations, side by side in memory: one gather takes the rows of a batch
+    from all of them, where a gather for each of a hundred tables would cost as much as a small convolution.
+    """
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        """tables: of vectors stored as float32, on one device. Their values become views of one tensor."""
+        self._flat = torch.cat([table.values.reshape(-1) for table in tables])
+        sizes = [table.values.numel() for table in tables]
+        for table, own in zip(tables, torch.split(self._flat, sizes), strict=True):
+            table.values = own.view(table.values.shape)
+        widths = [table.values.shape[1] for table in tables]
+        offsets = np.cumsum([0, *widths[:-1]])
+        for table, offset in zip(tables, offsets.tolist(), strict=True):
+            table.offset = offset
+        self._tables = [
+            (start, width, table.map_index)
+            for start, width, table in zip(np.cumsum([0, *sizes[:-1]]).tolist(), widths, tables, strict=True)
+        ]
+        self._layouts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def gather(self, rows_Mn: Tensor) -> Tensor:
+        """One after the other for every table: its rows for the n samples [n, width]."""
+        n = rows_Mn.shape[1]
+        if (layout := self._layouts.get(n)) is None:
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[n] = self._layout(n)
+        first, width, place = layout
+        return self._flat[torch.addcmul(first, width, rows_Mn.reshape(-1)[place])]
+
+    def _layout(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each value that `gather` gives: its place in row 0 of its table, the width of a row, and its sample in rows_Mn."""
+        first, width, place = [], [], []
+        for start, channels, map_index in self._tables:
+            first.append(np.tile(np.arange(start, start + channels), n))
+            width.append(np.full(n * channels, channels))
+            place.append(np.repeat(np.arange(map_index * n, (map_index + 1) * n), channels))
+        made = [torch.from_numpy(np.concatenate(each)).to(self._flat.device) for each in (first, width, place)]
+        return made[0], made[1], made[2]
 
 
 class _StoredRows(nn.Module):

@@ -21,7 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.serving.jpeg import JpegQuality, quality_of_tables
+from gearnn_ray.serving.jpeg import MOST_SCANS, JpegQuality, quality_of_tables, scans_of
 
 __all__ = ["BadFrameError", "Evidence", "Frame", "Limits", "evidence_of", "read_frame"]
 
@@ -32,7 +32,6 @@ _SEND = "send a JPEG, a PNG or an .npy array of uint8"
 _CUT_JPEG = "the JPEG ends before its last pixel"
 _SEGMENTS = {*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xF0), 0xFE}  # markers that a length follows
 _MOST_SEGMENTS = 10_000  # libpng writes 2,000 chunks for 16 MiB
-_MOST_SCANS = 100  # libjpeg writes 10 for a progressive file; every scan costs a pass over the whole image
 _MISSING = 128  # the grey that libjpeg fills into blocks without data
 
 
@@ -142,8 +141,8 @@ def _open_jpeg(data: bytes) -> JpegImageFile:
     scan = _first_scan(data)
     if data.rfind(_END) < scan:
         raise _damaged(_CUT_JPEG)
-    if data.count(b"\xff\xda", scan) >= _MOST_SCANS:
-        raise _unusable(f"the JPEG has more than {_MOST_SCANS} scans, expected about 10: save it again")
+    if scans_of(data, scan) > MOST_SCANS:
+        raise _unusable(f"the JPEG has more than {MOST_SCANS} scans, encoders write about 10: save it again")
     try:
         return JpegImageFile(io.BytesIO(data))  # not Image.open, which could choose another decoder
     except Exception as error:

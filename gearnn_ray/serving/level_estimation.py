@@ -12,6 +12,8 @@ An axis counts only if some level differs from undistorted images on it. An axis
 bitstream, brightness or size without a reference) adds nothing to a distance. Between levels that are otherwise
 equally near, the level that is least distorted on such an axis wins. Between levels at exactly the same distance,
 the most distorted one wins.
+
+Levels of other families (noise, blur, fog, …) cannot be read off a frame: they are never estimated, only matched by name.
 """
 
 import bisect
@@ -19,7 +21,6 @@ import functools
 import math
 import statistics
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -28,8 +29,19 @@ import numpy as np
 
 from gearnn_ray.config.serve import Untrained
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.levels.axes import AXES, AXIS_TITLES, LOSSLESS, UNDISTORTED, Properties, coordinates, properties_of, units
+from gearnn_ray.levels.axes import (
+    AXES,
+    AXIS_TITLES,
+    LOSSLESS,
+    UNDISTORTED,
+    Properties,
+    coordinate,
+    coordinates,
+    properties_of,
+    units,
+)
 from gearnn_ray.levels.level import CLEAN, SIZE_CRF, parse_level
+from gearnn_ray.serving.stream_table import StreamTable
 
 if TYPE_CHECKING:
     from gearnn_ray.serving.frames import Evidence
@@ -45,7 +57,6 @@ _LEAST_LUMA = 0.5  # keeps the logarithm of a black frame's luma finite
 _UNREAD = 0.01  # weight of an axis that was not read: it decides only between levels that are otherwise equally near
 _Points = list[list[float]]  # coordinates [level][axis]
 _CODINGS = 256  # whose distances are remembered
-_STREAMS = 4096  # streams whose brightness is remembered; the least recently used one is dropped
 _MEMORY = 8  # frames: time constant of a stream's mean brightness
 _JUMP = 1.5  # units: a larger change of brightness is not explained by the content of the scene...
 _LASTING = 3  # ... and is accepted once this many frames in a row show it
@@ -142,7 +153,9 @@ class LevelEstimator:
                 raise UserError(f"camera {camera!r} has a mean luma of {luma}: expected above 0 and at most 255.")
         self._units = units(reference.luma_spread if reference else 0.0)
 
-        properties = {name: properties_of(parse_level(name)) for name in (CLEAN.name, *levels)}
+        everything = {name: properties_of(parse_level(name)) for name in (CLEAN.name, *levels)}
+        self._unread = [name for name, values in everything.items() if values.unread]
+        properties = {name: values for name, values in everything.items() if not values.unread}
         counts = [len({values[axis] for values in properties.values()}) > 1 for axis in range(len(AXES))]
         counts[_SIZE] = counts[_SIZE] and reference is not None
         self._counts = tuple(counts)
@@ -182,7 +195,7 @@ class LevelEstimator:
         self._dim = max([-1.0, *(knot / 2 for knot in knots if knot < 0)])
         self._bright = min([1.0, *(knot / 2 for knot in knots if knot > 0)])
 
-        self._streams: OrderedDict[str, _Stream] = OrderedDict()
+        self._streams: StreamTable[_Stream] = StreamTable()
         self._lock = threading.Lock()
 
     def estimate(
@@ -190,9 +203,11 @@ class LevelEstimator:
     ) -> LevelEstimate:
         """Estimate the level of one frame.
 
-        Brightness is smoothed over the frames of `stream`. If it is None, only this frame's brightness counts. `held`, the level
-        in use, stays the answer unless another level is nearer by more than `margin` units of distance, so that a frame about
-        halfway between two levels does not change the answer to and fro. A level that the release does not have is not held.
+        Brightness is smoothed over the frames of `stream`: a camera's name, which may be followed by a slash and something that
+        tells cameras of the same name apart. If it is None, only this frame's brightness counts. `held`, the level in use, stays
+        the answer unless another level is nearer by more than `margin` units of distance, so that a frame about halfway between
+        two levels does not change the answer to and fro. A level that the release does not have is not held. Raises
+        `TooManyStreamsError` for a new stream while too many are in use.
         """
         jpeg = evidence.jpeg
         coding = self._coding(evidence.height, evidence.width, evidence.crf, evidence.qp, None if jpeg is None else jpeg.quality)
@@ -209,14 +224,16 @@ class LevelEstimator:
         Raises `UserError` if the name is invalid, or if the level has a kind of distortion that no level of the
         release has.
         """
-        if level in self._rows:
+        if level in self._rows or level in self._unread:
             return LevelEstimate(level, found=level)
+        if properties_of(parse_level(level)).unread:
+            return self._match_unread(level)
         properties = self._with_crf(properties_of(parse_level(level)))
         for axis, counts in enumerate(self._counts):
             if not counts and properties[axis] != UNDISTORTED[axis]:
                 raise UserError(
                     f"level {level!r} is not in the release, whose levels do not show which is nearest in "
-                    f"{AXIS_TITLES[AXES[axis]]}: use one of {', '.join(sorted(self._names))}."
+                    f"{AXIS_TITLES[AXES[axis]]}: use one of {', '.join(sorted([*self._names, *self._unread]))}."
                 )
         point = list(self._point(level, properties))
         logarithms, brightnesses = self._knots[::-1]
@@ -224,6 +241,17 @@ class LevelEstimator:
         point[_BRIGHTNESS] = _along(math.log(properties.factor), logarithms, brightnesses, slope)
         brightness, *others = point
         return LevelEstimate(*self._nearest(brightness, self._measured(others, by_qp=False)), found=level)
+
+    def _match_unread(self, level: str) -> LevelEstimate:
+        """The level of the same family that is nearest in the number in its name, the lower one of two."""
+        wanted = parse_level(level)
+        target, own = coordinate(wanted), [(coordinate(each), each.name) for each in map(parse_level, self._unread)]
+        alike = [(at, name) for at, name in own if at is not None and parse_level(name).family == wanted.family]
+        if target is None or not alike:
+            trained = ", ".join(sorted([*self._names, *self._unread]))
+            raise UserError(f"level {level!r} is not in the release, and no level of its kind is: use one of {trained}.")
+        distance, _, nearest = min((abs(at - target), at, name) for at, name in alike)
+        return LevelEstimate(nearest, distance=round(distance, 6), found=level)
 
     @property
     def sees_jpeg(self) -> bool:
@@ -283,7 +311,7 @@ class LevelEstimator:
 
     def _brightness(self, luma: float, stream: str | None) -> float | None:
         """The brightness of a frame in units of distance; None if the axis does not count or has no reference."""
-        undistorted = self._cameras.get(stream or "", self._luma) if self._counts[_BRIGHTNESS] else None
+        undistorted = self._cameras.get((stream or "").partition("/")[0], self._luma) if self._counts[_BRIGHTNESS] else None
         if undistorted is None:
             return None
         brightness = math.log(max(luma, _LEAST_LUMA) / undistorted) / self._units[_BRIGHTNESS]
@@ -307,12 +335,7 @@ class LevelEstimator:
     def _smooth(self, stream: str, brightness: float) -> float:
         """Return the stream's mean brightness after this frame."""
         with self._lock:
-            state = self._streams.get(stream)
-            if state is None:
-                state = self._streams[stream] = _Stream(brightness)
-                if len(self._streams) > _STREAMS:
-                    self._streams.popitem(last=False)
-            self._streams.move_to_end(stream)
+            state = self._streams.state(stream, lambda: _Stream(brightness))
             state.add(brightness)
             return state.mean
 

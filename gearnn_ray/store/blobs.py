@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
 from gearnn_ray.store.files import FileTree, one_line
+from gearnn_ray.store.local_files import TooLargeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 PATH_PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"  # one part of a path that holds outside names, such as a level's
+
+RECORD_BYTES = 64 * 2**20
+"""The largest stage record. Theirs are kilobytes, those of a thousand layers a megabyte; parsing takes ten times the memory."""
+
+_TABLE_BYTES, _TABLE_VALUES = 64 * 2**20, 16_000_000  # the largest table that is read: of its file, and rows times columns
 
 _FOLDERS = ("blobs/sha256", "manifests", "refs", "tables", "stages", "checkpoints")
 
@@ -75,17 +82,25 @@ class BlobStore:
     def put_blob(self, data: bytes) -> str:
         """Store bytes under their digest and return it. An intact blob is left untouched, a corrupt one repaired."""
         digest = digest_of(data)
-        self._files.write(_blob_path(digest), data)
+        self._files.write(blob_path(digest), data)
         return digest
 
     def get_blob(self, digest: str) -> bytes:
         """The bytes of a blob. Raises CorruptStoreError naming the digest if they are missing or altered."""
-        return bytes(self._verified(_blob_path(digest), digest))
+        return bytes(self._verified(blob_path(digest), digest))
 
     def is_intact(self, digest: str) -> bool:
-        """Whether the blob is in the store and its bytes have this digest. Reads and hashes the whole blob."""
-        data = self._files.read_memory(_blob_path(digest))
-        return data is not None and digest_of(data) == digest
+        """Whether the blob is in the store and its bytes have this digest. Reads and hashes the whole blob, and makes it young,
+        so that `Store.gc` leaves it for its grace period.
+        """
+        path = blob_path(digest)
+        data = self._files.read_memory(path)
+        return data is not None and digest_of(data) == digest and self._files.refresh(path, data)
+
+    def blobs_in(self, record: Mapping[str, Any]) -> list[str]:
+        """The digests in a JSON object whose blobs are in the store, by their presence alone."""
+        named = sorted(set(re.findall("sha256:[0-9a-f]{64}", json.dumps(record))))
+        return [digest for digest in named if self._files.size(blob_path(digest)) is not None]
 
     def put_state(self, state: Mapping[str, "Tensor"]) -> Blob:
         """Store a state dict as a blob of safetensors."""
@@ -98,24 +113,24 @@ class BlobStore:
         """The state dict in a blob. Raises CorruptStoreError naming the digest."""
         from gearnn_ray.store.states import decode_state
 
-        return decode_state(self._verified(_blob_path(digest), digest))
+        return decode_state(self._verified(blob_path(digest), digest))
 
     def put_record(self, key: str, record: dict[str, Any]) -> None:
         """Store the result of a stage, any JSON object, under its key of 64 hexadecimal digits."""
-        body = canonical_json(record)
-        sealed = {"body": json.loads(body), "sha256": hashlib.sha256(body).hexdigest()}
-        self._files.write(_record_path(key), canonical_json(sealed))
+        self._files.write(record_path(key), sealed_record(record))
 
-    def get_record(self, key: str) -> dict[str, Any] | None:
-        """The result of a stage, or None if it is absent, cut off or altered and must be computed again."""
-        data = self._files.read(_record_path(key)) or b"null"
-        try:
-            sealed = json.loads(data)
-            body, checksum = sealed["body"], sealed["sha256"]
-            intact = isinstance(body, dict) and hashlib.sha256(canonical_json(body)).hexdigest() == checksum
-        except (ValueError, KeyError, TypeError):
-            return None
-        return body if intact else None
+    def get_record(self, key: str) -> Mapping[str, Any] | None:
+        """The result of a stage, or None if it is absent, cut off or altered and must be computed again. A record that is used is
+        made young, so that `Store.gc` leaves it for its grace period.
+        """
+        path = record_path(key)
+        with suppress(CorruptStoreError):
+            data = self._files.read(path, RECORD_BYTES)
+            if data is not None and (body := opened_record(data)) is not None:
+                with suppress(OSError):  # where it cannot be written it can still be used
+                    self._files.refresh(path, data)
+                return body
+        return None
 
     def put_checkpoint(self, key: str, data: bytes) -> None:
         """Store the state of an unfinished stage: the 32 bytes of its SHA-256, then the data."""
@@ -123,7 +138,9 @@ class BlobStore:
 
     def get_checkpoint(self, key: str) -> bytes | None:
         """The state of an unfinished stage, or None if it is absent, cut off or altered."""
-        sealed = self._files.read(_checkpoint_path(key)) or b""
+        sealed = b""
+        with suppress(CorruptStoreError):
+            sealed = self._files.read(_checkpoint_path(key)) or b""
         checksum, data = sealed[:32], sealed[32:]
         return data if hashlib.sha256(data).digest() == checksum else None
 
@@ -133,32 +150,44 @@ class BlobStore:
 
     def put_table(self, path: str, table: pa.Table) -> None:
         """Write a table with its metadata at `tables/….parquet`. A file with equal bytes is left untouched."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        self._files.write(table_path(path), sink.getvalue().to_pybytes())
+        self._files.write(table_path(path), encode_table(table))
 
     def put_figure(self, path: str, png: bytes) -> None:
         """Write a picture at `figures/….png`. A file with equal bytes is left untouched."""
-        self._files.write(_checked_path(path, "figures", ".png"), png)
+        self._files.write(figure_path(path), png)
 
     def put_report(self, path: str, page: str) -> None:
         """Write a page at `reports/….html`. A file with equal bytes is left untouched."""
         self._files.write(_checked_path(path, "reports", ".html"), page.encode())
 
     def get_table(self, path: str) -> pa.Table:
-        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet."""
-        data = self._files.read(table_path(path))
+        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet, or has more
+        than 64 MiB or 16 million values.
+        """
+        data = self._files.read(table_path(path), _TABLE_BYTES)
         if data is None:
             raise UserError(f"The store {self.uri} has no {path}. Run the job that writes it, or check the path.")
         try:
-            return pq.read_table(pa.BufferReader(data))
+            file = pq.ParquetFile(pa.BufferReader(data))
+            values = file.metadata.num_rows * file.metadata.num_columns
+            if values > _TABLE_VALUES:
+                raise pa.ArrowInvalid(f"it has {values:,} values, expected at most {_TABLE_VALUES:,}")
+            return file.read()
         except (pa.ArrowException, OSError) as error:
             raise CorruptStoreError(f"{path} in {self.uri} is not Parquet: {one_line(error)}.") from error
 
-    def _verified(self, path: str, digest: str) -> memoryview:
-        data = self._files.read_memory(path)
+    def _verified(self, path: str, digest: str, size: int | None = None, at_most: int | None = None) -> memoryview:
+        """The bytes of a file with this digest, of `size` bytes if that is known: compared before anything is read."""
+        try:
+            data = self._files.read_memory(path, at_most if size is None else size)
+        except TooLargeError as error:
+            if size is None:
+                raise
+            raise CorruptStoreError(_other_size(digest, error.size, size)) from None
         if data is None:
             raise CorruptStoreError(f"{digest} is missing from {self.uri}. Run the job that wrote it again.")
+        if size is not None and data.nbytes != size:
+            raise CorruptStoreError(_other_size(digest, data.nbytes, size))
         if (actual := digest_of(data)) != digest:
             raise CorruptStoreError(
                 f"{digest} is altered in {self.uri}: its bytes have the digest {actual}. Run the job that wrote it again."
@@ -166,9 +195,46 @@ class BlobStore:
         return data
 
 
+def _other_size(digest: str, found: int, stated: int) -> str:
+    return f"{digest} has {found} bytes, but the manifest says {stated}. Run the job that wrote it again."
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as Parquet, with its metadata."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def sealed_record(record: Mapping[str, Any]) -> bytes:
+    """The file of a record, with its checksum. Raises ValueError if it is too large to be read again."""
+    body = canonical_json(record)
+    data = canonical_json({"body": json.loads(body), "sha256": hashlib.sha256(body).hexdigest()})
+    if len(data) > RECORD_BYTES:
+        raise ValueError(f"A record has {len(data):,} bytes, expected at most {RECORD_BYTES:,}.")
+    return data
+
+
+def opened_record(data: bytes) -> Mapping[str, Any] | None:
+    """The record in a file, or None if the file is cut off or altered."""
+    try:
+        sealed = json.loads(data)
+        body, checksum = sealed["body"], sealed["sha256"]
+        intact = isinstance(body, dict) and hashlib.sha256(canonical_json(body)).hexdigest() == checksum
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return body if intact else None
+
+
 def table_path(path: str) -> str:
     """The path itself. Raises ValueError unless it is `tables/….parquet` and stays in that folder."""
     return _checked_path(path, "tables", ".parquet")
+
+
+def figure_path(path: str) -> str:
+    """The path itself. Raises ValueError unless it is `figures/….png` and stays in that folder."""
+    return _checked_path(path, "figures", ".png")
 
 
 def _checked_path(path: str, folder: str, suffix: str) -> str:
@@ -177,11 +243,13 @@ def _checked_path(path: str, folder: str, suffix: str) -> str:
     return path
 
 
-def _blob_path(digest: str) -> str:
+def blob_path(digest: str) -> str:
+    """Where the blob with this digest lies. Raises CorruptStoreError for what is no digest."""
     return f"blobs/sha256/{hex_of(digest)}"
 
 
-def _record_path(key: str) -> str:
+def record_path(key: str) -> str:
+    """Where the record with this key lies. Raises ValueError for what is no key."""
     return f"stages/{_checked_key(key)}.json"
 
 

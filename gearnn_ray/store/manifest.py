@@ -2,18 +2,33 @@
 keeps unknown ones, so that a manifest that is read and published again has the same digest.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from gearnn_ray.config.recipe import StorageFormat
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import PATH_PART, Blob, Digest
+from gearnn_ray.store.blobs import PATH_PART, Blob, Digest, canonical_json, hex_of
 
 SCHEMA: Final = 2  # raise it when a reader of this number would misread a newer manifest
+
+MANIFEST_BYTES = 4 * 2**20
+"""The largest manifest. A hundred levels that change a thousand layers each take less; a reader parses as much in 0.1 s."""
 
 _CLEAN = "clean"  # the undistorted level: the base itself, without an adaptor
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # of releases and tags
@@ -130,7 +145,9 @@ def _check_levels(levels: Mapping[str, LevelEntry]) -> Mapping[str, LevelEntry]:
 
 
 class Manifest(_Entry):
-    """One release. `Store.publish` sets `created` (UTC, ISO 8601); `config` is the configuration of the split job."""
+    """One release. `Store.publish` sets `created` (UTC, ISO 8601), and `tables` and `figures`: their blobs, by the path where
+    they lie while the release is `latest`. `config` is the configuration of the split job.
+    """
 
     schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
@@ -145,6 +162,24 @@ class Manifest(_Entry):
     execution: ExecutionEntry | None = None
     config: Mapping[str, object] | None = None
     versions: Mapping[str, str]
+    tables: Mapping[str, Blob] = Field(default_factory=dict)
+    figures: Mapping[str, Blob] = Field(default_factory=dict)
+
+    @field_validator("tables", "figures")
+    @classmethod
+    def _among_its_own(cls, files: Mapping[str, Blob], info: ValidationInfo) -> Mapping[str, Blob]:
+        """A release that becomes `latest` writes these paths: it may name none outside its own folders."""
+        folder, suffix = f"{info.field_name}/{info.data.get('name')}", {"tables": ".parquet"}.get(info.field_name or "", ".png")
+        for path in files:
+            if not re.fullmatch(rf"{re.escape(folder)}(/{PATH_PART})+", path) or not path.endswith(suffix):
+                rule = f"{path!r}: expected a path {folder}/…{suffix}"
+                raise PydanticCustomError("path", "{rule}", {"rule": rule})
+        return files
+
+    @property
+    def files(self) -> Mapping[str, Blob]:
+        """The tables and figures of the release, by path."""
+        return {**self.tables, **self.figures}
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
@@ -154,15 +189,36 @@ class Manifest(_Entry):
             named += [blob for blob in (entry.adaptor_blob, entry.full) if blob is not None]
         return tuple({(blob.digest, blob.bytes): blob for blob in named}.values())
 
+    @property
+    def needed(self) -> tuple[Blob, ...]:
+        """What a copy of the release has: base, adaptors, tables and figures, each once. A copy may lack the full fine-tunes."""
+        adaptors = (entry.adaptor_blob for entry in self.levels.values())
+        return tuple(dict.fromkeys((self.base, *(blob for blob in adaptors if blob is not None), *self.files.values())))
+
     def as_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, in a new dict."""
         return {"schema": SCHEMA, **self.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
+
+
+def manifest_path(digest: str) -> str:
+    """Where the manifest with this digest lies. Raises CorruptStoreError for what is no digest."""
+    return f"manifests/{hex_of(digest)}.json"
+
+
+def content_key(content: Mapping[str, Any]) -> str:
+    """The key of the record that says when this content, a manifest as JSON, was first published. It depends on nothing that
+    differs when the same is computed again: not on `created`, and not on tables and figures, which hold seconds.
+    """
+    same = {key: value for key, value in content.items() if key not in ("created", "tables", "figures")}
+    return hashlib.sha256(canonical_json(same)).hexdigest()
 
 
 def read_manifest(data: bytes, digest: str) -> Manifest:
     """The manifest in a file. Raises CorruptStoreError naming the digest and the invalid entry, UserError for another schema."""
     try:
         content = json.loads(data)
+    except RecursionError:
+        raise CorruptStoreError(f"The manifest {digest} is not valid: its JSON is nested too deeply.") from None
     except ValueError as error:
         raise CorruptStoreError(f"The manifest {digest} is not JSON: {error}.") from error
     schema = content.get("schema") if isinstance(content, dict) else None

@@ -3,19 +3,21 @@
     blobs/sha256/<hex>             safetensors: the base, and the adaptors in the formats of `storage_formats.py`
     manifests/<hex>.json           one release: canonical JSON under its own digest
     refs/<name>/<tag>              the digest of a manifest; every complete split job writes `latest`
+    signatures/<hex>/<public key>  the signature of a release's name and manifest (`signatures.py`), where somebody signed it
     tables/<name>/….parquet        measurements of the jobs
     figures/<name>/….png           pictures of them
     reports/<name>/….html          the page of an evaluation
     stages/<key>.json              the result of a finished stage, from which an interrupted job goes on
     checkpoints/<key>.safetensors  the state of an unfinished stage
+    leases/<key>.json              which driver runs a job (`leases.py`), while it runs
 
 Blobs and manifests never change. A file is written before any file that names it, and refs are written last. Two writers of the
 same content write the same bytes, so they cannot harm each other.
 """
 
-import hashlib
-import re
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import Blob, BlobStore, canonical_json, digest_of, hex_of, is_digest, table_path
-from gearnn_ray.store.manifest import NAME_PATTERN, LevelEntry, Manifest, read_manifest
+from gearnn_ray.store.blobs import (
+    RECORD_BYTES,
+    Blob,
+    blob_path,
+    canonical_json,
+    digest_of,
+    encode_table,
+    figure_path,
+    hex_of,
+    opened_record,
+    record_path,
+    sealed_record,
+    table_path,
+)
+from gearnn_ray.store.manifest import MANIFEST_BYTES, LevelEntry, Manifest, content_key, manifest_path, read_manifest
+from gearnn_ray.store.tags import TaggedStore, check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,46 +85,58 @@ class Release:
         return dict(self._adaptors[level])
 
 
-class Store(BlobStore):
+class Store(TaggedStore):
     """A store of releases. `BlobStore` describes addresses and how a store is opened."""
 
     def publish(
-        self, manifest: Manifest, tables: Mapping[str, pa.Table], tags: Sequence[str] = (), *, latest: bool = True
+        self,
+        manifest: Manifest,
+        tables: Mapping[str, pa.Table],
+        tags: Sequence[str] = (),
+        *,
+        latest: bool = True,
+        figures: Mapping[str, bytes] | None = None,
+        stages: Sequence[str] = (),
     ) -> str:
-        """Publish a release whose blobs are in the store, and return the digest of its manifest. `created` is the time at which
-        this content was first published here, so publishing it again adds nothing and returns the same digest. `tables` maps
-        paths as in `put_table` to tables. `tags`, and `latest` unless it is False, then point to the manifest. Raises UserError
-        for an invalid manifest or an unsafe tag, CorruptStoreError for a missing or altered blob; every ref then stays unchanged.
+        """Publish a release whose blobs are in the store, and return the digest of its manifest. `tables` and `figures` map
+        paths, as in `put_table` and `put_figure`, to tables and PNG files; the manifest lists them. Publishing the same content
+        again adds nothing and returns the same digest: `created`, tables and figures are those of the first who published it
+        here, as long as they are intact, because whoever computes the same again measures other seconds. `tags`, and `latest`
+        unless it is False, then point to the manifest. `stages`: keys of the records that it was made from, which `gc` keeps as
+        long as a tag leads to the release. Raises UserError for an invalid manifest or an unsafe tag, CorruptStoreError for a
+        missing or altered blob; every ref then stays unchanged.
         """
-        content = {key: value for key, value in manifest.as_json().items() if key != "created"}
-        key = hashlib.sha256(canonical_json(content)).hexdigest()
+        files = {table_path(path): encode_table(table) for path, table in tables.items()}
+        files |= {figure_path(path): png for path, png in (figures or {}).items()}
+        made = {path: Blob(digest=digest_of(data), bytes=len(data)) for path, data in files.items()}
+        listed: Mapping[str, Blob] = {**manifest.files, **made}
+        content = {key: value for key, value in manifest.as_json().items() if key not in ("created", "tables", "figures")}
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        created = (self.get_record(key) or {}).get("created", now)
-        data = canonical_json({**content, "created": created})
-        digest = digest_of(data)
-        release = read_manifest(data, digest)
+        release = _read_as_published(content, listed, now)[2]
         for tag in tags:
-            _check_name("tag", tag)
-        for path in tables:
-            table_path(path)
-        for blob in release.blobs:
-            self._intact(blob)
-
-        for path, table in tables.items():
-            self.put_table(path, table)
-        # Before the manifest: a job interrupted here finds the same time again, and therefore the same digest.
-        self.put_record(key, {"manifest": digest, "created": created})
-        self._files.write(f"manifests/{hex_of(digest)}.json", data)
-        for tag in dict.fromkeys((*tags, *(["latest"] if latest else []))):
-            self._files.write(f"refs/{release.name}/{tag}", digest.encode())
+            check_name("tag", tag)
+        with self._files.plain_errors("written"):
+            for blob in {*release.blobs, *(blob for path, blob in listed.items() if path not in files)}:
+                self._files.refresh(blob_path(blob.digest), self._intact(blob))
+            for data in files.values():
+                self.put_blob(data)
+            # Before the manifest: a job interrupted here finds the same time again, and therefore the same digest.
+            created, listed = self._first_published(content, listed, now, stages)
+            digest, data, release = _read_as_published(content, listed, created)
+            self._files.write(manifest_path(digest), data)
+            self._point(release, digest, [*tags, *(["latest"] if latest else [])])
         return digest
 
-    def pull(self, ref: str) -> Release:
+    def pull(self, ref: str, require_signature: str | None = None) -> Release:
         """The release "name" (its `latest`), "name:tag" or "name@sha256:<hex>", verified. Raises UserError if it does not exist,
         CorruptStoreError, naming the digest, for a file that is missing, altered or in conflict with the manifest.
+
+        require_signature: a public key, as a PEM file or 64 hexadecimal digits. A release without a valid signature by this key
+        is refused with a UserError before its manifest is read.
         """
         with self._files.plain_errors("read"):
             name, digest = self._resolve(ref)
+            self._require_signature(name, digest, require_signature)
             manifest = self._manifest(name, digest)
             base = self._state(manifest.base)
             # An adaptor that levels share is read, and held in memory, once.
@@ -119,54 +147,80 @@ class Store(BlobStore):
             _check_adaptor(level, entry, stored[level], base)
         return Release(manifest, digest, base, stored)
 
-    def manifest(self, ref: str) -> tuple[str, Manifest]:
-        """The digest and the content of a release's manifest, without its blobs. `ref` and errors as in `pull`."""
+    def manifest(self, ref: str, require_signature: str | None = None) -> tuple[str, Manifest]:
+        """The digest and the content of a release's manifest, without its blobs. Arguments and errors as in `pull`."""
         with self._files.plain_errors("read"):
             name, digest = self._resolve(ref)
+            self._require_signature(name, digest, require_signature)
             return digest, self._manifest(name, digest)
 
-    def tag(self, name: str, tag: str, digest: str) -> None:
-        """Point a tag at a manifest in the store; moving `latest` back is a rollback. Raises UserError for an unsafe name or tag
-        and for a manifest of another name, CorruptStoreError if the manifest is missing or altered.
+    def sign(self, ref: str, key: str | os.PathLike[str]) -> str:
+        """Sign a release with the private key in a PEM file, and return the public key's 64 hexadecimal digits. `ref` and errors
+        as in `pull`. Raises UserError for a file without an ed25519 key.
         """
-        _check_name("name", name)
-        _check_name("tag", tag)
-        self._manifest(name, digest)
-        self._files.write(f"refs/{name}/{tag}", digest.encode())
+        from gearnn_ray.store import signatures
 
-    def tag_digest(self, name: str, tag: str) -> str | None:
-        """The manifest digest that a tag points to, or None if the tag does not exist. Reads no other file. Raises UserError for
-        an unsafe name or tag, CorruptStoreError if the file holds no digest.
+        private = signatures.read_private_key(key)
+        digest, manifest = self.manifest(ref)
+        public, signature = signatures.sign(manifest.name, digest, private)
+        with self._files.plain_errors("written"):
+            self._files.write(signatures.signature_path(digest, public), signature)
+        return public
+
+    def signers(self, ref: str) -> list[str]:
+        """The public keys, 64 hexadecimal digits each, whose valid signatures the release has. `ref` as in `pull`."""
+        with self._files.plain_errors("read"):
+            name, digest = self._resolve(ref)
+            found = []
+            for key in self._files.files(f"signatures/{hex_of(digest)}"):
+                with suppress(UserError):
+                    hex_of(f"sha256:{key}")  # the name of a foreign file must not be taken for the path of a key
+                    self._require_signature(name, digest, key)
+                    found.append(key)
+        return found
+
+    def copy_to(self, other: "Store", ref: str, require_signature: str | None = None) -> str:
+        """Copy a release with its tables, figures and valid signatures to another store; return its digest. No tag is written.
+        Arguments and errors as in `pull`. Raises UserError where the other store cannot be written.
         """
-        _check_name("name", name)
-        _check_name("tag", tag)
         with self._files.plain_errors("read"):
-            text = self._ref(name, tag)
-        if text is not None and not is_digest(text):
-            raise CorruptStoreError(
-                f"refs/{name}/{tag} in {self.uri} holds {text[:80]!r}, expected a digest. "
-                "Publish the release again, or write the digest of its manifest there."
-            )
-        return text
+            name, digest = self._resolve(ref)
+            self._require_signature(name, digest, require_signature)
+            manifest = self._manifest(name, digest)
+            missing = [blob for blob in manifest.needed if not other.is_intact(blob.digest)]
+            signatures = (f"signatures/{hex_of(digest)}/{key}" for key in self.signers(f"{name}@{digest}"))
+            paths = [f"manifests/{hex_of(digest)}.json", *signatures]
+            with other._files.plain_errors("written"):
+                for blob in missing:
+                    other.put_blob(bytes(self._intact(blob)))
+                for path in paths:
+                    other._files.write(path, self._files.read(path) or b"")
+        return digest
 
-    def tags(self, name: str) -> dict[str, str]:
-        """A release's tags and their manifest digests; empty for an unknown name. Files without a digest are left out."""
-        _check_name("name", name)
-        with self._files.plain_errors("read"):
-            tags = [file for file in self._files.files(f"refs/{name}") if re.fullmatch(NAME_PATTERN, file)]
-            texts = {tag: self._ref(name, tag) for tag in tags}
-        return {tag: text for tag, text in texts.items() if text is not None and is_digest(text)}
+    def verify(self) -> list[str]:
+        """Read everything that a tag leads to, and all stage records; a sentence for each thing that is wrong, none if all is
+        well.
+        """
+        from gearnn_ray.store.verification import problems
 
-    def names(self) -> list[str]:
-        """The names that releases are published under."""
-        with self._files.plain_errors("read"):
-            return sorted({path.partition("/")[0] for path in self._files.files("refs") if "/" in path})
+        return problems(self)
+
+    def gc(self, grace_seconds: float, dry_run: bool = True) -> list[str]:
+        """Delete what no tag leads to and nobody has written or used for `grace_seconds`: blobs, manifests, stage records,
+        checkpoints, leases, tables, figures, reports, signatures, temporary files. Returns a line for each, with its bytes; with
+        `dry_run` nothing is deleted. Beside running jobs it is safe if no job relies on what it used longer ago than
+        `grace_seconds`. Raises UserError, and deletes nothing, where a tag or its manifest cannot be read. Unfinished uploads on
+        S3 cannot be seen here.
+        """
+        from gearnn_ray.store.collection import collect
+
+        return collect(self._files, grace_seconds, dry_run)
 
     def _resolve(self, ref: str) -> tuple[str, str]:
         """The name and the manifest digest that a reference stands for."""
         name, pinned, digest = ref.partition("@")
         if pinned:
-            _check_name("name", name)
+            check_name("name", name)
             return name, digest
         name, tagged, tag = ref.partition(":")
         tag = tag if tagged else "latest"
@@ -180,23 +234,50 @@ class Store(BlobStore):
             known = f"the store {self.uri} is empty. Run the split job first, or check --store."
         raise UserError(f"No release {name}:{tag}: {known}")
 
-    def _ref(self, name: str, tag: str) -> str | None:
-        data = self._files.read(f"refs/{name}/{tag}")
-        return None if data is None else data.decode(errors="replace").strip()
+    def _first_published(
+        self, content: Mapping[str, Any], files: Mapping[str, Blob], now: str, stages: Sequence[str]
+    ) -> tuple[str, Mapping[str, Blob]]:
+        """When this content was first published here, and with which tables and figures: now and these, unless somebody was first
+        whose files have the same paths and are intact. Notes the stages of this publisher too.
+        """
+        key = content_key(content)
+        seen = _files_in(self.get_record(key) or {})
+        damaged = {} if all(self.is_intact(blob.digest) for blob in seen.values()) else seen
 
-    def _manifest(self, name: str, digest: str) -> Manifest:
-        data = self._verified(f"manifests/{hex_of(digest)}.json", digest)
-        manifest = read_manifest(bytes(data), digest)
-        if manifest.name != name:
-            raise UserError(f"The manifest {digest} is a release of {manifest.name!r}, not of {name!r}.")
-        return manifest
+        def note(before: bytes | None) -> bytes:
+            record = opened_record(before or b"") or {}
+            created, first = str(record.get("created", now)), _files_in(record)
+            # the files of somebody who was here meanwhile are young: they need no second look
+            kept = first if first.keys() >= files.keys() and first != damaged else files
+            body = {
+                "manifest": _as_published(content, kept, created)[0],
+                "created": created,
+                "files": _as_json(kept),
+                "stages": sorted({*record.get("stages", ()), *stages}),
+            }
+            return sealed_record(body)
 
-    def _intact(self, blob: Blob) -> memoryview:
-        """The bytes of a blob. Raises CorruptStoreError unless they have the digest and the length of the manifest."""
-        data = self._verified(f"blobs/sha256/{hex_of(blob.digest)}", blob.digest)
-        if data.nbytes != blob.bytes:
-            raise CorruptStoreError(f"{blob.digest} has {data.nbytes} bytes, but the manifest says {blob.bytes}.")
-        return data
+        record = opened_record(self._files.update(record_path(key), note, RECORD_BYTES) or b"")
+        assert record is not None
+        return str(record["created"]), _files_in(record)
+
+    def _require_signature(self, name: str, digest: str, key: str | None) -> None:
+        """Raise UserError unless the key, if one is given, has signed this release under this name."""
+        if key is None:
+            return
+        from gearnn_ray.store import signatures
+
+        public = signatures.public_key(key)
+        path = signatures.signature_path(digest, public)
+        size = self._files.size(path)
+        if size is None:
+            raise UserError(
+                f"{name}@{digest} in {self.uri} has no signature by the key {public[:12]}…. Sign it with `gearnn sign`, or "
+                "require the key of its publisher."
+            )
+        # by size first, because whoever can write to the store chooses the size
+        signature = self._files.read(path) if size == signatures.SIGNATURE_BYTES else None
+        signatures.check_signature(name, digest, signature or b"", public)
 
     def _state(self, blob: Blob | None) -> dict[str, "Tensor"]:
         from gearnn_ray.store.states import decode_state
@@ -221,9 +302,28 @@ def _check_adaptor(level: str, entry: LevelEntry, stored: Mapping[str, "Tensor"]
         raise CorruptStoreError(f"{entry.digest}, the adaptor of {level}, cannot be used: {error}.") from error
 
 
-def _check_name(what: str, text: str) -> None:
-    if not re.fullmatch(NAME_PATTERN, text):
+def _as_json(files: Mapping[str, Blob]) -> Mapping[str, object]:
+    return {path: blob.model_dump() for path, blob in files.items()}
+
+
+def _files_in(record: Mapping[str, Any]) -> Mapping[str, Blob]:
+    """The tables and figures that the record of a publication lists."""
+    return {path: Blob.model_validate(blob) for path, blob in record.get("files", {}).items()}
+
+
+def _as_published(content: Mapping[str, Any], files: Mapping[str, Blob], created: str) -> tuple[str, bytes]:
+    """The digest and the bytes of the manifest with this content and these tables and figures."""
+    listed = {kind: {path: files[path] for path in files if path.startswith(f"{kind}/")} for kind in ("tables", "figures")}
+    data = canonical_json({**content, **{kind: _as_json(own) for kind, own in listed.items() if own}, "created": created})
+    return digest_of(data), data
+
+
+def _read_as_published(content: Mapping[str, Any], files: Mapping[str, Blob], created: str) -> tuple[str, bytes, Manifest]:
+    """The same, and the manifest that a reader finds in it. Raises UserError where a reader would refuse it."""
+    digest, data = _as_published(content, files, created)
+    if len(data) > MANIFEST_BYTES:
         raise UserError(
-            f"The {what} {text!r} cannot be used: expected up to 128 letters, digits, dots, dashes and underscores, "
-            "starting with a letter or digit."
+            f"The manifest of {content.get('name')} has {len(data):,} bytes, expected at most {MANIFEST_BYTES:,}. "
+            "Publish fewer levels in one release."
         )
+    return digest, data, read_manifest(data, digest)

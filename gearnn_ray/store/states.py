@@ -36,6 +36,8 @@ def decode_state(data: bytes | memoryview) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
+_HEADER_BYTES = 16 * 2**20  # of a hundred thousand tensors; parsing takes ten times the memory
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
@@ -48,6 +50,8 @@ _DTYPES = {
 def _tensor_views(memory: memoryview) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views of it: the header's length in 8 bytes, JSON header, elements without gaps."""
     elements = end = 8 + int.from_bytes(memory[:8], "little")
+    if elements > _HEADER_BYTES:
+        raise ValueError(f"its header has {elements - 8:,} bytes, expected at most {_HEADER_BYTES:,}")
     header = json.loads(bytes(memory[8:elements]).decode())
     header.pop("__metadata__", None)
     state = dict[str, Tensor]()

@@ -33,6 +33,8 @@ from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.ray_jobs.tune_trials import run_trials
 from gearnn_ray.reporting.progress import Reporter
 from gearnn_ray.store import tables
+from gearnn_ray.store.leases import HeldLease, lease_key, run_leased
+from gearnn_ray.store.patience import patient
 from gearnn_ray.store.releases import Store
 from gearnn_ray.sweep.figure import sweep_figure
 from gearnn_ray.sweep.findings import Point, recommended, rows_of, sentence
@@ -67,9 +69,14 @@ class _Trial:
 
 def sweep(config: SweepConfig, emit: Reporter) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when the configuration is invalid."""
-    store = Store(config.store)
+    store = Store(patient(config.store))
     store.check_writable()
-    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit) as tasks:
+    key = lease_key("sweep", config.model_dump(mode="json", exclude={"store"}))
+    return run_leased(store.uri, key, emit, lambda lease: _sweep(config, store, lease, emit))
+
+
+def _sweep(config: SweepConfig, store: Store, lease: HeldLease, emit: Reporter) -> Outcome:
+    with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit, lease.check) as tasks:
         release = open_release_context(store, config, tasks)
         spec, (levels, trials) = release.spec, _checked(config, release)
         shown = tuple(dict.fromkeys((*levels, *release.levels, "clean")))
@@ -83,6 +90,7 @@ def sweep(config: SweepConfig, emit: Reporter) -> Outcome:
         chosen, digest = recommended(points, config.within), None
         if chosen is not None:
             spec = trials[points.index(chosen)].spec
+            lease.confirm()
             digest = _publish(store, release, chosen, spec, images, tasks, emit)
     table, figure = _show(store, config, release, points)
     metric = release.spec.task.metrics[0]
@@ -229,7 +237,7 @@ def _publish(
     selection = release.config.selection.model_copy(update={"importance": spec.criterion.importance}).model_dump()
     config = _config(release, [result.level for result in ordered], budget=point.budget, selection=selection)
     manifest = manifest_of(config, spec, release.manifest.base, release.facts, images, ordered)
-    return store.publish(manifest, {}, (TAG,), latest=False)
+    return store.publish(manifest, {}, (TAG,), latest=False, stages=[key for result in ordered for key in result.stages])
 
 
 def _show(store: Store, config: SweepConfig, release: ReleaseContext, points: Sequence[Point]) -> tuple[str | None, str | None]:

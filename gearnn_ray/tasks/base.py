@@ -5,13 +5,15 @@ x_BCHW pixel values from 0 to 255 (uint8 or float32), weights_RN how often resam
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from gearnn_ray.models.lesson import Lesson
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
 # images to the network's raw output, for example a `training.predict.Predictor`; what follows them is handed on to the network
@@ -28,17 +30,60 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and their targets, in the form that the task's losses take."""
+    """Images and their targets, in the form that the task's losses take. undistorted: the same windows of the undistorted images,
+    of their own size. lesson: what the base answers to these, where a loss compares with it.
+    """
 
     images: Any  # uint8 [B, 3, H, W]; of a task whose networks take images of different sizes also a list of [3, H, W]
     targets: Any
+    undistorted: Any = None  # as the images
+    lesson: Lesson | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def moved(tensors: Any) -> Any:
             return tensors.to(device, non_blocking=True)
 
-        images = [moved(each) for each in self.images] if isinstance(self.images, list) else moved(self.images)
-        return Batch(images, None if self.targets is None else moved(self.targets))
+        images, undistorted = (
+            [moved(each) for each in side] if isinstance(side, list) else None if side is None else moved(side)
+            for side in (self.images, self.undistorted)
+        )
+        targets = None if self.targets is None else moved(self.targets)
+        return replace(self, images=images, targets=targets, undistorted=undistorted)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of an image that a training crop shows, in pixels, and whether it is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+    @classmethod
+    def drawn(cls, size: tuple[int, ...], crop: tuple[int, int], draws: NDArray[np.float64]) -> "Window":
+        """A random window of `crop`, or the whole of a smaller side. size: of the image. draws: as `Task.augment` gets them."""
+        height, width = (min(side, whole) for side, whole in zip(crop, size, strict=False))
+        top, left = int(draws[0] * (size[0] - height + 1)), int(draws[1] * (size[1] - width + 1))
+        return cls(top, left, height, width, bool(draws[2] < 0.5))
+
+    def scaled(self, size: tuple[int, ...], other: tuple[int, ...]) -> "Window":
+        """The same part of the image at another size, to the pixel. Windows of one size stay windows of one size."""
+        height, width = (-(-side * b // a) for side, a, b in zip((self.height, self.width), size, other, strict=False))
+        top, left = min(self.top * other[0] // size[0], other[0] - height), min(self.left * other[1] // size[1], other[1] - width)
+        return replace(self, top=top, left=left, height=height, width=width)
+
+    def of(self, pixels: Image) -> Image:
+        """What it shows of an image [H, W, 3] or a label map [H, W]."""
+        part = pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+        return part[:, ::-1] if self.mirrored else part
+
+
+def tensors_of(images: Sequence[Image]) -> Tensor | list[Tensor]:
+    """uint8 x_BCHW where the images have one size, else a list of [3, H, W]."""
+    tensors = [torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1) for image in images]  # cached ones are read-only
+    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
 
 
 @dataclass(frozen=True)
@@ -96,7 +141,19 @@ class Task(Protocol):
         ...
 
     def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
-        """The terms of the training loss by name; each is 0 where its count is 0."""
+        """The terms of the training loss by name; each is 0 where its count is 0. With a lesson, the distance to its answers, and
+        the loss on labels only if it says so.
+        """
+        ...
+
+    def teacher(self, network: nn.Module) -> Callable[..., Any]:
+        """What maps normalised images to the raw answers that another copy of the network can learn. Raises UserError for a
+        network that has none.
+        """
+        ...
+
+    def answers(self, teacher: Forward, batch: Batch) -> Any:
+        """A teacher's answers to the undistorted images of a batch, as `losses` compares them."""
         ...
 
     def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:

@@ -7,7 +7,7 @@ a network that has them. Letters of shapes: B images, D detections, G objects, N
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pycocotools import mask as coco_masks
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.objects import Objects, boxes_of, rle_of
-from gearnn_ray.models.detector import collected_candidates
+from gearnn_ray.models.detector import collected_candidates, teacher_of
 from gearnn_ray.tasks import coco_ap, pictures
-from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served, Window, tensors_of
 
 _LEAST_SEEN = 0.3  # share of a box inside the crop below which an object is neither to be found nor an error
 _SURE, _UNSURE = 0.5, 0.2  # scores of a network's own answers: from the one on they are targets, between both they do not count
@@ -77,22 +77,20 @@ class Detection:
         object of which the window shows less than 30% becomes a crowd. Objects of another image size are scaled to the image's.
         """
         height, width = image.shape[:2]
-        target = _scaled(target, height, width)
-        rows, columns = min(crop[0], height), min(crop[1], width)
-        top, left = int(draws[0] * (height - rows + 1)), int(draws[1] * (width - columns + 1))
-        if (rows, columns) != (height, width):
-            image, target = image[top : top + rows, left : left + columns], _window(target, top, left, rows, columns)
-        return (image[:, ::-1], _flipped(target)) if draws[2] < 0.5 else (image, target)
+        target, window = _scaled(target, height, width), Window.drawn(image.shape, crop, draws)
+        if (window.height, window.width) != (height, width):
+            target = _window(target, window.top, window.left, window.height, window.width)
+        return window.of(image), _flipped(target) if window.mirrored else target
 
     def collate(self, samples: Sequence[tuple[Image, Objects]]) -> Batch:
         """uint8 x_BCHW where the images have one size, else a list; the targets as `models.detector.Target`."""
-        images = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image, _ in samples]
-        equal = len({image.shape for image in images}) == 1
-        return Batch(torch.stack(images) if equal else images, _Targets(_tensors(target) for _, target in samples))
+        return Batch(tensors_of([image for image, _ in samples]), _Targets(_tensors(target) for _, target in samples))
 
     def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
         """The network's own terms. A plain number, as torchvision's own detectors return it, counts as one item."""
-        found = forward(batch.images, list(batch.targets))
+        lesson = batch.lesson
+        targets = list(batch.targets) if lesson is None or lesson.with_labels else None
+        found = forward(batch.images, targets, *(() if lesson is None else (lesson,)))
         if not isinstance(found, dict) or not found:
             raise UserError(
                 f"the network returned a {type(found).__name__} for images with targets: expected its losses by name, so see "
@@ -100,6 +98,14 @@ class Detection:
             )
         terms = {name: term if isinstance(term, tuple) else (term, torch.ones_like(term)) for name, term in found.items()}
         return {name: LossTerm(total, count.detach()) for name, (total, count) in terms.items()}
+
+    def teacher(self, network: nn.Module) -> Callable[..., Any]:
+        """The dense answers of a detector (`models.detector.teacher_of`)."""
+        return teacher_of(network)
+
+    def answers(self, teacher: Forward, batch: Batch) -> Any:
+        """The detector's raw tensors for the undistorted images, of whatever size these are."""
+        return teacher(batch.undistorted)
 
     def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
         """Not defined: two answers have no objects in common that a distance could be taken of."""

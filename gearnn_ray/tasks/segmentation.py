@@ -3,19 +3,20 @@
 Shapes: x_BCHW pixel values, y_BHW int64 class ids, logits_BKhw float32, counts_NKK int32 [image, label, prediction] pixels.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED
+from gearnn_ray.models.lesson import class_divergence
 from gearnn_ray.tasks import pictures
-from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served
+from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served, Window
 
 _PNG, _NPY = "image/png", "application/x-npy"
 
@@ -61,12 +62,8 @@ class Segmentation:
 
     def augment(self, image: Image, target: Image, crop: tuple[int, int], draws: NDArray[np.float64]) -> tuple[Image, Image]:
         """A random window of `crop` (height, width), flipped horizontally half the time. A label of another size is resized."""
-        label = resize_label(target, image.shape[0], image.shape[1])
-        top = int(draws[0] * (image.shape[0] - crop[0] + 1))
-        left = int(draws[1] * (image.shape[1] - crop[1] + 1))
-        window = (slice(top, top + crop[0]), slice(left, left + crop[1]))
-        image, label = image[window], label[window]
-        return (image[:, ::-1], label[:, ::-1]) if draws[2] < 0.5 else (image, label)
+        window = Window.drawn(image.shape, crop, draws)
+        return window.of(image), window.of(resize_label(target, image.shape[0], image.shape[1]))
 
     def collate(self, samples: Sequence[tuple[Image, Image]]) -> Batch:
         """uint8 x_BCHW and int64 y_BHW."""
@@ -74,19 +71,28 @@ class Segmentation:
         return Batch(x_BHWC.permute(0, 3, 1, 2), y_BHW.long())
 
     def losses(self, forward: Forward, batch: Batch) -> dict[str, LossTerm]:
-        """Cross-entropy over the labelled pixels."""
-        return {"cross_entropy": _cross_entropy(self.outputs(forward(batch.images)), batch.targets)}
+        """Cross-entropy over the labelled pixels. With a lesson KL(teacher || network), a mean over all pixels."""
+        return _terms(self.outputs(forward(batch.images)), batch)
+
+    def teacher(self, network: nn.Module) -> Callable[..., Any]:
+        """The network itself."""
+        return network
+
+    def answers(self, teacher: Forward, batch: Batch) -> Tensor:
+        """logits_BKHW at the size of the distorted images. Those of larger undistorted ones are resized as labels are: each pixel
+        gets the answer at its centre.
+        """
+        windows = [each[None] for each in batch.undistorted] if isinstance(batch.undistorted, list) else [batch.undistorted]
+        whole = [self.at_frame_size(self.outputs(teacher(x_BCHW)), *x_BCHW.shape[-2:]) for x_BCHW in windows]
+        return torch.cat([F.interpolate(each, size=batch.images.shape[-2:], mode="nearest-exact") for each in whole])
 
     def stability_losses(self, forward: Forward, batch: Batch, perturbed_BCHW: Tensor, alpha: float) -> dict[str, LossTerm]:
-        """Cross-entropy on the clean images + alpha · KL(clean || perturbed), a mean over pixels (Zheng et al. 2016). Both copies
-        go through the network as one batch, so that a batch normalisation sees them alike.
+        """The loss on the clean images + alpha · KL(clean || perturbed), a mean over pixels (Zheng et al. 2016). Both copies go
+        through the network as one batch, so that a batch normalisation sees them alike.
         """
         both = forward(torch.cat([batch.images.float(), perturbed_BCHW]))
         clean, perturbed = self.outputs(both).chunk(2)
-        log_p, log_q = F.log_softmax(clean, 1), F.log_softmax(perturbed, 1)
-        divergence_BHW = (log_p.exp() * (log_p - log_q)).sum(1)
-        count = torch.tensor(divergence_BHW.numel(), device=divergence_BHW.device)
-        return {"cross_entropy": _cross_entropy(clean, batch.targets), "stability": LossTerm(alpha * divergence_BHW.sum(), count)}
+        return {**_terms(clean, batch), "stability": _mean(class_divergence(clean, perturbed, 1, 1.0), alpha)}
 
     def outputs(self, raw: Any) -> Tensor:
         """logits_BKhw float32; torchvision's segmentation networks return theirs in a dict under "out"."""
@@ -213,8 +219,20 @@ def resize_label(label: Image, height: int, width: int) -> Image:
     return resized
 
 
-def _cross_entropy(logits_BKhw: Tensor, y_BHW: Tensor) -> LossTerm:
-    if logits_BKhw.shape[-2:] != y_BHW.shape[-2:]:
-        logits_BKhw = F.interpolate(logits_BKhw, size=y_BHW.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits_BKhw, y_BHW, ignore_index=IGNORED, reduction="sum")
-    return LossTerm(total, (y_BHW != IGNORED).sum())
+def _terms(logits_BKhw: Tensor, batch: Batch) -> dict[str, LossTerm]:
+    """The terms of the loss of these logits for the images of a batch."""
+    lesson, size = batch.lesson, batch.images.shape[-2:]
+    if logits_BKhw.shape[-2:] != size:
+        logits_BKhw = F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=False)
+    terms = {}
+    if lesson is None or lesson.with_labels:
+        total = F.cross_entropy(logits_BKhw, batch.targets, ignore_index=IGNORED, reduction="sum")
+        terms["cross_entropy"] = LossTerm(total, (batch.targets != IGNORED).sum())
+    if lesson is not None:
+        terms["teacher"] = _mean(class_divergence(lesson.answers, logits_BKhw, 1, lesson.temperature), lesson.weight)
+    return terms
+
+
+def _mean(divergence_BHW: Tensor, weight: float) -> LossTerm:
+    """The mean over all pixels, times a weight."""
+    return LossTerm(weight * divergence_BHW.sum(), torch.tensor(divergence_BHW.numel(), device=divergence_BHW.device))

@@ -13,6 +13,7 @@ from gearnn_ray.models.layers import layers_of
 from gearnn_ray.tasks.base import Image, Task, loss_of
 from gearnn_ray.training.predict import Normalisation, Predictor
 from gearnn_ray.training.sampling import crop_size, training_batches
+from gearnn_ray.training.teacher import Teacher, teaching
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def gradients(
     precision: str,
     crop: int,
     seed: int,
+    teacher: Teacher | None = None,
 ) -> Gradients:
     """g and F of `model` in evaluation mode, over one pass of the images, one at a time, each cropped as in training.
 
@@ -88,9 +90,10 @@ def gradients(
             parameter.requires_grad_(True)
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
-        sides = crop_size(task, images, crop)
-        for batch in training_batches(task, images, targets, 1, sides, (seed, 0)):
-            loss_of(task.losses(forward, batch.to(device))).backward()  # type: ignore[no-untyped-call]
+        sides, undistorted = crop_size(task, images, crop), None if teacher is None else teacher.images
+        teach = teaching(teacher)
+        for batch in training_batches(task, images, targets, 1, sides, (seed, 0), undistorted=undistorted):
+            loss_of(task.losses(forward, teach(batch.to(device)))).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from gearnn_ray.tasks.base import Batch, Image, Task
+from gearnn_ray.tasks.base import Batch, Image, Task, Window, tensors_of
 
 
 class Subset(Sequence[Any]):
@@ -76,26 +77,42 @@ def training_batches(
     seed: Sequence[int],
     rank: int = 0,
     world_size: int = 1,
+    undistorted: Sequence[Image] | None = None,
 ) -> Iterator[Batch]:
     """One epoch: every image once in random order, augmented; an incomplete last batch is left out, but a set smaller than one
     batch makes one. Images of a `Mixture` are drawn at a random level each. A pure function of `seed`: worker `rank` of
     `world_size` gets its share of each batch, augmented as it would be alone. crop: height and width in pixels (`crop_size`),
-    unused by a mixture.
+    unused by a mixture. undistorted: the same images before distortion, whose windows the batches get too.
     """
     if isinstance(images, Mixture):
-        yield from _mixed_batches(task, images, targets, batch_size, seed, rank, world_size)
+        yield from _mixed_batches(task, images, targets, batch_size, seed, rank, world_size, undistorted)
         return
     rng = np.random.default_rng(list(seed))
     order = rng.permutation(len(images))
     draws_N3 = rng.random((len(images), 3))
     for start in range(0, steps_per_epoch(len(images), batch_size) * batch_size, batch_size):
         share = range(start + rank, min(start + batch_size, len(order)), world_size)
-        samples = ((images[order[position]], targets[order[position]], draws_N3[position]) for position in share)
-        yield task.collate([task.augment(image, target, crop, draws) for image, target, draws in samples])
+        samples = [(images[order[position]], targets[order[position]], draws_N3[position]) for position in share]
+        batch = task.collate([task.augment(image, target, crop, draws) for image, target, draws in samples])
+        if undistorted is not None:
+            clean = [undistorted[order[position]] for position in share]
+            windows = [
+                Window.drawn(image.shape, crop, draws).scaled(image.shape, whole.shape).of(whole)
+                for (image, _, draws), whole in zip(samples, clean, strict=True)
+            ]
+            batch = replace(batch, undistorted=tensors_of(windows))
+        yield batch
 
 
 def _mixed_batches(
-    task: Task, images: Mixture, targets: Sequence[Any], batch_size: int, seed: Sequence[int], rank: int, world_size: int
+    task: Task,
+    images: Mixture,
+    targets: Sequence[Any],
+    batch_size: int,
+    seed: Sequence[int],
+    rank: int,
+    world_size: int,
+    undistorted: Sequence[Image] | None,
 ) -> Iterator[Batch]:
     """As many steps as with one level. A batch has frames of one size; each size gets steps in proportion to its levels."""
     sizes: dict[tuple[Any, ...], list[int]] = {}
@@ -121,6 +138,7 @@ def _mixed_batches(
             (*seed, 2 + step),
             rank,
             world_size,
+            None if undistorted is None else Subset(undistorted, positions),
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.config.recipe import BaseRecipe
 
 
 class Sgd:
@@ -20,7 +20,7 @@ class Sgd:
         rates: multiples of the learning rate by parameter name, 1 for all others.
     """
 
-    def __init__(self, trainable: Sequence[tuple[str, nn.Parameter]], recipe: Recipe, rates: Mapping[str, float]) -> None:
+    def __init__(self, trainable: Sequence[tuple[str, nn.Parameter]], recipe: BaseRecipe, rates: Mapping[str, float]) -> None:
         self._recipe = recipe
         self._parameters = dict(trainable)
         self._names_by_rate: dict[float, list[str]] = {}

@@ -18,14 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gearnn_ray.config.recipe import Recipe
+from gearnn_ray.config.recipe import BaseRecipe
 from gearnn_ray.core.errors import TrainingFailedError
 from gearnn_ray.models.layers import set_trainable, set_training_mode
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Task, loss_of
+from gearnn_ray.training.batch_norm import reestimate_statistics
 from gearnn_ray.training.checkpoint import Checkpoint, restore, snapshot
 from gearnn_ray.training.predict import Normalisation, Predictor
 from gearnn_ray.training.sampling import crop_size, steps_per_epoch, training_batches
 from gearnn_ray.training.sgd import Sgd
+from gearnn_ray.training.teacher import Teacher, teaching
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 
@@ -58,7 +60,7 @@ def fine_tune(
     model: nn.Module,
     images: Sequence[Image],
     targets: Sequence[Any],
-    recipe: Recipe,
+    recipe: BaseRecipe,
     normalisation: Normalisation,
     precision: str,
     *,
@@ -67,13 +69,16 @@ def fine_tune(
     checkpoint: Checkpoint | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     loss: Loss | None = None,
+    teacher: Teacher | None = None,
     rates: Mapping[str, float] | None = None,
     stop_after: float | None = None,
 ) -> Outcome:
     """Fine-tune `model` in place on the device it is on: all layers (`chosen` None) or only the named ones.
 
     images: uint8 [H, W, 3], or a `Mixture` of levels; targets: the task's, one per image. precision: float32 or bfloat16.
-    loss: the task's own by default. rates: multiples of the learning rate by parameter name, 1 for all others.
+    loss: the task's own by default. teacher: gives each batch its lesson; where it is alone, without labels, running statistics
+    that may move are first re-estimated on one epoch's batches. rates: multiples of the learning rate by parameter name, 1 for
+    all others.
     stop_after: epochs, a fraction too, after which to stop short of the recipe's, whose schedule stays as it is.
     Raises TrainingFailedError when loss or weights stop being finite.
     """
@@ -90,23 +95,27 @@ def fine_tune(
     average = _Average(trainable, last, recipe.averaged)
     momentum = optimizer.momentum if optimizer else {}
     first_epoch = restore(checkpoint, model, momentum, average.mean)
+    crop = crop_size(task, images, recipe.crop)
+    if teacher is not None and teacher.is_alone and first_epoch == 0:
+        whole = training_batches(task, images, targets, recipe.batch_size, crop, (seed, 0))  # on every worker alike
+        reestimate_statistics(model, whole, normalisation, precision, chosen)
     # a network may have parameters that a loss does not reach: an auxiliary head, a branch left out in training
     spread = world_size > 1 and bool(trainable)
     network = DistributedDataParallel(model, find_unused_parameters=True) if spread else model
     forward = Predictor(network, normalisation, precision)
     terms_of: Loss = loss or (lambda forward, batch, _: task.losses(forward, batch))
-    crop = crop_size(task, images, recipe.crop)
+    teach, undistorted = teaching(teacher), None if teacher is None else teacher.images
 
     epochs = math.ceil(last / steps_each)
     for epoch in range(first_epoch, epochs):
         set_training_mode(model, chosen)
         reports = _Reports(device)
-        drawn = training_batches(task, images, targets, recipe.batch_size, crop, (seed, epoch), rank, world_size)
+        drawn = training_batches(task, images, targets, recipe.batch_size, crop, (seed, epoch), rank, world_size, undistorted)
         for index, batch in enumerate(itertools.islice(drawn, last - epoch * steps_each)):
             step, own_seed = epoch * steps_each + index, (seed, epoch, index, rank)
             _seed_torch(own_seed)
             with torch.set_grad_enabled(optimizer is not None):
-                value = _share_of_loss(terms_of(forward, batch.to(device), own_seed), world_size)
+                value = _share_of_loss(terms_of(forward, teach(batch.to(device)), own_seed), world_size)
             if optimizer is not None:
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
@@ -179,12 +188,12 @@ class _Average:
             parameter.copy_(self.mean[name])
 
 
-def _learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+def _learning_rate(recipe: BaseRecipe, step: int, steps: int) -> float:
     rising = min(1.0, (step + 1) / (recipe.warm_up + 1))
     return rising * recipe.learning_rate * (1 - step / steps if recipe.schedule == "linear" else 1.0)
 
 
-def _finite(loss: float, recipe: Recipe, epoch: int) -> float:
+def _finite(loss: float, recipe: BaseRecipe, epoch: int) -> float:
     if not math.isfinite(loss):
         raise TrainingFailedError(
             f"the loss became {loss} in epoch {epoch + 1} of {recipe.epochs}: "
@@ -193,7 +202,7 @@ def _finite(loss: float, recipe: Recipe, epoch: int) -> float:
     return loss
 
 
-def _check_weights(model: nn.Module, recipe: Recipe, epoch: int) -> None:
+def _check_weights(model: nn.Module, recipe: BaseRecipe, epoch: int) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TrainingFailedError(

@@ -17,6 +17,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from gearnn_ray.data.video_files import rgb_of
 from gearnn_ray.serving.frames import BadFrameError, Evidence, Limits, evidence_of, read_frame
 from gearnn_ray.serving.h264 import DECODER_OPTIONS, H264Quality
 from gearnn_ray.video.sources import DEFAULT_LIMITS, SourceError, sentence_of
@@ -174,7 +175,7 @@ class _Reading:
 
     def _picture(self, picture: Any) -> _Read:
         check_size(picture.width, picture.height, self._limits)
-        pixels = _pixels(picture, self._convert)
+        pixels = rgb_of(picture, self._convert)
         start = time.perf_counter()
         if self.codec == "h264":
             self._quality.add(picture)
@@ -189,15 +190,3 @@ def _seconds(picture: Any, stream: Any) -> float | None:
         return float(seconds)
     base = picture.time_base or stream.time_base
     return None if base is None else float(picture.pts * base)
-
-
-def _pixels(frame: av.VideoFrame, convert: VideoReformatter) -> NDArray[np.uint8]:
-    """RGB [H, W, 3], by the colour space that the stream names; without one BT.601 below 720 lines, BT.709 from there on."""
-    source = frame.colorspace
-    if int(source) == _UNSPECIFIED:
-        source = _BT709 if frame.height >= 720 else _BT601
-    picture = convert.reformat(frame, format="rgb24", src_colorspace=source, dst_color_range="JPEG", threads=1)
-    return np.ascontiguousarray(picture.to_ndarray(), np.uint8)
-
-
-_UNSPECIFIED, _BT709, _BT601 = 2, 1, 5  # FFmpeg's AVColorSpace

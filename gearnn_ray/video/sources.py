@@ -22,11 +22,12 @@ from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.data.video_files import FILE_FORMATS
 from gearnn_ray.serving.frames import Limits
 
 __all__ = ["FORMATS", "Source", "SourceError", "is_live", "open_source", "sentence_of"]
 
-FORMATS = "mov,mp4,mpegts,matroska,webm,h264,hevc,obu,ivf,av1,avi,flv,mjpeg,mpjpeg,mpegvideo,hls,dash,rtsp"
+FORMATS = f"{FILE_FORMATS},mpjpeg,hls,dash,rtsp"
 """FFmpeg's readers that are used. Others, such as concat, exist to open further files."""
 _NETWORK = ("http", "https")
 _LIVE = ("rtsp", "rtsps")

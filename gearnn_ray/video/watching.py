@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.core.errors import UserError
+from gearnn_ray.levels.axes import LOSSLESS, UNDISTORTED, properties_of
 from gearnn_ray.levels.level import CLEAN, parse_level
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.frames import Limits
@@ -151,7 +152,7 @@ class _Session:
         self._panel: tuple[int, int] | None = None
         self._shown: dict[str, float] = {}
         self._used: list[str] = []
-        self._readable = any(parse_level(name).family not in ("clean", "jpeg") for name in model.levels)
+        self._readable = any(map(_shows_in_video, model.levels))
         seen.metric = model.task.metrics[0] if clip else None
         if live is not None:
             live.score_metric = seen.metric
@@ -299,3 +300,8 @@ class _Session:
         with suppress(ZeroDivisionError):
             return f"{sum(size for _, size in list(self._recent)[1:]) * 8 / span / 1000:,.0f} kbit/s"
         return ""
+
+
+def _shows_in_video(level: str) -> bool:
+    """Whether a level can be read off frames of a video, which show no JPEG quality."""
+    return properties_of(parse_level(level))._replace(quality=LOSSLESS, unread=()) != UNDISTORTED
