@@ -150,5 +150,6 @@ def from_json(kind: type[ResultT], record: Mapping[str, Any]) -> tuple[ResultT, 
     except ValidationError:
         return None
     made_with, here = record.get("versions") or {}, installed_versions()
-    others = [f"{name} {made_with.get(name, 'of an unknown version')}" for name in here if made_with.get(name) != here[name]]
+    # records of earlier releases name fewer libraries
+    others = [f"{name} {made_with[name]}" for name in here if name in made_with and made_with[name] != here[name]]
     return result, f"made with {' and '.join(others)}" if others else ""
