@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gearnn_ray import Store
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.levels.axes import coordinate, neighbours, properties_of
 from gearnn_ray.levels.level import parse_level
@@ -19,6 +22,7 @@ from gearnn_ray.levels.own import Own
 from gearnn_ray.models.names import check_released_levels
 from gearnn_ray.serving.frames import evidence_of
 from gearnn_ray.serving.level_estimation import LevelEstimator, Reference
+from tests.manifests import level_entry, manifest_of
 
 STILLS = [
     "webp-20", "gamma-2.2", "low-light-0.05", "gaussian-noise-20.0", "motion-blur-9", "defocus-3", "fog-2.0",
@@ -259,3 +263,14 @@ def test_an_own_level_in_a_release_needs_trust() -> None:
     with pytest.raises(UserError, match=r"only the code of their.levels can make.*--trust their.levels"):
         check_released_levels(levels, ())
     check_released_levels(levels, ("their",))
+
+
+def test_a_release_may_have_an_own_level_and_its_tables(tmp_path: Path) -> None:
+    name = "their.levels:Rain(3,0.5)+jpeg-10"
+    store = Store(str(tmp_path))
+    base = {"weight": torch.zeros(2)}
+    blobs = store.put_state(base), store.put_state({"weight": torch.ones(2)})
+    manifest = manifest_of("own", "drn_d_22", 2, blobs[0], {name: level_entry(blobs[1], 2, ["weight"])})
+    store.publish(manifest, {f"tables/own/summary/{name}.parquet": pa.table({"level": [name]})})
+    assert store.pull("own").levels == (name,)
+    assert store.verify() == []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
-PATH_PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"  # one part of a path that holds outside names, such as a level's
+PATH_PART = r"[A-Za-z0-9_][A-Za-z0-9._+:(),-]{0,199}"  # one part of a path that holds outside names, such as a level's
 
 RECORD_BYTES = 64 * 2**20
 """The largest stage record. Theirs are kilobytes, those of a thousand layers a megabyte; parsing takes ten times the memory."""
