@@ -161,7 +161,7 @@ def test_a_network_that_is_no_detector_is_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("arguments", "task", "network"),
     [
-        ([], "segmentation", "drn_d_22"),
+        ([], "segmentation", "drn_d_22_narrow"),
         (["--task", "detection"], "detection", "centre_detector"),
         (["--task=detection", "--model.name", "m:f"], "detection", "m:f"),
         (["--data.kind", "coco", "--data.path", "x"], "detection", "centre_detector"),
@@ -185,7 +185,7 @@ def test_a_file_may_name_the_task_and_the_command_line_wins(tmp_path: Path) -> N
     config, _ = parse_command_line(SplitConfig, ["--config", str(tmp_path / "c.yaml")], "A job.")
     assert (config.task, config.recipe.epochs, config.recipe.crop, config.budget) == ("detection", 2, 1333, "0.4%")
     other, _ = parse_command_line(SplitConfig, ["--config", str(tmp_path / "c.yaml"), "--task", "segmentation"], "A job.")
-    assert (other.task, other.model.name, other.recipe.crop) == ("segmentation", "drn_d_22", 208)
+    assert (other.task, other.model.name, other.recipe.crop) == ("segmentation", "drn_d_22_narrow", 208)
 
 
 class _InterruptedError(Exception):

@@ -12,7 +12,7 @@ import pytest
 from gearnn_ray.cli.main import run_gc, run_verify
 from gearnn_ray.core.errors import CorruptStoreError
 from gearnn_ray.store.blobs import canonical_json
-from gearnn_ray.store.manifest import content_key
+from gearnn_ray.store.manifest import content_key, manifest_path
 from gearnn_ray.store.releases import Store
 from tests.test_store import ABSENT, KEY, OTHER_KEY, TABLE, adaptor_state, manifest_of, table
 
@@ -185,6 +185,25 @@ def test_a_rollback_is_safe_from_a_collector_that_has_looked_before(
     assert [line for line in store.gc(HOUR, dry_run=False) if not line.startswith("stages")] == []
     assert store.pull("street").digest == a
     assert store.verify() == []
+
+
+def test_a_rollback_to_what_a_collector_takes_at_that_moment_is_refused(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = published(store, 1.0)
+    b = published(store, 2.0)
+    age(root)
+    refresh = type(store._files).refresh
+
+    def collected_first(files: object, path: str, *data: bytes) -> bool:
+        if path == manifest_path(a):  # read already, and not yet young
+            (root / path).unlink()
+        return refresh(files, path, *data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(store._files), "refresh", collected_first)
+    with pytest.raises(CorruptStoreError, match="is missing from"):
+        store.tag("street", "latest", a)
+    assert store.tag_digest("street", "latest") == b
 
 
 def test_the_clock_of_this_process_does_not_matter(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

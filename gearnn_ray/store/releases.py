@@ -117,7 +117,9 @@ class Store(TaggedStore):
             check_name("tag", tag)
         with self._files.plain_errors("written"):
             for blob in {*release.blobs, *(blob for path, blob in listed.items() if path not in files)}:
-                self._files.refresh(blob_path(blob.digest), self._intact(blob))
+                intact = self._intact(blob)
+                if not self._files.refresh(blob_path(blob.digest), intact):  # a collector took it since it was read
+                    self.put_blob(bytes(intact))
             for data in files.values():
                 self.put_blob(data)
             # Before the manifest: a job interrupted here finds the same time again, and therefore the same digest.

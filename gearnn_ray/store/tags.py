@@ -32,7 +32,8 @@ class TaggedStore(BlobStore):
         check_name("tag", tag)
         release = self._manifest(name, digest)
         with self._files.plain_errors("written"):
-            self._files.refresh(manifest_path(digest))
+            if not self._files.refresh(manifest_path(digest)):  # a collector took it since it was read
+                raise CorruptStoreError(f"{digest} is missing from {self.uri}. Publish the release again.")
             for blob in release.needed:
                 path = blob_path(blob.digest)
                 if self._files.size(path) != blob.bytes or not self._files.refresh(path):
@@ -96,10 +97,10 @@ class TaggedStore(BlobStore):
                 return digest.encode()
 
             self._files.update(_ref_path(release.name, tag), swap, REF_BYTES)
-        # A collector on S3 looks at a blob's time and deletes it in two steps. If we relied on it in between, it is gone now.
-        for blob in release.needed:
-            if self._files.size(blob_path(blob.digest)) is None:
-                raise CorruptStoreError(f"{blob.digest} was deleted from {self.uri} meanwhile. Publish the release again.")
+        # A collector on S3 looks at a file's time and deletes it in two steps. If we relied on it in between, it is gone now.
+        for path, its in ((manifest_path(digest), digest), *((blob_path(blob.digest), blob.digest) for blob in release.needed)):
+            if self._files.size(path) is None:
+                raise CorruptStoreError(f"{its} was deleted from {self.uri} meanwhile. Publish the release again.")
         if "latest" in tags or latest is None:
             self._lay_out(release, digest, latest)
 
