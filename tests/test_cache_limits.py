@@ -42,7 +42,8 @@ def test_beyond_the_size_those_go_that_were_used_longest_ago(tmp_path: Path) -> 
     a, b, c = entry(tmp_path, "a", 600, 4 * DAY), entry(tmp_path, "b", 600, 6 * DAY), entry(tmp_path, "c", 600, HOUR)
     assert limit_cache(tmp_path, DAY, 30 * DAY, 1300, dry_run=False) == [f"{b}: 600 bytes"]
     # what was used within the grace period stays, however large it is
-    assert limit_cache(tmp_path, DAY, 30 * DAY, 0, dry_run=False) == [f"{a}: 600 bytes"]
+    for dry_run in (True, False):
+        assert limit_cache(tmp_path, DAY, 30 * DAY, 0, dry_run) == [f"{a}: 600 bytes"]
     assert c.exists()
 
 

@@ -178,9 +178,9 @@ def test_video_codecs_lose_more_at_a_higher_crf_and_keep_order_and_sizes(family:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
 def test_av1_leaves_this_thread_at_its_own_priority() -> None:
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
     parse_level("av1-crf50").apply([frame(64, 64)])
-    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+    # not compared with the time before: any test that encodes AV1 may have run by then
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_a_level_that_cannot_be_read_off_a_frame_is_used_where_it_is_named() -> None:
@@ -192,6 +192,8 @@ def test_a_level_that_cannot_be_read_off_a_frame_is_used_where_it_is_named() -> 
     )
     assert estimator.estimate(evidence_of(dark, None)).level == "brightness-0.2"
     assert estimator.estimate(evidence_of(noisy, None)).level == "clean", "no evidence, no guess"
+    only_both = LevelEstimator(["brightness-0.2+gaussian-noise-10.0"], reference)
+    assert only_both.estimate(evidence_of(dark, None)).level == "clean", "light alone does not tell of noise"
     assert estimator.match("gaussian-noise-30.0").level == "gaussian-noise-30.0"
     assert (estimator.match("gaussian-noise-12.0").level, estimator.match("gaussian-noise-12.0").distance) == (
         "gaussian-noise-10.0",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from gearnn_ray.core.errors import CorruptStoreError
 from gearnn_ray.store.blobs import digest_of
 from gearnn_ray.store.states import decode_state, encode_state
-from tests.test_store import base_state, equal
+from tests.stores import base_state, equal
 
 STATE = {
     "weight": torch.arange(24.0).reshape(2, 3, 4),

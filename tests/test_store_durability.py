@@ -17,7 +17,7 @@ from gearnn_ray.cli.main import run_pull
 from gearnn_ray.core.errors import UserError, storage_problem
 from gearnn_ray.store.releases import Store
 from tests.conftest import ROOT
-from tests.test_store import KEY, TABLE, manifest_of, table
+from tests.stores import KEY, TABLE, manifest_of, table
 
 # ── a power cut ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,7 +175,7 @@ from pathlib import Path
 from gearnn_ray.cli.main import run_pull, run_gc
 from gearnn_ray.core.errors import UserError, storage_problem
 from gearnn_ray.store.releases import Store
-from tests.test_store import TABLE, manifest_of, table
+from tests.stores import TABLE, manifest_of, table
 
 disk, other = Path(sys.argv[1]), sys.argv[2]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)

@@ -15,7 +15,7 @@ import pytest
 
 from gearnn_ray.store.releases import Store
 from tests.conftest import ROOT
-from tests.test_store import TABLE, manifest_of, table
+from tests.stores import TABLE, manifest_of, table
 
 ROUNDS, RELEASES, DAY = 30, 4, 86400.0
 

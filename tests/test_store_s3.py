@@ -14,7 +14,9 @@ from gearnn_ray.cli.machine import gather
 from gearnn_ray.config.doctor import DoctorConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.store.releases import Store, digest_of
-from tests.test_store import StoreBattery, manifest_of
+from tests.stores import manifest_of
+from tests.test_store import StoreBattery
+from tests.test_store_tags import TagBattery
 
 if importlib.util.find_spec("moto") is None:
     pytest.skip("needs moto's S3 server", allow_module_level=True)
@@ -82,7 +84,7 @@ class InterruptedFileSystem:
         return stream
 
 
-class TestS3Store(StoreBattery):
+class TestS3Store(StoreBattery, TagBattery):
     prefixes = iter(range(10_000))
 
     @pytest.fixture

@@ -14,7 +14,7 @@ from gearnn_ray.core.errors import CorruptStoreError
 from gearnn_ray.store.blobs import canonical_json
 from gearnn_ray.store.manifest import content_key, manifest_path
 from gearnn_ray.store.releases import Store
-from tests.test_store import ABSENT, KEY, OTHER_KEY, TABLE, adaptor_state, manifest_of, table
+from tests.stores import ABSENT, KEY, OTHER_KEY, TABLE, adaptor_state, manifest_of, table
 
 FIGURE = "figures/street/accuracy.png"
 HOUR, DAY = 3600.0, 86400.0

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from PIL import __version__ as pillow_version
 from PIL import features
@@ -11,7 +11,7 @@ from PIL import features
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.levels.h264_codec import Frame, Picture, UnequalFramesError
 
-__all__ = ["Frame", "Level", "Picture", "UnequalFramesError", "expect", "image_versions"]
+__all__ = ["Frame", "Level", "OneNumber", "Picture", "UnequalFramesError", "expect", "image_versions"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,42 @@ class Level(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class OneNumber(Level):
+    """A level that its family and one number name, such as `fog-2.0`. The number is the only field of a subclass.
+
+    limits: least and most number, whole ones for whole numbers. quantity, unit: what the number is, in the sentence of an error.
+    """
+
+    limits: ClassVar[tuple[int, int] | tuple[float, float]]
+    quantity: ClassVar[str]
+    example: ClassVar[str]
+    unit: ClassVar[str] = ""
+    separator: ClassVar[str] = "-"
+
+    def __post_init__(self) -> None:
+        least, most = self.limits
+        fits = least <= self._number <= most
+        expect(fits, self, f"{self.quantity} {self._number}", f"{least} to {most} {self.unit}".rstrip(), self.example)
+
+    @classmethod
+    def parsed(cls, text: str) -> Self | None:
+        """The level of a name in lower case; None if it is of another family. Raises ValueError for what is no number."""
+        prefix = cls.family + cls.separator
+        if not text.startswith(prefix):
+            return None
+        return cls(type(cls.limits[0])(text.removeprefix(prefix)))  # type: ignore[call-arg]  # a subclass has the field
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}{self.separator}{type(self.limits[0])(self._number)}"
+
+    @property
+    def _number(self) -> float:
+        number: float = next(iter(vars(self).values()))
+        return number
 
 
 def image_versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from gearnn_ray.levels import video_codecs
-from gearnn_ray.levels.base import Frame, Level, Picture, expect, image_versions
+from gearnn_ray.levels.base import Frame, Level, OneNumber, Picture, expect, image_versions
 from gearnn_ray.levels.h264_codec import equal_sizes, through_h264, video_versions
 
 __all__ = ["SIZE_CRF", "Av1Crf", "H264Crf", "H264Size", "HevcCrf"]
@@ -44,18 +44,13 @@ class H264Size(Level):
 
 
 @dataclass(frozen=True)
-class H264Crf(Level):
+class H264Crf(OneNumber):
     """H.264 at the frame's own size, with a constant rate factor (CRF) from 0 (best) to 51 (worst)."""
 
     family = "h264-crf"
+    separator = ""
+    limits, quantity, example = (0, 51), "CRF", "h264-crf24"
     crf: int
-
-    def __post_init__(self) -> None:
-        expect(0 <= self.crf <= 51, self, f"CRF {self.crf}", "0 to 51", "h264-crf24")
-
-    @property
-    def name(self) -> str:
-        return f"h264-crf{self.crf}"
 
     def apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
         return through_h264(equal_sizes(pixels for pixels, _ in pictures), self.crf)
@@ -65,18 +60,13 @@ class H264Crf(Level):
 
 
 @dataclass(frozen=True)
-class HevcCrf(Level):
+class HevcCrf(OneNumber):
     """H.265 (HEVC) by libx265 at the frame's own size, with a constant rate factor from 0 (best) to 51 (worst)."""
 
     family = "hevc-crf"
+    separator = ""
+    limits, quantity, example = (0, 51), "CRF", "hevc-crf28"
     crf: int
-
-    def __post_init__(self) -> None:
-        expect(0 <= self.crf <= 51, self, f"CRF {self.crf}", "0 to 51", "hevc-crf28")
-
-    @property
-    def name(self) -> str:
-        return f"hevc-crf{self.crf}"
 
     def apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
         return video_codecs.HEVC.through(equal_sizes(pixels for pixels, _ in pictures), self.crf)
@@ -86,18 +76,13 @@ class HevcCrf(Level):
 
 
 @dataclass(frozen=True)
-class Av1Crf(Level):
+class Av1Crf(OneNumber):
     """AV1 by SVT-AV1 at the frame's own size, with a constant rate factor from 1 (best) to 63 (worst)."""
 
     family = "av1-crf"
+    separator = ""
+    limits, quantity, example = (1, 63), "CRF", "av1-crf40"
     crf: int
-
-    def __post_init__(self) -> None:
-        expect(1 <= self.crf <= 63, self, f"CRF {self.crf}", "1 to 63", "av1-crf40")
-
-    @property
-    def name(self) -> str:
-        return f"av1-crf{self.crf}"
 
     def apply_to(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
         return video_codecs.AV1.through(equal_sizes(pixels for pixels, _ in pictures), self.crf)

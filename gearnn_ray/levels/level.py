@@ -6,12 +6,12 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.levels.base import Level, Picture, image_versions
+from gearnn_ray.levels.base import Level, OneNumber, Picture, image_versions
 from gearnn_ray.levels.clips import SIZE_CRF, Av1Crf, H264Crf, H264Size, HevcCrf
 from gearnn_ray.levels.h264_codec import video_versions
 from gearnn_ray.levels.own import parse_own
@@ -42,20 +42,9 @@ _GRAMMAR = (
     "gaussian-noise-D, motion-blur-L, defocus-R, fog-D, h264-WxH (even sizes 16 to 8192), h264-crfC or hevc-crfC (0 to 51), "
     "av1-crfC (1 to 63), one of your own such as my_package.levels:Rain(3), or several of them joined with '+'"
 )
-_BY_FAMILY: Mapping[str, Callable[[str], Level]] = {  # from what follows the family's name and a hyphen
-    "jpeg": lambda text: Jpeg(int(text)),
-    "webp": lambda text: Webp(int(text)),
-    "brightness": lambda text: Brightness(float(text)),
-    "gamma": lambda text: Gamma(float(text)),
-    "low-light": lambda text: LowLight(float(text)),
-    "gaussian-noise": lambda text: GaussianNoise(float(text)),
-    "motion-blur": lambda text: MotionBlur(int(text)),
-    "defocus": lambda text: Defocus(int(text)),
-    "fog": lambda text: Fog(float(text)),
-    "h264": lambda text: H264Crf(_crf(text)) if text.startswith("crf") else H264Size(*map(int, text.split("x", 1))),
-    "hevc": lambda text: HevcCrf(_crf(text)),
-    "av1": lambda text: Av1Crf(_crf(text)),
-}
+_KINDS: tuple[type[OneNumber], ...] = (
+    Jpeg, Webp, Brightness, Gamma, LowLight, GaussianNoise, MotionBlur, Defocus, Fog, H264Crf, HevcCrf, Av1Crf,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,17 +100,11 @@ def _parse_part(text: str) -> Level:
     with suppress(ValueError, TypeError):  # of int, float, and of a size with one side
         if lower == CLEAN.name:
             return CLEAN
-        for family, level in _BY_FAMILY.items():
-            if lower.startswith(f"{family}-"):
-                return level(lower.removeprefix(f"{family}-"))
+        for kind in _KINDS:
+            if (level := kind.parsed(lower)) is not None:
+                return level
+        if lower.startswith("h264-"):
+            return H264Size(*map(int, lower.removeprefix("h264-").split("x", 1)))
         if (own := parse_own(written)) is not None:
             return own
     raise UserError(f"{text!r} is not a level: write {_GRAMMAR}.")
-
-
-def _crf(text: str) -> int:
-    """Raises ValueError unless the text is crf and a number."""
-    name, number = text[:3], text[3:]
-    if name != "crf":
-        raise ValueError
-    return int(number)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, features
 
-from gearnn_ray.levels.base import Frame, Level, expect, image_versions
+from gearnn_ray.levels.base import Frame, Level, OneNumber, image_versions
 
 __all__ = [
     "CLEAN", "Brightness", "Clean", "Defocus", "Fog", "Gamma", "GaussianNoise", "Jpeg", "LowLight", "MotionBlur", "Webp",
@@ -43,36 +43,24 @@ CLEAN = Clean()
 
 
 @dataclass(frozen=True)
-class Jpeg(Level):
+class Jpeg(OneNumber):
     """JPEG compression by Pillow at a quality of 1 to 100, with its default 4:2:0 chroma subsampling."""
 
     family = "jpeg"
+    limits, quantity, example = (1, 100), "quality", "jpeg-10"
     quality: int
-
-    def __post_init__(self) -> None:
-        expect(1 <= self.quality <= 100, self, f"quality {self.quality}", "1 to 100", "jpeg-10")
-
-    @property
-    def name(self) -> str:
-        return f"jpeg-{self.quality}"
 
     def distort(self, frame: Frame) -> Frame:
         return _through_file(frame, "JPEG", self.quality)
 
 
 @dataclass(frozen=True)
-class Webp(Level):
+class Webp(OneNumber):
     """Lossy WebP compression by Pillow at a quality of 0 to 100, with its default method."""
 
     family = "webp"
+    limits, quantity, example = (0, 100), "quality", "webp-10"
     quality: int
-
-    def __post_init__(self) -> None:
-        expect(0 <= self.quality <= 100, self, f"quality {self.quality}", "0 to 100", "webp-10")
-
-    @property
-    def name(self) -> str:
-        return f"webp-{self.quality}"
 
     def distort(self, frame: Frame) -> Frame:
         return _through_file(frame, "WEBP", self.quality)
@@ -88,37 +76,25 @@ def _through_file(frame: Frame, kind: str, quality: int) -> Frame:
 
 
 @dataclass(frozen=True)
-class Brightness(Level):
+class Brightness(OneNumber):
     """Pillow's `ImageEnhance.Brightness`: a factor below 1 darkens, a factor above 1 brightens."""
 
     family = "brightness"
+    # str(float) uses scientific notation below 0.0001, where every pixel is black anyway
+    limits, quantity, example = (1e-4, 10.0), "factor", "brightness-0.4"
     factor: float
-
-    def __post_init__(self) -> None:
-        # str(float) uses scientific notation below 0.0001, where every pixel is black anyway
-        expect(1e-4 <= self.factor <= 10, self, f"factor {self.factor}", "0.0001 to 10.0", "brightness-0.4")
-
-    @property
-    def name(self) -> str:
-        return f"brightness-{float(self.factor)}"
 
     def distort(self, frame: Frame) -> Frame:
         return np.asarray(ImageEnhance.Brightness(Image.fromarray(frame)).enhance(self.factor))
 
 
 @dataclass(frozen=True)
-class Gamma(Level):
+class Gamma(OneNumber):
     """Pixel values to this power, of values from 0 to 1: above 1 the shadows darken, below 1 they brighten."""
 
     family = "gamma"
+    limits, quantity, example = (0.1, 10.0), "exponent", "gamma-2.2"
     exponent: float
-
-    def __post_init__(self) -> None:
-        expect(0.1 <= self.exponent <= 10, self, f"exponent {self.exponent}", "0.1 to 10.0", "gamma-2.2")
-
-    @property
-    def name(self) -> str:
-        return f"gamma-{float(self.exponent)}"
 
     def distort(self, frame: Frame) -> Frame:
         table = np.rint(255 * (np.arange(256) / 255) ** self.exponent).astype(np.uint8)
@@ -126,18 +102,12 @@ class Gamma(Level):
 
 
 @dataclass(frozen=True)
-class GaussianNoise(Level):
+class GaussianNoise(OneNumber):
     """White Gaussian noise of this standard deviation, in pixel values, on every channel; rounded and cut off at 0 and 255."""
 
     family = "gaussian-noise"
+    limits, quantity, example = (0.1, 255.0), "standard deviation", "gaussian-noise-20.0"
     deviation: float
-
-    def __post_init__(self) -> None:
-        expect(0.1 <= self.deviation <= 255, self, f"standard deviation {self.deviation}", "0.1 to 255.0", "gaussian-noise-20.0")
-
-    @property
-    def name(self) -> str:
-        return f"gaussian-noise-{float(self.deviation)}"
 
     def distort(self, frame: Frame) -> Frame:
         noise = _chance(frame).standard_normal(frame.shape, np.float32) * np.float32(self.deviation)
@@ -148,7 +118,7 @@ class GaussianNoise(Level):
 
 
 @dataclass(frozen=True)
-class LowLight(Level):
+class LowLight(OneNumber):
     """A sensor that receives this share of the light, and the gain that makes up for it, at most 16 times.
 
     The light of a pixel (linear, from sRGB) is counted in electrons, 5,000 of a white one at full light, with the noise of
@@ -156,14 +126,8 @@ class LowLight(Level):
     """
 
     family = "low-light"
+    limits, quantity, example = (1e-4, 1.0), "a share of", "low-light-0.05"
     share: float
-
-    def __post_init__(self) -> None:
-        expect(1e-4 <= self.share <= 1, self, f"a share of {self.share}", "0.0001 to 1.0", "low-light-0.05")
-
-    @property
-    def name(self) -> str:
-        return f"low-light-{float(self.share)}"
 
     def distort(self, frame: Frame) -> Frame:
         chance, white = _chance(frame), _FULL_WELL * self.share
@@ -176,18 +140,13 @@ class LowLight(Level):
 
 
 @dataclass(frozen=True)
-class MotionBlur(Level):
+class MotionBlur(OneNumber):
     """The mean over this many pixels of a row, as if the camera turned while its shutter was open."""
 
     family = "motion-blur"
+    limits, quantity, example = (2, 200), "a length of", "motion-blur-9"
+    unit = "pixels"
     length: int
-
-    def __post_init__(self) -> None:
-        expect(2 <= self.length <= 200, self, f"a length of {self.length}", "2 to 200 pixels", "motion-blur-9")
-
-    @property
-    def name(self) -> str:
-        return f"motion-blur-{self.length}"
 
     def distort(self, frame: Frame) -> Frame:
         left = (self.length - 1) // 2
@@ -196,18 +155,13 @@ class MotionBlur(Level):
 
 
 @dataclass(frozen=True)
-class Defocus(Level):
+class Defocus(OneNumber):
     """The mean over a disk of this radius in pixels: a lens that is out of focus."""
 
     family = "defocus"
+    limits, quantity, example = (1, 50), "a radius of", "defocus-3"
+    unit = "pixels"
     radius: int
-
-    def __post_init__(self) -> None:
-        expect(1 <= self.radius <= 50, self, f"a radius of {self.radius}", "1 to 50 pixels", "defocus-3")
-
-    @property
-    def name(self) -> str:
-        return f"defocus-{self.radius}"
 
     def distort(self, frame: Frame) -> Frame:
         (height, width, _), radius = frame.shape, self.radius
@@ -222,7 +176,7 @@ class Defocus(Level):
 
 
 @dataclass(frozen=True)
-class Fog(Level):
+class Fog(OneNumber):
     """Fog of this density over a level road: each pixel becomes the fog's colour by 1 - exp(-density × depth).
 
     A frame does not tell its depths. They are taken as those of a plain seen by a camera whose horizon is at a third of the
@@ -230,14 +184,8 @@ class Fog(Level):
     """
 
     family = "fog"
+    limits, quantity, example = (0.01, 20.0), "a density of", "fog-2.0"
     density: float
-
-    def __post_init__(self) -> None:
-        expect(0.01 <= self.density <= 20, self, f"a density of {self.density}", "0.01 to 20.0", "fog-2.0")
-
-    @property
-    def name(self) -> str:
-        return f"fog-{float(self.density)}"
 
     def distort(self, frame: Frame) -> Frame:
         below = (np.arange(frame.shape[0]) + 0.5) / frame.shape[0] - _HORIZON
