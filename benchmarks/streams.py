@@ -338,13 +338,14 @@ def memory_of_cameras(serving: Sequence[str], count: int, options: argparse.Name
 
 def soak(options: argparse.Namespace) -> None:
     """RTSP cameras that end and come back, actors and the replica killed at random: memory, and time until all are back."""
-    cameras = [Camera(access_units(shots(*options.size, 200, seed), crf=28), 1 / RATE).start() for seed in range(STREAMS)]
-    rng = random.Random(0)
+    made = [access_units(shots(*options.size, 200, seed), crf=28) * 100 for seed in range(STREAMS)]  # they end only when told
+    cameras = [Camera(units, 1 / RATE).start() for units in made]
+    rng = random.Random(options.seed)
     with releases(options) as (_, bundles, serving):
         watch = [f"camera-{number}={camera.url}" for number, camera in enumerate(cameras)]
         with service(*serving, "--bundles", *bundles, "--watch", *watch) as port:
             me, until = psutil.Process(), time.monotonic() + 60 * options.minutes
-            wait_for_all(port, 60)
+            wait_for_all(port, 120)
             sizes, back = [tree_memory(me)], []
             while time.monotonic() < until:
                 victim = rng.choice(["camera", "actor", "replica"])
@@ -354,7 +355,7 @@ def soak(options: argparse.Namespace) -> None:
                     time.sleep(3)
                     camera.start()
                 else:
-                    kill(me, "ray::Camera" if victim == "actor" else "ray::ServeReplica")
+                    kill(me, rng, "ray::Camera" if victim == "actor" else "ray::ServeReplica")
                 took = wait_for_all(port, 120)
                 back.append((victim, took))
                 time.sleep(20)
@@ -402,10 +403,10 @@ def named(parent: psutil.Process, name: str) -> list[psutil.Process]:
     return found
 
 
-def kill(parent: psutil.Process, name: str) -> None:
+def kill(parent: psutil.Process, rng: random.Random, name: str) -> None:
     """End one of this process's descendants, by the name that Ray gives it."""
     if found := named(parent, name):
-        os.kill(random.choice(found).pid, signal.SIGKILL)
+        os.kill(rng.choice(found).pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -420,6 +421,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the network")
     parser.add_argument("--batch", type=int, default=8, help="frames of a pass of the bare loop")
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="for soak: of what is killed")
     options = parser.parse_args()
     {"levels": levels, "throughput": throughput, "latency": latency, "memory": memory, "soak": soak}[options.what](options)
 

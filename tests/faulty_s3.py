@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["none", "503", "reset", "hang", "truncate", "lose reply"]
+Fault = Literal["none", "503", "reset", "hang", "truncate", "lose reply", "stale listing"]
 """503: the answer SlowDown. reset: the connection ends before an answer. hang: no answer until the proxy is closed. truncate:
-half of the body. lose reply: the request reaches the server, and its answer nobody.
+half of the body. lose reply: the request reaches the server, and its answer nobody. stale listing: a listing is the last one that
+was answered without this fault.
 """
 
 
@@ -55,7 +56,7 @@ class FaultyS3:
 @contextmanager
 def faulty_s3(server: str) -> Iterator[FaultyS3]:
     """A proxy before the server at host:port."""
-    closing = threading.Event()
+    closing, listings = threading.Event(), dict[str, bytes]()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -81,6 +82,11 @@ def faulty_s3(server: str) -> Iterator[FaultyS3]:
             reply = connection.getresponse()
             data = reply.read()
             connection.close()
+            if self.command == "GET" and "list-type=2" in self.path:
+                if fault == "stale listing":
+                    data = listings.get(self.path, data)
+                else:
+                    listings[self.path] = data
             if fault == "lose reply":
                 self.close_connection = True
                 return

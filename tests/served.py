@@ -31,10 +31,12 @@ def publish(
     network_name: str = "tests.nets:small",
     level_names: Sequence[str] = LEVELS,
     class_names: Sequence[str] = CLASS_NAMES,
+    latest: bool = True,
+    input_size: tuple[int, int] | None = None,
 ) -> str:
     """A release of `tests.nets:small` with random weights, under any name of a network. Returns its digest.
 
-    Every level has its own head, or with `shared` all levels have the same.
+    Every level has its own head, or with `shared` all levels have the same. latest: as in `Store.publish`.
     """
     torch.manual_seed(seed)
     network = build_model("tests.nets:small", len(class_names))
@@ -48,9 +50,9 @@ def publish(
     manifest = manifest_of(
         name, network_name, len(class_names), base, levels, class_names=list(class_names),
         reference={"height": 64, "width": 80, "luma": 100.0, "luma_spread": 0.3},
-        normalisation={"mean": MEAN, "std": STD},
+        normalisation={"mean": MEAN, "std": STD}, input_size=input_size,
     )  # fmt: skip
-    return store.publish(manifest, {}, tags)
+    return store.publish(manifest, {}, tags, latest=latest)
 
 
 def picture(seed: int = 0, height: int = 64, width: int = 80) -> NDArray[np.uint8]:

@@ -1,8 +1,10 @@
-"""A program that works on a store as it is told, a line of JSON for each round. Imports no torch, so that it starts soon."""
+"""A program that works on a store as it is told, a line of JSON for each round. Imports torch only to pull."""
 
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,32 @@ def work(round_: dict[str, Any]) -> object:
     if round_["what"] == "rollback":
         store.tag("street", "latest", round_["digest"])
         return round_["digest"]
+    if round_["what"] == "pull":
+        return [store.pull("street").digest for _ in range(round_["times"])]
     return store.gc(3600, dry_run=False)
+
+
+class Programs:
+    """Such programs, which work at the same time."""
+
+    def __init__(self, count: int) -> None:
+        command = [sys.executable, "-m", "tests.store_programs"]
+        root = Path(__file__).parent.parent
+        self._started = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(count)
+        ]
+
+    def round(self, tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Give each program its task; what it has "done", or the sentence with which it was "refused"."""
+        for program, task in zip(self._started, tasks, strict=True):
+            assert program.stdin
+            program.stdin.write(json.dumps(task) + "\n")
+            program.stdin.flush()
+        return [json.loads(program.stdout.readline()) for program in self._started if program.stdout]
+
+    def end(self) -> None:
+        for program in self._started:
+            program.communicate(timeout=20)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
-from tests.test_recovery import GATES, Job, closed, wait_until_gone
+from tests.running_jobs import GATES, Job, closed, wait_until_gone
 
 
 @dataclass(frozen=True)

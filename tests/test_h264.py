@@ -363,21 +363,6 @@ def test_a_damaged_picture_has_no_qp() -> None:
         read_h264(b"".join(broken))
 
 
-@functools.cache
-def real() -> bytes:
-    return b"".join(encode(crf=25, slices=2, bframes=2)[:4])
-
-
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_mutated_streams_raise_nothing_but_user_errors(data: st.DataObject) -> None:
-    stream = bytearray(real())
-    for _ in range(data.draw(st.integers(1, 8))):
-        at = data.draw(st.integers(0, len(stream)))
-        stream[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
-    _read_or_refuse(bytes(stream))
-
-
 @given(st.binary(max_size=300), st.sampled_from([b"", b"\0\0\1", b"\0\0\1\x67", b"\0\0\1\x06\5"]))
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_raise_nothing_but_user_errors(data: bytes, before: bytes) -> None:

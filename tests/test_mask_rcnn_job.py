@@ -16,7 +16,7 @@ from gearnn_ray.models.layers import model_size, network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.training.predict import Normalisation
 from tests import tiny
-from tests.test_recovery import Job, descendants, wait_until_gone
+from tests.running_jobs import Job, descendants, wait_until_gone
 
 NAME, SIZES = "maskrcnn_resnet50_fpn", {"min_size": 160, "max_size": 214}
 LEVELS = ["jpeg-10", "brightness-0.2"]

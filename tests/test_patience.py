@@ -27,7 +27,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    monkeypatch.setattr(patience, "_SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(patience, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(patience, "_pauses", lambda: itertools.repeat(0.05))
     with faulty_s3(server) as proxy:
         yield proxy
@@ -145,3 +145,25 @@ def test_two_addresses_with_another_patience_are_one_store(proxy: FaultyS3) -> N
     digest = Store(uri(proxy, 1)).put_blob(b"weights")
     assert Store(uri(proxy, 9)).get_blob(digest) == b"weights"
     assert digest_of(b"weights") == digest
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "hang", "truncate", "lose reply"])
+def test_a_tag_that_moves_through_faults_moves_as_one_step(
+    proxy: FaultyS3, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not answer for a while is no store without conditional writes."""
+    tree = FileTree(uri(proxy, 20, f"one-step-{fault.replace(' ', '-')}"))
+    tree.update("refs/a", lambda _: b"first", 256)
+    monkeypatch.setattr(FileTree, "write", lambda *_: pytest.fail("the tag was written whoever else had moved it"))
+    for method, content in (("GET", b"second"), ("PUT", b"third")):
+        proxy.fail(fault, 1 if fault == "hang" else 4, method)
+        started = time.monotonic()
+        assert tree.update("refs/a", lambda before, to=content: to, 256) == content
+        assert time.monotonic() - started < 15
+        assert tree.read("refs/a") == content
+    proxy.fail(fault, 999, "GET" if fault == "truncate" else "PUT")
+    if fault != "lose reply":  # the first of these is done
+        impatient = FileTree(uri(proxy, 1, f"one-step-{fault.replace(' ', '-')}"))
+        with pytest.raises(StoreUnavailableError, match=r"does not answer: \d+ attempts? in \d+ s to update refs/a") as caught:
+            impatient.update("refs/a", lambda _: b"fourth", 256)
+        assert "\n" not in str(caught.value)

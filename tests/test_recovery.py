@@ -14,8 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gearnn_ray.config.command_line import parse_command_line
-from gearnn_ray.config.split import SplitConfig
-from gearnn_ray.core.events import Event
-from gearnn_ray.offline import pipeline
 from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
+from tests.running_jobs import GATES, Job, closed, descendants, run_here, wait_until_gone
 
 LEVELS = ["jpeg-10", "brightness-0.4"]
 EPOCHS, STEPS = 4, 4  # of one fine-tune, and of one epoch
 # of one stage, full or partial, in an undisturbed run
 STAGE_EPOCHS = len(LEVELS) * EPOCHS
 
-
-# every process of these tests and of their jobs reads it from the environment
-GATES = Path(os.environ.setdefault("GEARNN_TEST_GATES", f"{tempfile.gettempdir()}/gearnn-gates-{os.getpid()}"))
 # training steps of a process that begins with a full fine-tune: in the third epoch of the full, of the partial one
 FULL, PARTIAL = 2 * STEPS + 1, (EPOCHS + 2) * STEPS + 1
 
@@ -62,60 +55,6 @@ def gated(num_classes: int) -> nn.Module:
     return _Gated(num_classes)
 
 
-@contextlib.contextmanager
-def closed(*gates: int) -> Iterator[None]:
-    GATES.mkdir()
-    try:
-        for gate in gates:
-            (GATES / str(gate)).touch()
-        yield
-    finally:
-        shutil.rmtree(GATES)
-
-
-class Job:
-    """A running job whose events can be watched while it works."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-        self.lines: list[dict[str, Any]] = []
-        self.errors = ""
-        self._readers = [threading.Thread(target=self._read, daemon=True), threading.Thread(target=self._stderr, daemon=True)]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines += tiny.events(line)
-
-    def _stderr(self) -> None:
-        assert self.process.stderr is not None
-        self.errors = self.process.stderr.read()
-
-    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not seen(list(self.lines)):
-            assert self.process.poll() is None, f"the job ended first:\n{self.errors}"
-            assert time.monotonic() < deadline, f"not seen within {seconds} s in {self.lines[-3:]}"
-            time.sleep(0.05)
-
-    def end(self, seconds: float = 180) -> int:
-        code = self.process.wait(seconds)
-        for reader in self._readers:
-            reader.join(10)
-        return code
-
-
-def descendants(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The workers of a driver that run a level, and Ray's other processes."""
-    workers, others = [], []
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # some come and go
-            (workers if "ray::_run" in " ".join(process.cmdline()) else others).append(process)
-    return workers, others
-
-
 def levels_past(stage: str, epoch: int, lines: list[dict[str, Any]]) -> set[str]:
     """The levels whose fine-tune has finished this epoch."""
     return {e["level"] for e in lines if e["event"] == "progress" and e["stage"] == stage and e["epoch"] == epoch}
@@ -127,19 +66,6 @@ def epochs_of(stage: str, lines: list[dict[str, Any]]) -> int:
 
 def times_started(stage: str, lines: list[dict[str, Any]]) -> int:
     return sum(e["event"] == "started" and e["stage"] == stage for e in lines)
-
-
-def run_here(arguments: list[str], see: Callable[[list[dict[str, Any]]], object] = lambda _: None) -> list[dict[str, Any]]:
-    """Run a job on the Ray of all tests; its events, shown to `see` whenever there is another."""
-    lines: list[dict[str, Any]] = []
-
-    def emit(event: Event) -> None:
-        lines.append({"event": event.kind, **asdict(event)})
-        see(lines)
-
-    config, _ = parse_command_line(SplitConfig, arguments, "")
-    assert not pipeline.split(config, emit).failed
-    return lines
 
 
 @pytest.fixture(scope="module")
@@ -172,23 +98,16 @@ def assert_same(folder: Path, store: str, undisturbed: Path, earlier: frozenset[
     assert not [path for path in (folder / store / "checkpoints").iterdir() if not path.name.startswith(".tmp-")]
 
 
-def wait_until_gone(workers: list[psutil.Process], others: list[psutil.Process]) -> None:
-    """Workers follow their driver within seconds; Ray's agents linger, and are ended here, by id."""
-    still_working = psutil.wait_procs(workers, timeout=30)[1]
-    for process in psutil.wait_procs(others, timeout=0.5)[1]:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    assert not still_working
-
-
 def test_a_killed_worker_costs_an_epoch(folder: Path, undisturbed: Path) -> None:
     killed: list[psutil.Process] = []
+    seen: list[dict[str, Any]] = []
 
-    def kill(lines: list[dict[str, Any]]) -> None:
+    def kill(line: dict[str, Any]) -> None:
         """One worker in its full fine-tune; and the other, who is ahead from then on, in its partial one."""
+        seen.append(line)
         stages = (("full", FULL, len(LEVELS)), ("partial", PARTIAL, 1))
         for stage, gate, waiting in stages[len(killed) : len(killed) + 1]:
-            if len(levels_past(stage, 2, lines)) == waiting:
+            if len(levels_past(stage, 2, seen)) == waiting:
                 killed.append(next(p for p in descendants(os.getpid())[0] if p not in killed))
                 killed[-1].send_signal(signal.SIGKILL)
                 (GATES / str(gate)).unlink()

@@ -309,7 +309,7 @@ class StoreBattery(OnAStore):
 
     @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
     def test_json_that_is_nested_without_end_is_a_sentence(self, store: Store, place: Place, opening: bytes) -> None:
-        nested = opening * 200_000
+        nested = opening * 50_000
         digest = forge(place, nested)
         with pytest.raises(CorruptStoreError, match=f"{digest} is not valid: its JSON is nested too deeply"):
             store.pull("street")

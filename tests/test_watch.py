@@ -77,6 +77,13 @@ def test_a_task_that_gets_further_survives_any_number_of_losses() -> None:
     assert watched.report(step(60, epoch=100), 2).lost().again(retries=1) is None  # it came no further than before
 
 
+def test_an_epoch_that_ends_is_further_although_it_had_begun_before() -> None:
+    """Its checkpoint is written, although the worker is lost again before it has begun the next one."""
+    watched = Watched().report(step(26, epoch=2), 0).lost()
+    assert watched.report(step(50, epoch=2), 1).lost().again(retries=1) == 0
+    assert watched.report(step(49, epoch=2), 1).lost().again(retries=1) is None
+
+
 def test_a_finished_stage_is_further_too_and_a_reused_one_is_not() -> None:
     lost = Watched().lost()
     assert lost.report(Event("finished", "selection", "jpeg-10"), 0).losses == 0

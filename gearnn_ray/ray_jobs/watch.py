@@ -34,9 +34,9 @@ class Worker:
 
 @dataclass(frozen=True)
 class Watched:
-    """What is known of one task. losses: attempts that were lost since it last got further. reached: stages and epochs that it
-    came to. signs: when each worker of this attempt last showed life. step: when its fine-tune last reported, None outside of
-    one. longest: seconds between two reports of that fine-tune, at most.
+    """What is known of one task. losses: attempts that were lost since it last got further. reached: the places that it came to.
+    signs: when each worker of this attempt last showed life. step: when its fine-tune last reported, None outside of one.
+    longest: seconds between two reports of that fine-tune, at most.
     """
 
     losses: int = 0
@@ -54,14 +54,13 @@ class Watched:
         return replace(self, signs={each: seen for each, seen in self.signs.items() if each != worker})
 
     def report(self, event: Event, now: float) -> "Watched":
-        """After an event. An epoch that the task had not come to before, or a finished stage, forgets the losses."""
+        """After an event. An epoch that the task begins or ends for the first time, or a finished stage, forgets the losses."""
         stepping = event.kind == "progress" and event.step < event.steps
         longest = max(self.longest, now - self.step) if stepping and self.step is not None else 0.0
         watched = replace(self, step=now if stepping else None, longest=longest)
-        place = (event.level, event.stage, event.epoch if event.kind == "progress" else -1)
-        if event.kind not in ("progress", "finished") or place in self.reached:
+        if (places := _places(event)) <= self.reached:
             return watched
-        return replace(watched, losses=0, reached=self.reached | {place})
+        return replace(watched, losses=0, reached=self.reached | places)
 
     def lost(self) -> "Watched":
         """After the loss of an attempt."""
@@ -86,3 +85,13 @@ class Watched:
         if self.losses > retries:
             return None
         return 0.0 if self.losses <= 1 else min(_LONGEST_PAUSE, 5.0 * 2 ** (self.losses - 2))
+
+
+def _places(event: Event) -> frozenset[tuple[str, str, int]]:
+    """Places that an event shows to be reached: of a stage, 2e - 1 where epoch e began, 2e where it ended, -2 where all ended."""
+    numbers = set[int]()
+    if event.kind == "progress":
+        numbers = {2 * event.epoch - 1, 2 * (event.step * event.epochs // max(1, event.steps))}
+    elif event.kind == "finished":
+        numbers = {-2}
+    return frozenset((event.level, event.stage, number) for number in numbers)

@@ -4,6 +4,7 @@ Knows nothing about HTTP or Ray.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from gearnn_ray.knobs.tiles import tiles_of
 from gearnn_ray.knobs.wire import Head
 from gearnn_ray.models.names import check_released_name
 from gearnn_ray.service.backend import BundleHealth, Prediction
+from gearnn_ray.service.batching import Group
 from gearnn_ray.service.copies import Copies
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
 from gearnn_ray.serving.frames import Evidence, Frame
 from gearnn_ray.serving.level_estimation import LevelEstimate, LevelEstimator, Reference
 from gearnn_ray.serving.stream_table import StreamTable
 from gearnn_ray.store.releases import Store
+from gearnn_ray.tasks.base import Image
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.stream_levels import StreamLevels
 
@@ -138,14 +141,34 @@ class Item:
     since: float
 
 
+def values_of(model: AdaptiveModel, frame: Frame | VideoFrame) -> int:
+    """Of the frame or of the image that the network sees, whichever has more: the numbers that a pass has to do with."""
+    input_size = model.content.model.input_size
+    return max(frame.pixels.size, 3 * math.prod(input_size) if input_size else 0)
+
+
+def group_of(item: Item, most: int, pixels: int) -> Group:
+    """The frames that may share a pass: at most `most`, and no more than have so many pixels together.
+
+    Those of one size share one. Where the network scales frames to one size, all frames up to this size do, those up to twice as
+    many pixels, and so on: larger ones apart, because answers have the size of the frame.
+    """
+    height, width, _ = item.frame.pixels.shape
+    input_size = item.model.content.model.input_size
+    if input_size is None:
+        return Group((id(item.model), height, width), max(1, min(most, pixels // (height * width))))
+    doublings = max(0, math.ceil(math.log2(height * width / math.prod(input_size))))
+    return Group((id(item.model), doublings), max(1, min(most, pixels // (math.prod(input_size) << doublings))))
+
+
 @torch.no_grad()  # not inference_mode: weights that are merged and kept here are used where gradients are taken, too
 def predict(items: Sequence[Item]) -> list[Prediction]:
-    """One forward pass over frames of one release and size, each at its own level."""
+    """One forward pass over frames of one group (`group_of`), each at its own level."""
     start = time.perf_counter()
     model = items[0].model
-    images_BCHW = torch.from_numpy(np.stack([item.frame.pixels for item in items])).permute(0, 3, 1, 2).contiguous()
-    estimates = model.mixed(images_BCHW, [item.estimate for item in items])
-    outputs = model(images_BCHW, estimates)
+    images = _images([item.frame.pixels for item in items])
+    estimates = model.mixed(images, [item.estimate for item in items])
+    outputs = model(images, estimates)
     release, class_names = f"{model.name}@{model.digest}", model.content.model.class_names
     predictions = []
     for item, estimate, prediction in zip(items, estimates, outputs, strict=True):
@@ -154,6 +177,13 @@ def predict(items: Sequence[Item]) -> list[Prediction]:
         seconds = {"queue": start - item.since, "network": time.perf_counter() - start}
         predictions.append(Prediction(content, estimate, release, seconds, class_names))
     return predictions
+
+
+def _images(frames: Sequence[Image]) -> torch.Tensor | list[torch.Tensor]:
+    """[B, 3, H, W] of frames of one size, else a list of [3, H, W]."""
+    if len({frame.shape for frame in frames}) == 1:
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    return [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]
 
 
 def weights_at(model: AdaptiveModel, frame: VideoFrame, estimate: LevelEstimate, head: Head) -> NDArray[np.float32]:

@@ -48,7 +48,7 @@ from gearnn_ray.service import http
 from gearnn_ray.service.admission import Admission
 from gearnn_ray.service.backend import BundleHealth, Health, Prediction, UnknownBundleError
 from gearnn_ray.service.batching import Batcher, Group
-from gearnn_ray.service.bundles import Bundle, Item, check_bundles, predict, weights_at
+from gearnn_ray.service.bundles import Bundle, Item, check_bundles, group_of, predict, values_of, weights_at
 from gearnn_ray.service.cameras import CameraAnswer, CameraStreams, LevelFacts, cameras, process_names
 from gearnn_ray.service.connections import bound_proxies
 from gearnn_ray.service.liveness import PassClock
@@ -155,7 +155,7 @@ class Service:
         model, weights = self._bundles[ref].model(), None
         if report.errors is not None:
             work = partial(weights_at, model, frame, estimate, head)
-            weights = await self._batches.call(partial(self._timed, frame.pixels.size, work))
+            weights = await self._batches.call(partial(self._timed, values_of(model, frame), work))
         return await self._controllers.step(f"{ref}/{stream}", Costs.of(head, report, weights))
 
     def level_facts(self) -> LevelFacts:
@@ -205,7 +205,9 @@ class Service:
             self._metrics.release.set(1, {"bundle": bundle.ref, "digest": bundle.current.digest})
 
     async def _watch(self) -> None:
-        bounds = self._admission.body_seconds, self._admission.memory.most
+        admission = self._admission
+        most_requests = self._config.replicas * (admission.requests.most + admission.streams.most)
+        bounds = admission.body_seconds, admission.memory.most, most_requests
         while True:
             try:
                 await asyncio.to_thread(bound_proxies, *bounds)
@@ -216,15 +218,13 @@ class Service:
                 await self._refresh(bundle)
 
     def _group(self, item: Item) -> Group:
-        """One release and one size, and at most as many pixels in total as one frame may have."""
-        height, width, _ = item.frame.pixels.shape
-        most = min(self._config.max_batch, self._admission.frame.pixels // (height * width))
-        return Group((id(item.model), height, width), max(1, most))
+        """At most as many pixels in total as one frame may have."""
+        return group_of(item, self._config.max_batch, self._admission.frame.pixels)
 
     def _run(self, items: Sequence[Item]) -> Sequence[Prediction]:
         self._metrics.batch_size.observe(len(items))
         self._metrics.batch_levels.observe(len({item.estimate.level for item in items}))
-        return self._timed(sum(item.frame.pixels.size for item in items), partial(predict, items))
+        return self._timed(sum(values_of(item.model, item.frame) for item in items), partial(predict, items))
 
     def _timed(self, pixels: int, work: Callable[[], T]) -> T:
         with self._clock.timed(pixels):

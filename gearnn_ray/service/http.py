@@ -30,6 +30,7 @@ is written, is the task's business. `Admission` bounds what is read, held and an
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import resources
 
@@ -137,8 +138,10 @@ async def _predict(request: Request, backend: Backend, admission: Admission) -> 
     task = backend.task(bundle)
     media_type = media_type_of(request, task.media_types)
 
-    with admission.requests.reserved(1), admission.memory.reserved() as held:
+    with ExitStack() as stack:
+        held = stack.enter_context(admission.memory.reserved())
         body = await whole_body(request, admission, held)
+        stack.enter_context(admission.requests.reserved(1))  # from now on: slow clients do not take the places of others
         start = time.perf_counter()
         frame = await asyncio.to_thread(read_frame, body, request.headers.get("content-type"), admission.frame)
         decoded = time.perf_counter()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 
@@ -27,6 +28,11 @@ RECORD_BYTES = 64 * 2**20
 """The largest stage record. Theirs are kilobytes, those of a thousand layers a megabyte; parsing takes ten times the memory."""
 
 _TABLE_BYTES, _TABLE_VALUES = 64 * 2**20, 16_000_000  # the largest table that is read: of its file, and rows times columns
+_UNPACKED_BYTES, _TABLE_COLUMNS = 256 * 2**20, 1000  # of a table: kilobytes may unpack to gigabytes
+
+_JSON_VALUES = 150_000
+"""The most values and escapes in JSON that a stranger may have written: a hundred levels that change a thousand layers each have
+fewer. A value takes up to 100 bytes and 2 µs."""
 
 _FOLDERS = ("blobs/sha256", "manifests", "refs", "tables", "stages", "checkpoints")
 
@@ -161,18 +167,14 @@ class BlobStore:
         self._files.write(_checked_path(path, "reports", ".html"), page.encode())
 
     def get_table(self, path: str) -> pa.Table:
-        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet, or has more
-        than 64 MiB or 16 million values.
+        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet, has lists
+        in its cells, or more than 64 MiB (256 MiB unpacked) or 16 million values.
         """
         data = self._files.read(table_path(path), _TABLE_BYTES)
         if data is None:
             raise UserError(f"The store {self.uri} has no {path}. Run the job that writes it, or check the path.")
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
-            values = file.metadata.num_rows * file.metadata.num_columns
-            if values > _TABLE_VALUES:
-                raise pa.ArrowInvalid(f"it has {values:,} values, expected at most {_TABLE_VALUES:,}")
-            return file.read()
+            return _unpacked(data)
         except (pa.ArrowException, OSError) as error:
             raise CorruptStoreError(f"{path} in {self.uri} is not Parquet: {one_line(error)}.") from error
 
@@ -197,6 +199,43 @@ class BlobStore:
 
 def _other_size(digest: str, found: int, stated: int) -> str:
     return f"{digest} has {found} bytes, but the manifest says {stated}. Run the job that wrote it again."
+
+
+def _unpacked(data: bytes) -> pa.Table:
+    """The table in a Parquet file. Raises ArrowInvalid for one that takes far more memory than its file, as far as it says so."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    values = file.metadata.num_rows * file.metadata.num_columns
+    if values > _TABLE_VALUES:
+        raise pa.ArrowInvalid(f"it has {values:,} values, expected at most {_TABLE_VALUES:,}")
+    if file.metadata.num_columns > _TABLE_COLUMNS:
+        raise pa.ArrowInvalid(f"it has {file.metadata.num_columns:,} columns, expected at most {_TABLE_COLUMNS:,}")
+    schema = file.schema_arrow
+    if nested := [field.name for field in schema if pa.types.is_nested(field.type)]:
+        raise pa.ArrowInvalid(f"its column {nested[0]!r:.80} has lists or structures, expected plain values")
+    size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups))
+    if size <= _UNPACKED_BYTES:
+        # a text that many rows have in common is in the file once: so it is read, and its copies are counted before they are made
+        texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read()
+        size = sum(map(_text_bytes, table.columns))
+    if size > _UNPACKED_BYTES:
+        raise pa.ArrowInvalid(f"it has {size:,} bytes when it is unpacked, expected at most {_UNPACKED_BYTES:,}")
+    return table.cast(schema)
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """The bytes of all texts in a column that holds each text once."""
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    lengths = (pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() for chunk in column.chunks)
+    return sum(length or 0 for length in lengths)
+
+
+def check_json(data: bytes) -> None:
+    """Raise ValueError for JSON of more values than any file here has, before it is parsed."""
+    values = sum(map(data.count, (b",", b"[", b"{", b"\\")))
+    if values > _JSON_VALUES:
+        raise ValueError(f"it has {values:,} values, expected at most {_JSON_VALUES:,}")
 
 
 def encode_table(table: pa.Table) -> bytes:

@@ -127,7 +127,7 @@ class FileTree:
         from gearnn_ray.store.conditional import ConditionalBucket, NotConditionalError
 
         try:
-            return ConditionalBucket(self.uri, self._fs).update(path, change, at_most)
+            return ConditionalBucket(self.uri, self._fs, self._patience).update(path, change, at_most)
         except NotConditionalError:
             size = self.size(path)
             before = self.read(path) if size is None or size <= at_most else b""

@@ -5,6 +5,7 @@ keeps unknown ones, so that a manifest that is read and published again has the 
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
@@ -14,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -23,12 +25,17 @@ from pydantic_core import PydanticCustomError
 
 from gearnn_ray.config.recipe import StorageFormat
 from gearnn_ray.core.errors import CorruptStoreError, UserError
-from gearnn_ray.store.blobs import PATH_PART, Blob, Digest, canonical_json, hex_of
+from gearnn_ray.store.blobs import PATH_PART, Blob, Digest, canonical_json, check_json, hex_of
 
 SCHEMA: Final = 2  # raise it when a reader of this number would misread a newer manifest
 
 MANIFEST_BYTES = 4 * 2**20
 """The largest manifest. A hundred levels that change a thousand layers each take less; a reader parses as much in 0.1 s."""
+
+MOST_CLASSES = 10_000
+"""Of a network: data sets have up to a few thousand, and a reader builds a network with outputs for all that a manifest names."""
+
+_Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels; a reader makes images of this size
 
 _CLEAN = "clean"  # the undistorted level: the base itself, without an adaptor
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # of releases and tags
@@ -47,15 +54,20 @@ class NormalisationEntry(_Entry):
 
 
 class ModelEntry(_Entry):
-    """The network: `floats` counts its floating-point values, running statistics included; `arguments` it is built with."""
+    """The network: `floats` counts its floating-point values, running statistics included; `arguments` it is built with;
+    `pad_to`: its images are padded to multiples of this number of pixels; `input_size`: height and width to which frames are
+    scaled before, by default none, so that they are fed at their own size.
+    """
 
     name: str
-    num_classes: NonNegativeInt
+    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
     class_names: tuple[str, ...] = ()
     floats: NonNegativeInt
     task: str
     normalisation: NormalisationEntry
     arguments: Mapping[str, int | float | bool | str] = Field(default_factory=dict)
+    pad_to: PositiveInt | None = None
+    input_size: tuple[_Side, _Side] | None = None
 
 
 class ReferenceEntry(_Entry):
@@ -216,11 +228,12 @@ def content_key(content: Mapping[str, Any]) -> str:
 def read_manifest(data: bytes, digest: str) -> Manifest:
     """The manifest in a file. Raises CorruptStoreError naming the digest and the invalid entry, UserError for another schema."""
     try:
+        check_json(data)
         content = json.loads(data)
     except RecursionError:
         raise CorruptStoreError(f"The manifest {digest} is not valid: its JSON is nested too deeply.") from None
     except ValueError as error:
-        raise CorruptStoreError(f"The manifest {digest} is not JSON: {error}.") from error
+        raise CorruptStoreError(f"The manifest {digest} cannot be parsed as JSON: {error}.") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise UserError(
@@ -231,7 +244,7 @@ def read_manifest(data: bytes, digest: str) -> Manifest:
         manifest = Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
+        place, found = ".".join(map(str, first["loc"])), f"{reprlib.repr(first['input']):.100}"
         raise CorruptStoreError(f"The manifest {digest} is not valid at {place}: {first['msg']}. Found {found}.") from error
     if manifest.created is None:
         raise CorruptStoreError(f"The manifest {digest} is not valid at created: a published manifest has a time.")

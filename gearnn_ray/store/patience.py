@@ -19,7 +19,7 @@ from gearnn_ray.core.errors import StoreUnavailableError
 
 READERS_SECONDS, JOBS_SECONDS = 20.0, 300.0
 
-_CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 10.0  # until a connection is open, and without a byte on it: then the request has failed
+CONNECT_SECONDS, SILENT_SECONDS = 5.0, 10.0  # until a connection is open, and without a byte on it: then the request has failed
 _LONGEST_PAUSE = 15.0
 _LOG = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def open_s3(uri: str) -> tuple[fs.S3FileSystem, str, Patience]:
     bounded = fs.S3FileSystem(
         **options
         | {
-            "connect_timeout": _CONNECT_SECONDS,
-            "request_timeout": _SILENT_SECONDS,
+            "connect_timeout": CONNECT_SECONDS,
+            "request_timeout": SILENT_SECONDS,
             "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=2),
             "allow_delayed_open": True,  # small files in one request: complete or not there, and no unfinished upload stays
         }

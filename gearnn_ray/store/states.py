@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 
 import safetensors.torch
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gearnn_ray.core.errors import CorruptStoreError
-from gearnn_ray.store.blobs import canonical_json, digest_of
+from gearnn_ray.store.blobs import canonical_json, check_json, digest_of
 from gearnn_ray.store.files import one_line
 
 
@@ -36,7 +37,8 @@ def decode_state(data: bytes | memoryview) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
-_HEADER_BYTES = 16 * 2**20  # of a hundred thousand tensors; parsing takes ten times the memory
+_HEADER_BYTES = 4 * 2**20  # of more than ten thousand tensors; parsing takes ten times the memory
+_MOST_DIMENSIONS = 64  # PyTorch's own limit
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -52,18 +54,24 @@ def _tensor_views(memory: memoryview) -> dict[str, Tensor]:
     elements = end = 8 + int.from_bytes(memory[:8], "little")
     if elements > _HEADER_BYTES:
         raise ValueError(f"its header has {elements - 8:,} bytes, expected at most {_HEADER_BYTES:,}")
-    header = json.loads(bytes(memory[8:elements]).decode())
+    text = bytes(memory[8:elements])
+    check_json(text)
+    header = json.loads(text.decode())
     header.pop("__metadata__", None)
-    state = dict[str, Tensor]()
+    places = list[tuple[str, torch.dtype, list[int], int, int]]()  # name, type, shape, count of elements, offset
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if elements + first != end or last < first or last - first != count * dtype.itemsize:
-            raise ValueError(f"{name!r} of shape {shape} cannot lie in the bytes from {first} to {last}")
-        # torch.frombuffer refuses a count of 0.
-        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=end) if count else torch.empty(0, dtype=dtype)
-        state[name] = flat.reshape(shape)
+        count = math.prod(shape[:_MOST_DIMENSIONS])
+        if len(shape) > _MOST_DIMENSIONS or elements + first != end or last < first or last - first != count * dtype.itemsize:
+            found = f"{reprlib.repr(name)} of shape {reprlib.repr(shape)}"
+            raise ValueError(f"{found} cannot lie in the bytes from {reprlib.repr(first)} to {reprlib.repr(last)}")
+        places.append((name, dtype, shape, count, end))
         end = elements + last
     if end != len(memory):
         raise ValueError(f"the tensors end at byte {end} of {len(memory)}")
+    state = dict[str, Tensor]()
+    for name, dtype, shape, count, offset in places:  # all fit: a tensor takes 50 times as long to make as to check
+        # torch.frombuffer refuses a count of 0.
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+        state[name] = flat.reshape(shape)
     return state
