@@ -52,8 +52,12 @@ def test_a_budget_in_a_file_may_be_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("speed: 3", "unknown option 'speed'"),
+        ("colour: 3", r"unknown option 'colour': remove it or correct its name \(--help lists the options\)"),
         ("recipe: {speed: 3}", r"unknown option 'recipe\.speed'"),
+        ("recipe: {epoch: 3}", r"unknown option 'recipe\.epoch': perhaps you meant recipe\.epochs"),
+        ("recipe: {batch-sise: 3}", r"perhaps you meant recipe\.batch_size"),
+        ("resipe: {epochs: 3}", "unknown option 'resipe': perhaps you meant recipe"),
+        ("learning_rate: 3", r"perhaps you meant recipe\.learning_rate or base_recipe\.learning_rate \(--help"),
         ("recipe: {epochs: 0}", r"recipe\.epochs is 0"),
         ("recipe: {epochs: many}", r"recipe\.epochs is 'many'"),
         ("recipe: {learning_rate: .nan}", r"recipe\.learning_rate is nan"),
@@ -80,6 +84,11 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, text: str, fo
     ("arguments", "found"),
     [
         (["--speed", "3"], "Unrecognized options: --speed"),
+        (
+            ["--recipe.epoch", "3"],
+            "Unrecognized options: --recipe.epoch, 3: perhaps you meant --base-recipe.epochs or --recipe.epochs",
+        ),
+        (["--levl", "jpeg-10"], "Unrecognized options: --levl, jpeg-10: perhaps you meant --levels"),
         (["--recipe.epochs", "0"], r"recipe\.epochs is 0"),
         (["--recipe.epochs", "two"], "'two'"),
         (["--levels", "jpeg-0"], "jpeg-0"),

@@ -34,7 +34,8 @@ LEVELS += tuple(f"brightness-{b}" for b in (0.1, 0.2, 0.4, 0.7, 1.5, 2.0))
 BASELINE_LEVELS = ("clean", "jpeg-2", "jpeg-10", "jpeg-40", "jpeg-100", *SIZES, "brightness-0.1", "brightness-0.4")
 UNTRAINED = ("jpeg-20", "jpeg-40", "jpeg-60", "jpeg-80")
 GAINS = {
-    "original": 0.0, "switching": 1.05, "mixed": 0.7, "stability": 0.3, "gearnn": 1.0, "gearnn-released": 0.97,
+    "original": 0.0, "original-scaled": 0.3, "switching": 1.05, "mixed": 0.7, "stability": 0.3, "gearnn": 1.0,
+    "gearnn-released": 0.97,
     "clean-tuned": 0.02, "bn-statistics": 0.5, "bn-tuned": 1.04, "first-block": 0.4, "auto-rgn": 0.85, "random": 0.3,
     "gearnn-nearest": 0.9, "gearnn-interpolated": 0.96, "gearnn-entropy": 0.95,
 }  # fmt: skip
@@ -52,9 +53,9 @@ def evaluation() -> Evaluation:
         own = UNTRAINED if method in ("gearnn-nearest", "gearnn-interpolated", "gearnn-entropy") else BASELINE_LEVELS
         for level in LEVELS if method in ("original", "switching", "gearnn") else own:
             seeds = {"switching": 3, "gearnn": 3, "random": 5}.get(method, 1) if level in BASELINE_LEVELS else 1
-            floats = {"original": 0, "switching": MODEL, "bn-statistics": 8_000, "bn-tuned": 16_000}.get(method, 31_243)
-            if method in CONSTANT[1:]:
-                floats = MODEL
+            floats = {"switching": MODEL, "bn-statistics": 8_000, "bn-tuned": 16_000}.get(method, 31_243)
+            if method in CONSTANT:
+                floats = 0 if method.startswith("original") else MODEL
             values = 56.3 - loss[level] * (1 - 0.93 * GAINS[method]) + rng.normal(0, 0.25, seeds)
             means[method, level] = float(values.mean())
             accuracy += [

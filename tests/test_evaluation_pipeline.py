@@ -180,6 +180,7 @@ def test_a_row_per_method_level_and_seed(done: Done) -> None:
     found = places_of(table.to_pylist())
     assert max(Counter(found).values()) == 1
     expected = cells(LEVELS, BASELINES, 2, ADAPTIVE_BASELINES, CONSTANT_BASELINES)
+    expected |= {("original-scaled", "h264-32x24", SEED)}  # at the other levels frames have the size of the training images
     expected |= {("gearnn-released", level, SEED) for level in DISTORTED}
     expected |= {(f"gearnn-{kind}", "jpeg-30", SEED) for kind in ("nearest", "interpolated", "entropy")}
     assert set(found) == expected
@@ -219,7 +220,7 @@ def test_what_each_method_stores(done: Done) -> None:
     floats, budget = done.manifest["model"]["floats"], done.manifest["budget"]["floats"]
     for row in done.rows("accuracy"):
         method, stored = row["method"], row["floats"]
-        if method == "original" or (row["level"] == "clean" and method not in CONSTANT):
+        if method in ("original", "original-scaled") or (row["level"] == "clean" and method not in CONSTANT):
             assert stored == 0, row
         elif method in ("switching", *CONSTANT_BASELINES):
             assert stored == floats, row

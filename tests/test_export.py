@@ -16,18 +16,27 @@ from gearnn_ray import Store, UserError
 from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.models.weights import read_weights
-from gearnn_ray.serving.export import export_level
+from gearnn_ray.serving.export import export_level, export_levels
 from gearnn_ray.store.releases import Release
 from tests.manifests import level_entry, manifest_of
 from tests.nets import TRUST
 
 CLASSES = 3
 SIZE = (32, 40)
-ADAPTED = {"tests.nets:small": ("bn1.weight", "conv2.weight"), "drn_d_22": ("base.0.1.weight", "seg.bias")}
+ADAPTED = {
+    "tests.nets:small": ("bn1.weight", "conv2.weight"),
+    "drn_d_22": ("base.0.1.weight", "seg.bias"),
+    "tests.test_export:one_size": ("prior", "conv2.weight"),
+}
 
 
-def publish(folder: Path, network: str = "tests.nets:small", reference: dict[str, Any] | None = None) -> Release:
-    """A release with one level, whose outputs differ clearly from those of the base."""
+def publish(
+    folder: Path,
+    network: str = "tests.nets:small",
+    reference: dict[str, Any] | None = None,
+    levels: tuple[str, ...] = ("jpeg-10",),
+) -> Release:
+    """A release whose levels' outputs differ clearly from those of the base and of each other; the second has fewer tensors."""
     torch.manual_seed(0)
     model = build_model(network, CLASSES)
     for module in model.modules():
@@ -35,12 +44,14 @@ def publish(folder: Path, network: str = "tests.nets:small", reference: dict[str
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 2)
     state = network_state(model)
-    adaptor = {name: state[name] * 1.5 + 0.1 for name in ADAPTED.get(network, ADAPTED["tests.nets:small"])}
-    store = Store(folder)
-    base, blob = store.put_state(state), store.put_state(adaptor)
-    levels = {"jpeg-10": level_entry(blob, sum(t.numel() for t in adaptor.values()), sorted(adaptor))}
+    store, entries = Store(folder), {}
+    for number, level in enumerate(levels):
+        names = ADAPTED.get(network, ADAPTED["tests.nets:small"])[number:]
+        adaptor = {name: state[name] * (1.5 + number) + 0.1 for name in names}
+        entries[level] = level_entry(store.put_state(adaptor), sum(t.numel() for t in adaptor.values()), sorted(adaptor))
+    base = store.put_state(state)
     manifest = manifest_of(
-        "tiny", network, CLASSES, base, levels, reference, class_names=["road", "tree", "sky"],
+        "tiny", network, CLASSES, base, entries, reference, class_names=["road", "tree", "sky"],
         normalisation={"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]},
     )  # fmt: skip
     store.publish(manifest, {})
@@ -57,6 +68,11 @@ def expected(release: Release, level: str, images: Tensor) -> Tensor:
     model.load_state_dict({**release.base_state(), **({} if level == "clean" else release.adaptor_state(level))})
     with torch.no_grad():
         return model.eval()(images)
+
+
+def of_each(release: Release, levels: list[str], images: Tensor) -> Tensor:
+    """What each image's own network gives."""
+    return torch.cat([expected(release, level, image[None]) for level, image in zip(levels, images, strict=True)])
 
 
 def run_pt2(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
@@ -102,6 +118,42 @@ def test_a_graph_gives_the_outputs_of_the_levels_own_network(
         torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(logits, expected(release, "clean", images), rtol=1e-2)
     assert (about["class_names"], about["mean"]) == (["road", "tree", "sky"], [0.4] * 3)
+
+
+def test_one_file_has_all_levels_and_takes_them_mixed(tmp_path: Path) -> None:
+    release = publish(tmp_path / "store", levels=("jpeg-10", "jpeg-30"))
+    path = export_levels(release, tmp_path / "all.onnx", SIZE, TRUST)
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["images", "level"]
+    about = json.loads(session.get_modelmeta().custom_metadata_map["gearnn_ray"])
+    assert about["levels"] == ["clean", "jpeg-10", "jpeg-30"]
+    for number, size in ((1, SIZE), (7, SIZE), (3, (50, 67))):
+        level, images = (torch.arange(number) + number) % 3, torch.randn(number, 3, *size)
+        (logits,) = session.run(["logits"], {"images": images.numpy(), "level": level.numpy()})
+        own = of_each(release, [about["levels"][each] for each in level], images)
+        torch.testing.assert_close(torch.from_numpy(logits), own, rtol=1e-4, atol=1e-4)
+        others = of_each(release, [about["levels"][each - 1] for each in level], images)
+        assert not torch.allclose(own, others, rtol=1e-2)
+
+
+def test_a_network_that_runs_as_a_whole_is_one_file_too(tmp_path: Path) -> None:
+    reference = {"height": 32, "width": 40, "luma": 90.0, "luma_spread": 0.2}
+    release = publish(tmp_path / "store", "tests.test_export:one_size", reference, ("jpeg-10", "jpeg-30"))
+    run, about = run_pt2(export_levels(release, tmp_path / "all.pt2", SIZE, TRUST))
+    for level in (torch.tensor([2, 0, 1, 0]), torch.tensor([1])):
+        images = torch.randn(len(level), 3, *SIZE)
+        own = of_each(release, [about["levels"][each] for each in level], images)
+        torch.testing.assert_close(run(images, level), own)  # type: ignore[call-arg]
+
+
+def test_all_levels_in_one_file_have_limits_that_are_said(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"ends in '\.safetensors': expected one of \.pt2, \.onnx"):
+        export_levels(release, tmp_path / "all.safetensors", SIZE, TRUST)
+    monkeypatch.setattr("gearnn_ray.serving.all_levels.has_regions", lambda _: True)
+    with pytest.raises(UserError, match="sees regions of its images, whose number depends on the image: export one level"):
+        export_levels(release, tmp_path / "all.pt2", SIZE, TRUST)
 
 
 def test_a_network_of_one_size_is_written_for_that_size(tmp_path: Path) -> None:

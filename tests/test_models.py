@@ -1,9 +1,12 @@
 """DRN against its published sizes and names; weights files in the true formats, and everything wrong with one."""
 
+import json
 import pickle
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -21,7 +24,7 @@ from gearnn_ray.models import light_maskrcnn
 from gearnn_ray.models.drn import bilinear_kernel
 from gearnn_ray.models.layers import layers_of, model_size, network_state
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.models.weights import WeightsFile, load_weights, read_weights, start_from
+from gearnn_ray.models.weights import WeightsFile, digest_of_weights, load_weights, read_weights, start_from
 from gearnn_ray.offline.base import check_network, train_base
 from gearnn_ray.offline.job_spec import Network
 from gearnn_ray.offline.records import Execution
@@ -82,19 +85,52 @@ def _checkpoint(tmp_path: Path, form: str) -> Path:
         content = {f"module.{k}": v for k, v in state.items()}
     if form == "wrapped":
         content = {"epoch": 3, "state_dict": state}
-    torch.save(content, path := tmp_path / "w.pt")
+    if form == "compiled":
+        content = {f"_orig_mod.module.{k}": v for k, v in state.items()}
+    if form == "lightning":
+        content = {"state_dict": {"criterion.weight": torch.ones(3), **{f"model.{k}": v for k, v in state.items()}}}
+    if form == "training":
+        optimizer = torch.optim.AdamW(build_model("tests.nets:small", num_classes=3).parameters())
+        about = {"args": Namespace(path=Path("runs")), "best": np.float64(1.5), "optimizer": optimizer.state_dict()}
+        content = {**about, "model": state}
+    if form == "parts":
+        for number, (name, tensor) in enumerate(state.items()):
+            safetensors.torch.save_file({name: tensor}, tmp_path / f"model-{number}.safetensors")
+        index = {"weight_map": {name: f"model-{number}.safetensors" for number, name in enumerate(state)}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        return tmp_path  # a folder, as transformers writes it
+    torch.save(content, path := tmp_path / ("w.ckpt" if form == "lightning" else "w.pt"))
     return path
 
 
-@pytest.mark.parametrize("form", ["safetensors", "plain", "module", "wrapped"])
+@pytest.mark.parametrize("form", ["safetensors", "plain", "module", "wrapped", "compiled", "lightning", "training", "parts"])
 def test_weights_load_from_every_true_format(tmp_path: Path, form: str) -> None:
     path = _checkpoint(tmp_path, form)
     model = build_model("tests.nets:small", num_classes=3)
     weights = read_weights(path)
     load_weights(model, weights, "w")
+    prefix = "model." if form == "lightning" else ""
     for name, tensor in network_state(model).items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, weights.state[name].float())
+        assert torch.equal(tensor, weights.state[f"{prefix}{name}"].float())
+    fresh = build_model("tests.nets:small", num_classes=3)
+    assert start_from(fresh, weights, "w") == sum(tensor.numel() > 1 for tensor in network_state(model).values())
+
+
+def test_torchvisions_auxiliary_head_is_left_out_where_the_network_has_none() -> None:
+    name = "torchvision:deeplabv3_mobilenet_v3_large"
+    published = build_model(name, 3, {"aux_loss": True}).state_dict()
+    assert any(tensor.startswith("aux_classifier.") for tensor in published)
+    load_weights(build_model(name, 3), WeightsFile(published), "w")
+    load_weights(build_model(name, 3, {"aux_loss": True}), WeightsFile(published), "w")
+
+
+def test_the_digest_of_weights_in_parts_is_that_of_all_of_them(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, "parts")
+    before = digest_of_weights(folder)
+    assert before == digest_of_weights(folder / "model.safetensors.index.json")
+    safetensors.torch.save_file({"head.bias": torch.ones(3)}, folder / "model-0.safetensors")
+    assert digest_of_weights(folder) != before
 
 
 def test_counters_may_be_there_or_not() -> None:
@@ -152,7 +188,11 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("w.safetensors", b"\xff" * 40, "not a readable safetensors"),
         ("w.safetensors", b"", "not a readable safetensors"),
         ("w.pt", b"junk", "not opened"),
-        ("w.bin", b"junk", "ends in '.bin'"),
+        ("w.bin", b"junk", "not opened"),
+        ("w.onnx", b"junk", "ends in '.onnx'"),
+        ("w.safetensors.index.json", b"{}", "lists no parts"),
+        ("w.safetensors.index.json", b'{"weight_map": {"a": "1.safetensors"}}', "1.safetensors, which is not beside it"),
+        ("w.safetensors.index.json", b'{"weight_map": {"a": "../part-1.safetensors"}}', "which is not beside it"),
         ("missing.pt", None, "there is no weights file"),
     ],
 )

@@ -36,6 +36,8 @@ class AdaptConfig(Section):
     """frames of a segment, for which the knobs are the same"""
     segments: int | None = Field(None, ge=1)
     """segments of each source that are used, from its beginning; default: all"""
+    seeds: int = Field(1, ge=1, le=100)
+    """how many generated clips of different streets are compared, without a source"""
     within: float = Field(0.5, ge=0)
     """points of accuracy below that of the best values, with the original network, that count as equal"""
     ceiling: float | None = Field(None, gt=0)
@@ -50,6 +52,8 @@ class AdaptConfig(Section):
             raise ValueError("ceiling and floor are both given: a controller holds one of them, so leave the other out")
         if self.labels is not None and len(self.source) != 1:
             raise ValueError(f"labels are given for {len(self.source)} sources: give one folder of frames that they belong to")
+        if self.seeds > 1 and self.source:
+            raise ValueError(f"seeds is {self.seeds}, which is for generated clips, and a source is given: leave one of them out")
         if twice := next((each for each in self.source if self.source.count(each) > 1), None):
             raise ValueError(f"the source {twice} is given twice: give each source once")
         return self

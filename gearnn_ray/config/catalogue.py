@@ -26,12 +26,31 @@ KINDS = {
 }  # fmt: skip
 """Every kind of data set, and the tasks that it has targets for."""
 
+LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "smp": "segmentation_models_pytorch", "hf": "transformers"}
+"""The installed libraries whose segmentation networks have names, by the prefix of these: `timm:resnet18`."""
+
 _SEGMENTATION = ("drn_d_22", "drn_d_22_narrow", "drn_d_38")
 _SIZES = ("min_size", "max_size")  # arguments of built-in detectors that scale images themselves
 
 
+def library_of(name: str) -> str | None:
+    """The prefix of a network of an installed library; None for a built-in network and an import path."""
+    prefix, colon, _ = name.partition(":")
+    return prefix if colon and prefix in LIBRARIES else None
+
+
+def missing_library(name: str) -> UserError:
+    """What to say where the library of the network `name` is not installed."""
+    prefix = name.partition(":")[0]
+    return UserError(
+        f"the network {name!r} needs {LIBRARIES[prefix]}, which is not installed: install gearnn-ray[{prefix}], on every node"
+    )
+
+
 def task_of_network(name: str) -> str | None:
-    """The task of a built-in network; None for a network by import path."""
+    """The task of a built-in network, or of one of an installed library; None for a network by import path."""
+    if library_of(name):
+        return "segmentation"
     if name not in BUILT_IN:
         return None
     return "segmentation" if name in _SEGMENTATION else "detection"
@@ -45,7 +64,13 @@ def task_of_options(kind: object, network: object) -> str:
 
 
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:
-    """Raise UserError for an argument that a built-in network does not take. Those of a network by import path are its own."""
+    """Raise UserError for an argument that a built-in network does not take. Those of all others are their own, except that
+    torchvision's, which would fetch weights, are not taken.
+    """
+    if name.startswith("torchvision:"):
+        for argument, value in arguments.items():
+            if argument != "aux_loss" or type(value) is not bool:
+                raise UserError(f"{name} has no argument {argument!r} of {value!r}: expected only aux_loss, true or false")
     if name not in BUILT_IN:
         return
     taken = _SIZES if name in TORCHVISION_DETECTORS or name == "light_maskrcnn" else ()

@@ -8,7 +8,8 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +17,14 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.split import PRESETS, SplitConfig
 from gearnn_ray.core.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+_TRACKED = (SplitConfig, EvaluateConfig, SweepConfig)
+"""Jobs with curves and scores that a tracker can show."""
 
 
 def from_mapping(kind: type[ConfigT], values: object, source: str) -> ConfigT:
@@ -29,18 +34,39 @@ def from_mapping(kind: type[ConfigT], values: object, source: str) -> ConfigT:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error, source)) from error
+        raise UserError(_sentence(error, source, kind)) from error
 
 
-def _sentence(error: ValidationError, source: str) -> str:
+def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{source} has an unknown option {where!r}: remove it or correct its name (--help lists the options)"
+        hint = _perhaps(_near(where, kind)) or "remove it or correct its name"
+        return f"{source} has an unknown option {where!r}: {hint} (--help lists the options)"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{source}: {where + ': ' if where else ''}{message}"
     return f"{source}: {where} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _near(name: str, kind: type[BaseModel]) -> list[str]:
+    """The options that may be meant: the same name in another section, or a similar one."""
+    known = list(_names(kind))
+    last = name.rpartition(".")[2]
+    elsewhere = [option for option in known if option.rpartition(".")[2] == last]
+    return elsewhere or get_close_matches(name.replace("-", "_"), known, 3, 0.75)
+
+
+def _names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every option and section, as recipe.epochs."""
+    for name, field in kind.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _names(field.annotation, f"{prefix}{name}.")
+
+
+def _perhaps(options: Sequence[str]) -> str:
+    return f"perhaps you meant {' or '.join(options)}" if options else ""
 
 
 def read_yaml(path: str | Path) -> object:
@@ -65,6 +91,8 @@ class JobOptions(BaseModel):
     """name of a set of options of jobs/split.py; all other options take precedence"""
     json_lines: bool = False
     """print one JSON object per line instead of text"""
+    track: tuple[str, ...] = ()
+    """experiment trackers (`reporting.tracking`), such as tensorboard or mlflow:http://host:5000; may be given several times"""
 
 
 def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], description: str) -> tuple[ConfigT, JobOptions]:
@@ -73,6 +101,8 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
     Raises UserError for the first invalid option; `--help` prints all options and exits 0.
     """
     options, rest = _own_options(arguments)
+    if options.track and kind not in _TRACKED:
+        raise UserError("--track is given, and only split, evaluate and sweep have something to track: leave it out")
     given = read_yaml(options.config) if options.config else {}
     if isinstance(given, dict):
         if options.preset is not None:
@@ -94,6 +124,10 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
                 + (
                     f" --preset {', '.join(PRESETS)}: Algorithm 1 as published, fewer epochs, more accuracy for each byte, or "
                     "levels of video; all other options take precedence." * (kind is SplitConfig)
+                )
+                + (
+                    " --track tensorboard, mlflow or wandb, with a place such as mlflow:http://host:5000: also send losses, "
+                    "scores and the release there (docs/tracking.md)." * (kind in _TRACKED)
                 ),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
@@ -103,7 +137,7 @@ def parse_command_line(kind: type[ConfigT], arguments: Sequence[str], descriptio
             raise
         raise UserError(f"the command line: {_plain(shown.getvalue())}") from None
     except ValidationError as error:
-        raise UserError(_sentence(error, "the command line")) from error
+        raise UserError(_sentence(error, "the command line", kind)) from error
     # tyro fills in defaults without pydantic's validation
     return from_mapping(kind, config.model_dump(), "the command line"), options
 
@@ -135,9 +169,11 @@ def _with_values_of_flags(kind: type[BaseModel], arguments: Sequence[str]) -> li
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
-    expected = {"config": "the path of a YAML file", "preset": " or ".join(PRESETS)}
+    expected = {
+        "config": "the path of a YAML file", "preset": " or ".join(PRESETS), "track": "tensorboard, mlflow or wandb"
+    }  # fmt: skip
     found: dict[str, str] = {}
-    json_lines = False
+    json_lines, track = False, list[str]()
     rest: list[str] = []
     pending = iter(arguments)
     for argument in pending:
@@ -148,10 +184,13 @@ def _own_options(arguments: Sequence[str]) -> tuple[JobOptions, list[str]]:
             given = value if equals else next(pending, None)
             if given is None:
                 raise UserError(f"--{option} stands alone: expected {expected[option]} after it")
-            found[option] = given
+            if option == "track":
+                track.append(given)
+            else:
+                found[option] = given
         else:
             rest.append(argument)
-    return JobOptions(**found, json_lines=json_lines), rest
+    return JobOptions(**found, json_lines=json_lines, track=tuple(track)), rest
 
 
 def _plain(box: str) -> str:
@@ -159,12 +198,14 @@ def _plain(box: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"[─│╭╮╰╯]+|-{4,}", " ", line).strip() for line in text.splitlines()]
     words = re.sub(r"\s+", " ", " ".join(lines[1:])).strip()
-    words = re.split(r" ?(?:Argument helptext|For full helptext|Perhaps you meant)", words)[0].strip()
+    words, _, after = words.partition("Perhaps you meant")
+    meant = _perhaps(re.findall(r"(?<!\S)--[a-z][\w.-]*(?= [A-Z{\[])", after)[:3])
+    words = re.split(r" ?(?:Argument helptext|For full helptext)", words)[0].strip()
     invalid = re.match(
         r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=(\w+), input_value=(.*?), input_type=", words
     )
     if invalid is None:
-        return words.rstrip(".") + " (--help lists the options)"
+        return words.rstrip(".") + (f": {meant}" if meant else "") + " (--help lists the options)"
     section, found, kind, value = invalid.groups()
     if kind == "value_error":  # raised by a validator of ours, with a whole sentence
         return found.partition("Value error, ")[2]

@@ -1,4 +1,4 @@
-"""What Ray reserves for one fine-tune or one server."""
+"""What Ray reserves for one task, such as a fine-tune, or one server."""
 
 from typing import Annotated
 
@@ -18,15 +18,15 @@ Gpus = Annotated[float, AfterValidator(_fraction_or_whole)]
 
 
 class TaskResources(Section):
-    """What one fine-tune gets."""
+    """What one task of a job gets."""
 
     cpus: float = Field(1, gt=0)
-    """CPUs that a fine-tune reserves; torch uses as many threads"""
+    """CPUs that a task reserves; torch uses as many threads"""
     gpus: Gpus = Field(0, ge=0)
-    """GPUs that a fine-tune reserves; with 0.25 four fine-tunes share one GPU"""
+    """GPUs that a task reserves; with 0.25 four tasks share one GPU"""
     retries: int = Field(3, ge=0)
-    """how often a task is started again after its worker died or hung in one place; it continues from its last checkpoint, and
-    each new epoch begins the count anew"""
+    """how often a task is started again after its worker died or hung in one place; a fine-tune continues from its last
+    checkpoint, and each new epoch begins the count anew"""
 
 
 class ResourcesConfig(TaskResources):

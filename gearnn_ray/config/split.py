@@ -63,14 +63,22 @@ class ModelConfig(Section):
 
     name: str = "drn_d_22"
     """drn_d_22, drn_d_22_narrow (the default of generated scenes) or drn_d_38; centre_detector, light_maskrcnn, or a detector of
-    torchvision's such as maskrcnn_resnet50_fpn; or a function that returns a network, as package.module:function"""
+    torchvision's such as maskrcnn_resnet50_fpn; a segmentation network of an installed library, as torchvision:NAME, timm:NAME,
+    smp:NAME or hf:FOLDER_OR_ID (docs/networks.md); or a function that returns a network, as package.module:function"""
     arguments: dict[str, int | float | bool | str] = Field(default_factory=dict)
     """further arguments that the network is built with: min_size and max_size of torchvision's detectors, or what the user's own
     function takes"""
+    pad_to: int | None = Field(None, ge=2, le=1024)
+    """for a segmentation network that only takes sides of multiples of this number, such as 32: images are padded to these with
+    copies of their last row and column, and the logits of the padding are cut off; default: images stay as they are"""
+    input: Literal["own-size", "training-size"] = "own-size"
+    """size at which the network sees frames; own-size: at which they arrive, as in the paper; training-size: that of the
+    undistorted training images, to which frames of another size are scaled (docs/levels.md). Answers have the frame's size"""
     weights: str | None = None
-    """.safetensors, .pt or .pth file as every worker sees it; default: the network is first trained on the undistorted images"""
+    """.safetensors, .bin, .pt, .pth or .ckpt file, the .index.json of a file in parts, or a folder of transformers, as every
+    worker sees it; default: the network is first trained on the undistorted images"""
     start: str | None = None
-    """.safetensors, .pt or .pth file that the training of the base begins with, such as a backbone: tensors whose name and shape
+    """a file as for model.weights that the training of the base begins with, such as a backbone: tensors whose name and shape
     are the network's, or those of one part of it, are taken; the others are initialised anew"""
     mean: tuple[float, float, float] | None = None
     """RGB mean in [0, 1] that normalises the network's input; default: the one in the weights file, else ImageNet's"""
@@ -98,6 +106,19 @@ class SensitivityConfig(Section):
 
 class SelectionConfig(Coupling, Criterion):
     """How important layers are, and the problem that selects among them."""
+
+    held_back: float = Field(0, ge=0, le=0.5)
+    """share of the training images, counted from the last one, by which each level's budget is chosen: M, or a half, a quarter or
+    an eighth of it, whichever adaptor does best on them when it is trained on the others; 0: always M"""
+
+    @model_validator(mode="after")
+    def _held_back_per_level(self) -> "SelectionConfig":
+        if self.held_back and self.is_joint:
+            raise ValueError(
+                f"selection.held_back is given and selection.problem is {self.problem}, where levels share the budget: leave it "
+                "out or choose per-level"
+            )
+        return self
 
     @property
     def criterion(self) -> Criterion:
@@ -261,6 +282,8 @@ class SplitConfig(Section):
         if own is not None and own != self.task:
             raise ValueError(f"the task is {self.task} and the network {self.model.name} is for {own}: give another of the two")
         check_arguments(self.model.name, self.model.arguments)
+        if self.model.pad_to is not None and self.task != "segmentation":
+            raise ValueError("model.pad_to is given and detectors take images of any size: leave it out")
         return self
 
     @field_validator("levels")

@@ -27,7 +27,7 @@ class ExportConfig(Section):
     release: Annotated[Reference, tyro.conf.Positional] = "drn22-scenes-jpeg:latest"
     """the release, as name, name:tag or name@sha256:…"""
     level: Annotated[str, tyro.conf.Positional] = ""
-    """level of the release, such as jpeg-10; clean is the base"""
+    """level of the release, such as jpeg-10; clean is the base; all: one .onnx or .pt2 file whose second input is the level"""
     file: Annotated[str, tyro.conf.Positional] = ""
     """file to write; its suffix names the format: .onnx (needs the extra onnx), .pt2 (torch.export) or .safetensors"""
     store: str = "artifacts"

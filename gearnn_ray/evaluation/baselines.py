@@ -27,6 +27,7 @@ from gearnn_ray.training.trainer import Loss
 
 TITLES: dict[str, str] = {
     "original": "original",
+    "original-scaled": "original at training size",
     "switching": "DNN switching",
     "mixed": "mixed training",
     "stability": "stability training",
@@ -44,7 +45,7 @@ TITLES: dict[str, str] = {
 }
 """The title of each method in tables and figures, in their order."""
 
-CONSTANT = ("original", "mixed", "stability", "clean-tuned")
+CONSTANT = ("original", "original-scaled", "mixed", "stability", "clean-tuned")
 """Methods with one set of weights for all levels. The others have one per level, and are the base itself at `clean`."""
 
 

@@ -160,7 +160,7 @@ def publish(store: Store, plan: Plan, found: Found, command: str) -> Outcome:
     whole = [(cell, evaluated) for cell, evaluated in found.cells if cell.budget is None]
     mains = {level: main for level in plan.levels if (main := found.mains.get((level, spec.seed))) is not None}
     methods = dict.fromkeys(cell.method for cell, _ in whole)
-    networks = [method for method in CONSTANT if method in methods]
+    networks = [method for method in CONSTANT if method in methods and method != "original-scaled"]  # which is the original
     clips = len(set(spec.data.val.clips))
     evaluation = Evaluation(
         name=release.name,

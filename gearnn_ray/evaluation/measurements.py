@@ -4,6 +4,7 @@ One pass over a level's images evaluates all weights at this level.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.evaluation.entropy import MixedByEntropy
 from gearnn_ray.evaluation.frequency import frequency_response
 from gearnn_ray.evaluation.records import Evaluated, FrequencyResult, Picture, Source, Weights
-from gearnn_ray.evaluation.runs import EVALUATION_VERSION, base_network, change_of, pixels_version
+from gearnn_ray.evaluation.runs import EVALUATION_VERSION, base_network, change_of, pixels_version, renamed
+from gearnn_ray.models.detector import has_its_own_size
+from gearnn_ray.offline.base import SeveralSizesError, training_size
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.store.releases import Store
@@ -44,6 +47,21 @@ def evaluate_weights(spec: JobSpec, level: str, sources: Sequence[Source], emit:
         Evaluated, list(source_of), evaluate, lambda result: cache.store.is_intact(result.evidence), metric=spec.task.metrics[0]
     )
     return dict(zip(source_of.values(), results, strict=True))
+
+
+def evaluate_scaled(spec: JobSpec, level: str, emit: Emit) -> Evaluated | None:
+    """The base on a level's validation images after they are scaled to the size of the training images, as `model.input`
+    training-size does. None where this changes nothing, or no such size is defined.
+    """
+    try:
+        size = training_size(spec.data, spec.cache)
+    except SeveralSizesError:
+        return None
+    images, _ = spec.validation_data(level)
+    if images[0].shape[:2] == size or has_its_own_size(spec.network.build()):
+        return None
+    scaled = replace(spec, network=replace(spec.network, input_size=size))
+    return evaluate_weights(scaled, level, [None], renamed(emit, lambda _: "original at training size"))[None]
 
 
 def _evaluated(spec: JobSpec, evidence: Mapping[str, Tensor], digest: str) -> Evaluated:

@@ -21,6 +21,18 @@ def notes(
         f"All fine-tunes use the same {count} training images, {recipe.epochs} epochs, batches of {recipe.batch_size}, crops of "
         f"{recipe.crop} pixels, SGD with momentum {recipe.momentum:g} and a {recipe.schedule} learning rate."
     )
+    size = spec.network.input_size
+    yield (
+        "Frames are fed to the network at the size at which they arrive (model.input own-size)."
+        if size is None
+        else f"Frames of another size than {size[1]}x{size[0]} are scaled to it for every method (model.input training-size)."
+    )
+    if "original-scaled" in methods:
+        yield (
+            f"“{TITLES['original-scaled']}” is the original whose frames are scaled to the size of the training images first "
+            "(model.input training-size), at levels whose frames have another one: it holds nothing, but computes as much as for "
+            "undistorted frames."
+        )
     if not spec.data.labelled:
         yield (
             "Scores are the agreement with the base's own answers to the undistorted images, because there are no labels: the "

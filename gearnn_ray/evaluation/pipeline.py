@@ -32,7 +32,7 @@ from gearnn_ray.evaluation.records import (
     Weights,
 )
 from gearnn_ray.evaluation.runs import WeightsSpec
-from gearnn_ray.levels.axes import Neighbours, axes_of
+from gearnn_ray.levels.axes import Neighbours, axes_of, properties_of
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import fine_tune_fully
@@ -97,6 +97,10 @@ def _control(spec: JobSpec, full: Recipe, seed: int, emit: Emit) -> None:
 
 def _evaluate_original(spec: JobSpec, level: str, emit: Emit) -> float:
     return measurements.evaluate_weights(spec, level, [None], runs.renamed(emit, lambda _: "original"))[None].score
+
+
+def _evaluate_scaled(spec: JobSpec, level: str, emit: Emit) -> Evaluated | None:
+    return measurements.evaluate_scaled(spec, level, emit)
 
 
 def _mix(spec: JobSpec, lower: Weights, upper: Weights, share: float, emit: Emit) -> Weights:
@@ -267,7 +271,19 @@ class _Run:
             self._start(unit.label, unit.function, *unit.arguments, then=partial(self._made, unit))
         for level in [level for level, labels in self._waiting.items() if not labels]:
             self._evaluate(level)
+        self._scale_frames()
         self.tasks.settle()
+
+    def _scale_frames(self) -> None:
+        """The original at the frame sizes of levels that change it, fed at training size: a rival that holds nothing."""
+
+        def evaluated(level: str, result: Evaluated | None) -> None:
+            if result is not None:
+                self.found.cells.append((Cell("original-scaled", level, self.plan.spec.seed, Weights()), result))
+
+        for level in self.plan.levels if self.plan.spec.network.input_size is None else ():
+            if properties_of(parse_level(level)).size is not None:
+                self._start(f"{level} original at training size", _evaluate_scaled, level, then=partial(evaluated, level))
 
     def _constant_units(self) -> Iterator[_Unit]:
         """One network for all levels each, evaluated at the baselines' levels and undistorted."""

@@ -1,5 +1,8 @@
-"""Reads weights files and loads them into a network. No file can run code: `.pt` and `.pth` are read with `weights_only=True`."""
+"""Reads weights files and loads them into a network. No file can run code: pickles are read with `weights_only=True`, and objects
+of other classes than tensors and plain values, such as the arguments of a training script, are skipped without importing theirs.
+"""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from gearnn_ray.core.errors import UserError
-from gearnn_ray.models.names import check_weights_path
+from gearnn_ray.models.names import INDEX, check_weights_path, parts_of, weights_file
 
 # keys under which training scripts save a state dict
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net")
+_COMPILED = "_orig_mod."  # what torch.compile puts before the names inside a module
+_AUXILIARY = "aux_classifier."  # torchvision's second head, which its published files have and only training uses
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,34 @@ class WeightsFile:
 
 
 def read_weights(path: str | Path) -> WeightsFile:
-    """Read a `.safetensors`, `.pt` or `.pth` file, without the prefix `module.` (DataParallel). A state dict nested under a usual
-    key is found. `about` merges the JSON objects in the metadata of a safetensors file. Raises UserError for a missing or
-    unreadable file and for one without a state dict.
+    """Read a `.safetensors` file, one of torch's (`.pt`, `.pth`, `.bin`, `.ckpt`), or all parts that an `.index.json` names; of a
+    folder, the file that transformers keeps its weights in. Names lose `module.` (DataParallel) and `_orig_mod.` (torch.compile).
+    A state dict nested under a usual key is found. `about` merges the JSON objects in the metadata of a safetensors file. Raises
+    UserError for a missing or unreadable file and for one without a state dict.
     """
-    path = Path(path)
-    check_weights_path(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else WeightsFile(_read_torch(path))
+    state: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for file in _files(path):
+        part = _read_safetensors(file) if file.suffix == ".safetensors" else WeightsFile(_read_torch(file))
+        state |= part.state
+        about |= part.about
+    return WeightsFile(_plain_names(state), about)
+
+
+def digest_of_weights(path: str | Path) -> str:
+    """SHA-256 of the file, in hex; of all files, where it has parts. Raises UserError as `read_weights` does."""
+    files = _files(path)
+    digests = [hashlib.sha256(file.read_bytes()) for file in files]
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def _files(path: str | Path) -> list[Path]:
+    """The files that hold the tensors."""
+    file = weights_file(Path(path))
+    check_weights_path(file)
+    return parts_of(file) if file.name.endswith(INDEX) else [file]
 
 
 def _read_safetensors(path: Path) -> WeightsFile:
@@ -50,44 +77,77 @@ def _read_safetensors(path: Path) -> WeightsFile:
             continue
         if isinstance(parsed, dict):
             about.update(parsed)
-    return WeightsFile(_plain_names(state), about)
+    return WeightsFile(state, about)
+
+
+class _Skipped:
+    """Stands for whatever object of a foreign class a checkpoint holds, and keeps nothing of it."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __new__(cls, *_: object, **__: object) -> "_Skipped":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None: ...
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    skipped: list[str] = []
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            skipped = sorted(get_unsafe_globals_in_checkpoint(path))
+        except (ValueError, RuntimeError):  # torch's format before 1.6: such a file is read if it holds nothing foreign
+            skipped = []
+        # the name of the class is all that is looked at: none is imported
+        stands_for = [(type("_Skipped", (_Skipped,), {}), name) for name in skipped]
+        with safe_globals(stands_for):  # type: ignore[arg-type]
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError…
-        raise UserError(
-            f"{path} holds something other than plain tensors (a pickle, or a damaged file) and is not opened: "
-            "save its state_dict() with torch.save or as .safetensors"
-        ) from error
+        raise _not_opened(path) from error
     for wrapper in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
             break
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} holds no state dict: expected a mapping of names to tensors")
-    return _plain_names(loaded)
+    if isinstance(loaded, dict):  # a state dict's extra state is no tensor
+        loaded = {name: value for name, value in loaded.items() if not isinstance(value, _Skipped)}
+    if isinstance(loaded, dict) and loaded and all(isinstance(v, Tensor) for v in loaded.values()):
+        return loaded
+    if skipped:
+        raise _not_opened(path)
+    raise UserError(f"{path} holds no state dict: expected a mapping of names to tensors")
+
+
+def _not_opened(path: Path) -> UserError:
+    return UserError(
+        f"{path} holds something other than plain tensors (a pickle, or a damaged file) and is not opened: "
+        "save its state_dict() with torch.save or as .safetensors"
+    )
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    wrapped = bool(state) and all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    return _within(state, "module.") if state and all(name.startswith("module.") for name in state) else state
+
+
+def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names have the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def start_from(model: nn.Module, weights: WeightsFile, source: str) -> int:
-    """Put the tensors of a file into the network, or into the part of it that has most of them (a backbone), wherever name and
-    shape are the same. Returns how many. `source` names the file in errors. Raises UserError if fewer than half of the file's
-    tensors fit, or one of them is not finite.
+    """Put the tensors of a file, or of one part of it (`model.`), into the network, or into the part of it that has most of them
+    (a backbone), wherever name and shape are the same. Returns how many. `source` names the file in errors. Raises UserError if
+    fewer than half of the file's tensors fit, or one of them is not finite.
     """
     expected, given = model.state_dict(), _todays_names(model, weights.state)
     prefixes = ("", *(f"{path}." for path, _ in model.named_modules() if path))
 
-    def fitting(prefix: str) -> dict[str, Tensor]:
-        named = {f"{prefix}{name}": tensor for name, tensor in given.items()}
+    def fitting(prefix: str, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {f"{prefix}{name}": tensor for name, tensor in part.items()}
         return {n: t for n, t in named.items() if n in expected and expected[n].shape == t.shape and t.numel() > 1}
 
-    taken = max(map(fitting, prefixes), key=len)
+    inside = [_within(given, f"{first}.") for first in dict.fromkeys(name.partition(".")[0] for name in given)]
+    taken = max((fitting(prefix, part) for part in (given, *inside) for prefix in prefixes), key=len)
     whole = sum(tensor.numel() > 1 for tensor in given.values())
     if 2 * len(taken) < whole or not taken:
         raise UserError(
@@ -106,6 +166,19 @@ def _todays_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     return dict(state) if renamed is None else renamed(state)
 
 
+def _of_this_network(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file behind the prefix, such as Lightning's `model.`, behind which it has all of the network's; without an
+    auxiliary head that the network was built without.
+    """
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    if needed and not given.keys() >= set(needed):
+        ends = sorted(name for name in given if name.endswith(f".{needed[0]}"))
+        inside = (_within(given, name.removesuffix(needed[0])) for name in ends)
+        given = next((part for part in inside if part.keys() >= set(needed)), given)
+    auxiliary = any(name.startswith(_AUXILIARY) for name in expected)
+    return given if auxiliary else {name: tensor for name, tensor in given.items() if not name.startswith(_AUXILIARY)}
+
+
 def _check_finite(name: str, tensor: Tensor, source: str) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise UserError(
@@ -115,10 +188,11 @@ def _check_finite(name: str, tensor: Tensor, source: str) -> None:
 
 def load_weights(model: nn.Module, weights: WeightsFile, source: str) -> None:
     """Load `weights` into `model`, in its floating-point types. `source` names the file in errors. `num_batches_tracked` may be
-    missing (before torch 0.4.1). Raises UserError for a tensor that is missing, extra, misshapen or not finite.
+    missing (before torch 0.4.1). All names may stand behind one prefix, and torchvision's auxiliary head may be there. Raises
+    UserError for a tensor that is missing, extra, misshapen or not finite.
     """
     expected = model.state_dict()
-    given = _todays_names(model, weights.state)
+    given = _of_this_network(expected, _todays_names(model, weights.state))
     missing = [n for n in expected if n not in given and not n.endswith("num_batches_tracked")]
     extra = [n for n in given if n not in expected]
     if missing or extra:

@@ -1,11 +1,12 @@
 """The base network: the user's weights, or trained here; in the store before any level starts. Knows nothing of Ray."""
 
-import hashlib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,16 +14,21 @@ from gearnn_ray.config.recipe import PAPERS, BaseRecipe, Criterion, Recipe
 from gearnn_ray.config.split import ModelConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit
+from gearnn_ray.data.cache import level_images
 from gearnn_ray.data.dataset import Dataset
+from gearnn_ray.levels.level import CLEAN
+from gearnn_ray.models.detector import has_its_own_size
 from gearnn_ray.models.layers import frozen_norms, layers_of, network_state
-from gearnn_ray.models.weights import load_weights, read_weights, start_from
+from gearnn_ray.models.libraries import resolved
+from gearnn_ray.models.weights import digest_of_weights, load_weights, read_weights, start_from
 from gearnn_ray.offline.job_spec import Network, level_data, stage_key
+from gearnn_ray.offline.network_check import try_segmenter
 from gearnn_ray.offline.records import BaseResult, Execution
 from gearnn_ray.offline.stage_cache import StageCache
 from gearnn_ray.store.blobs import Blob
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import task_by_name
-from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, predict_image
+from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, image_at_size, predict_image
 from gearnn_ray.training.teacher import check_teacher
 from gearnn_ray.training.trainer import fine_tune
 
@@ -42,11 +48,32 @@ class NetworkFacts:
 
 
 def network_of(model: ModelConfig, num_classes: int, task: str) -> Network:
-    """The network of a configuration, normalised as the options, else its weights file, else ImageNet's statistics say."""
+    """The network of a configuration, normalised as the options, else its weights file, else the folder of transformers that it
+    is from, else ImageNet's statistics say.
+    """
+    found = resolved(model.name, model.arguments)
     if model.mean is not None and model.std is not None:
-        return Network(model.name, num_classes, Normalisation(model.mean, model.std), task, model.arguments)
-    about = dict(read_weights(model.weights).about) if model.weights else {}
-    return Network(model.name, num_classes, _stated_normalisation(about) or _IMAGENET, task, model.arguments)
+        normalisation = Normalisation(model.mean, model.std)
+    else:
+        about = {**found.about, **(read_weights(model.weights).about if model.weights else {})}
+        normalisation = _stated_normalisation(about) or _IMAGENET
+    return Network(found.name, num_classes, normalisation, task, found.arguments, pad_to=model.pad_to)
+
+
+class SeveralSizesError(UserError):
+    """The training images have no one size."""
+
+
+def training_size(data: Dataset, cache: str) -> tuple[int, int]:
+    """Height and width of the undistorted training images. Raises SeveralSizesError."""
+    sizes = Counter((shape[0], shape[1]) for shape in level_images(data.train, CLEAN, Path(cache).expanduser()).shapes)
+    if len(sizes) > 1:
+        (height, width), count = sizes.most_common(1)[0]
+        raise SeveralSizesError(
+            f"the training images have {len(sizes)} sizes, {width}x{height} in {count} of {len(data.train)}, and model.input "
+            "training-size needs one to which all frames are scaled: give images of one size, or own-size"
+        )
+    return next(iter(sizes))
 
 
 def _stated_normalisation(about: Mapping[str, Any]) -> Normalisation | None:
@@ -74,6 +101,11 @@ def check_network(
             f"the network {network.name} has {len(frozen)} frozen batch normalisations, the first at {frozen[0]}, which no "
             "fine-tune can move: build it with norm_layer=torch.nn.BatchNorm2d"
         )
+    if network.input_size is not None and has_its_own_size(model):
+        raise UserError(
+            f"model.input is training-size and the network {network.name} itself scales images of any size to one of its own: "
+            "leave model.input out"
+        )
     layers = layers_of(model)
     if not layers:
         raise UserError(f"the network {network.name} has no floating-point tensors: give one with weights to adapt")
@@ -86,6 +118,11 @@ def _try_on_an_image(network: Network, model: nn.Module, data: Dataset, recipe: 
     """Predict and judge the first validation image, and compute the loss on it."""
     task, image, target = task_by_name(network.task), data.val.image(0), data.val.target(0)
     task.check(image, target, network.num_classes, f"val sample {data.val.ids[0]!r}")
+    if network.input_size is not None:
+        image = image_at_size(image, network.input_size)
+        image, target = task.augment(image, target, network.input_size, np.array([0.0, 0.0, 0.5]))  # all of it, not mirrored
+    if network.task == "segmentation":
+        try_segmenter(network.name, model, network.num_classes, network.normalisation, task, image, recipe)
     predictor = Predictor(for_inference(model), network.normalisation)
     try:
         prediction = predict_image(task, predictor, image, torch.device("cpu"))
@@ -132,13 +169,13 @@ def train_base(
     """
     key = stage_key(
         "base",
-        network=network.inputs(),
+        network=replace(network, input_size=None).inputs(),  # undistorted training images have one size, or none is given
         train=data.train.digest,
         recipe=recipe.inputs(),
         seed=seed,
         execution=asdict(execution),
         task_version=task_by_name(network.task).version,
-        **({} if start is None else {"start": hashlib.sha256(Path(start).read_bytes()).hexdigest()}),
+        **({} if start is None else {"start": digest_of_weights(start)}),
     )
     stages = StageCache(Store(store), "clean", emit)
 

@@ -19,7 +19,8 @@ from gearnn_ray.offline.records import Execution
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks import agreement, task_by_name
 from gearnn_ray.tasks.base import Image, Task
-from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, predict_image
+from gearnn_ray.training.predict import Normalisation, Predictor, for_inference, image_at_size, predict_image
+from gearnn_ray.training.sampling import AtSize
 from gearnn_ray.training.teacher import Teacher
 
 Part = Literal["train", "val"]
@@ -30,28 +31,38 @@ KEY_VERSION = 2
 
 @dataclass(frozen=True)
 class Network:
-    """Which network, for which task, how its input is normalised, and with which arguments it is built."""
+    """Which network, for which task, how its input is normalised, with which arguments it is built, to multiples of which number
+    of pixels its images are padded, and to which height and width its images are scaled before (None: they are fed at their own).
+    """
 
     name: str
     num_classes: int
     normalisation: Normalisation
     task: str = "segmentation"
     arguments: Mapping[str, Argument] = field(default_factory=dict)
+    pad_to: int | None = None
+    input_size: tuple[int, int] | None = None
 
     def build(self) -> nn.Module:
         """The network, freshly initialised."""
-        return build_model(self.name, self.num_classes, self.arguments)
+        return build_model(self.name, self.num_classes, self.arguments, self.pad_to)
 
     def inputs(self) -> dict[str, Any]:
         """What stage keys hash of it."""
-        return {name: value for name, value in asdict(self).items() if name != "arguments" or value}
+        later = ("arguments", "pad_to", "input_size")
+        return {name: value for name, value in asdict(self).items() if name not in later or value}
+
+    def fitted(self, images: Sequence[Image]) -> Sequence[Image]:
+        """Images as the network sees them."""
+        return images if self.input_size is None else AtSize(images, self.input_size)
 
 
 @dataclass(frozen=True)
 class JobSpec:
     """What all levels of a job share. base: digest of the base's blob. budget: M in floats, of each adaptor; with the problem
     one-memory, of all together. sensitivity_epochs: epochs of full fine-tuning before layers are selected; 0: one step along the
-    gradient at the base; None: all. keep_full: also store full fine-tunes. world_size: workers per fine-tune.
+    gradient at the base; None: all. held_back: share of the training images by which budgets up to M are tried; 0: none is.
+    keep_full: also store full fine-tunes. world_size: workers per fine-tune.
     """
 
     store: str
@@ -68,6 +79,7 @@ class JobSpec:
     criterion: Criterion = PAPERS
     coupling: Coupling = PER_LEVEL
     sensitivity_epochs: float | None = None
+    held_back: float = 0.0
 
     @property
     def task(self) -> Task:
@@ -98,22 +110,24 @@ class JobSpec:
         """
         if self.recipe.objective == "labels":
             return None
-        images = level_images(self.data.train, CLEAN, Path(self.cache).expanduser())
+        images = self.network.fitted(level_images(self.data.train, CLEAN, Path(self.cache).expanduser()))
         return Teacher(self.task, base(), images, self.recipe, self.network.normalisation, self.execution.precision)
 
     def _level_data(self, part: Part, level: str) -> tuple[Sequence[Image], Sequence[Any]]:
         if self.data.labelled:
-            return level_data(self.data, self.task, part, level, self.cache)
+            images, targets = level_data(self.data, self.task, part, level, self.cache)
+            return self.network.fitted(images), targets
         split, folder = getattr(self.data, part), Path(self.cache).expanduser()
         by_base = self.key("answers", split=split.digest)
-        return level_images(split, parse_level(level), folder), answered_targets(split, by_base, self._answers, folder, self.task)
+        images = self.network.fitted(level_images(split, parse_level(level), folder))
+        return images, answered_targets(split, by_base, self._answers, folder, self.task)
 
     def _answers(self, images: Iterable[Image]) -> Iterator[Any]:
         """The base's own answers to undistorted images, as targets."""
         model = for_inference(self.network.build().to(self.device))
         model.load_state_dict(Store(self.store).get_state(self.base))
         predictor = Predictor(model, self.network.normalisation, self.execution.precision)
-        for image in images:
+        for image in (image_at_size(each, self.network.input_size) for each in images):
             yield self.task.target_of(predict_image(self.task, predictor, image, self.device), image.shape[:2])
 
     def key(self, stage: str, **inputs: Any) -> str:

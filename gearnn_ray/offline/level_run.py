@@ -19,6 +19,7 @@ from gearnn_ray.config.recipe import Criterion
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.layers import alternatives_of, layers_of, network_state
+from gearnn_ray.offline.held_back import Data, best_part, parted
 from gearnn_ray.offline.importance import FOLDED
 from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.joint_selection import LevelMeasurement, joint_selection, select_layers
@@ -232,7 +233,17 @@ class LevelRun:
         return self.cache.result(MeasureResult, key, lambda: self._measure(full, control) if self.cache.leads else None)
 
     def selection(self, full: FullResult, budget: int) -> LayerSelection:
-        """Step 3: the layers chosen under M, in floats."""
+        """Step 3: the layers chosen under M, in floats; with `held_back`, under the part of M that does best on these."""
+        held_back = self.spec.held_back
+        if not held_back:
+            return self._selected(full, budget)
+        return best_part(
+            lambda floats: self._selected(full, floats),
+            lambda selection, name: self.partial(selection, held_back, name).score,
+            budget,
+        )
+
+    def _selected(self, full: FullResult, budget: int) -> LayerSelection:
         criterion = self.spec.criterion
         control = self._control().digest if criterion.against == "clean" else None
         key = self._key("selection", full=full.digest, criterion=criterion.model_dump(), control=control, budget=budget)
@@ -245,15 +256,19 @@ class LevelRun:
 
         return self.cache.result(SelectionResult, key, solve).selection
 
-    def partial(self, selection: LayerSelection) -> PartialResult:
-        """Step 4: the partial fine-tune, and its adaptor in the store."""
-        key = self._key("partial", chosen=selection.layers, storage_formats=selection.storage_formats)
+    def partial(self, selection: LayerSelection, held_back: float = 0.0, label: str = "partial") -> PartialResult:
+        """Step 4: the partial fine-tune, and its adaptor in the store. held_back: share of the training images, counted from the
+        last one, that it is judged on instead of trained on. label: the stage's name in events.
+        """
+        apart = {"held_back": held_back} if held_back else {}
+        key = self._key("partial", chosen=selection.layers, storage_formats=selection.storage_formats, **apart)
         return self.cache.result(
             PartialResult,
             key,
-            lambda: self._fine_tune_chosen(key, selection),
+            lambda: self._fine_tune_chosen(key, selection, held_back, label),
             lambda result: self.cache.store.is_intact(result.digest),
-            metric=self._metric,
+            label,
+            self._metric,
         )
 
     @property
@@ -348,7 +363,8 @@ class LevelRun:
         variants += [StoredVariant(name, FOLDED, 0, Change(0, 0.0, 0.0, 0.0, zero, zero)) for name in statistics]
         return MeasureResult(tuple(rows), tuple(compared), tuple(variants))
 
-    def _fine_tune_chosen(self, key: str, selection: LayerSelection) -> PartialResult | None:
+    def _fine_tune_chosen(self, key: str, selection: LayerSelection, held_back: float, label: str) -> PartialResult | None:
+        train, val = parted(self.spec.training_data(self.level), held_back) if held_back else (None, None)
         model, chosen, formats = self.network(), selection.layers, selection.storage_formats
         folded = {layer for layer, storage_format in formats.items() if storage_format == FOLDED}
         by_tensor = {
@@ -358,7 +374,7 @@ class LevelRun:
             if layer.name in formats.keys() - folded
         }
         # where nothing moved in the full fine-tune, the adaptor is empty
-        seconds = self._fine_tune(model, chosen, key, "partial") if chosen else 0.0
+        seconds = self._fine_tune(model, chosen, key, label, train) if chosen else 0.0
         if not self.cache.leads:
             return None
         if folded:
@@ -372,7 +388,7 @@ class LevelRun:
             stored = encode(self._base, adaptor, by_tensor)
             put_adaptor(model, self._base, decode(self._base, stored))
         blob = self.cache.store.put_state(stored)
-        score, others = self._scores(model)
+        score, others = self._scores(model, val)
         return PartialResult(
             digest=blob.digest,
             bytes=blob.bytes,
@@ -398,13 +414,15 @@ class LevelRun:
             self._teaches = self.spec.teacher(lambda: copy.deepcopy(self.network()))
         return self._teaches
 
-    def _fine_tune(self, model: nn.Module, chosen: tuple[str, ...] | None, key: str, label: str) -> float:
-        """Seconds that it took."""
+    def _fine_tune(
+        self, model: nn.Module, chosen: tuple[str, ...] | None, key: str, label: str, data: Data | None = None
+    ) -> float:
+        """Seconds that it took. data: by default the training images."""
         spec = self.spec
         recipe, stop_after = spec.recipe, spec.sensitivity_epochs if chosen is None else None
         if stop_after is not None:
             recipe = recipe.model_copy(update={"averaged": 0.0})  # averaging is for networks that are used
-        images, targets = spec.training_data(self.level)
+        images, targets = data or spec.training_data(self.level)
         outcome = fine_tune(
             spec.task, model, images, targets, recipe, spec.network.normalisation, spec.execution.precision,
             chosen=chosen, seed=spec.seed, checkpoint=self.cache.checkpoint(key, label), progress=self.cache.progress(label),
@@ -412,9 +430,9 @@ class LevelRun:
         )  # fmt: skip
         return outcome.seconds
 
-    def _scores(self, model: nn.Module) -> tuple[float, dict[str, float]]:
-        """The task's first metric, and its others by name."""
-        spec, (images, targets) = self.spec, self.spec.validation_data(self.level)
+    def _scores(self, model: nn.Module, data: Data | None = None) -> tuple[float, dict[str, float]]:
+        """The task's first metric, and its others by name. data: by default the validation images."""
+        spec, (images, targets) = self.spec, data or self.spec.validation_data(self.level)
         predictor = Predictor(model, spec.network.normalisation, spec.execution.precision)
         (evidence,) = collect_evidence(spec.task, model, [predictor], images, targets, spec.network.num_classes)
         found = scores(spec.task, evidence)

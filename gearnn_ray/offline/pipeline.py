@@ -8,7 +8,7 @@ Weights go from worker to store and back, never through the driver. After a kill
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.data.cache import ImageStatistics, level_images, level_statistics
 from gearnn_ray.data.dataset import Dataset, open_dataset
 from gearnn_ray.levels.level import parse_level
-from gearnn_ray.offline.base import NetworkFacts, check_network, network_of, publish_given_base, train_base
+from gearnn_ray.offline.base import NetworkFacts, check_network, network_of, publish_given_base, train_base, training_size
 from gearnn_ray.offline.execution import decide, look_at_processor
 from gearnn_ray.offline.job_spec import JobSpec, Network, level_data, stage_key
 from gearnn_ray.offline.joint_selection import LevelMeasurement
@@ -92,6 +92,7 @@ def _split(given: SplitConfig, store: Store, lease: HeldLease, emit: Emit) -> Ou
             criterion=config.selection.criterion,
             coupling=config.selection.coupling,
             sensitivity_epochs=config.sensitivity.epochs,
+            held_back=config.selection.held_back,
         )
         tasks.threads = spec.execution.threads
         results = run_levels(spec, config.levels, tasks)
@@ -122,11 +123,18 @@ def with_absolute_paths(config: SplitConfig) -> SplitConfig:
             "data": data.model_copy(update={"path": data.path and os.path.abspath(data.path)}),
             "model": model.model_copy(
                 update={
-                    name: path and os.path.abspath(path) for name, path in (("weights", model.weights), ("start", model.start))
+                    "name": _with_absolute_folder(model.name),
+                    **{n: path and os.path.abspath(path) for n, path in (("weights", model.weights), ("start", model.start))},
                 }
             ),
         }
     )
+
+
+def _with_absolute_folder(network: str) -> str:
+    """Of `hf:FOLDER`; an identifier is no folder."""
+    prefix, _, folder = network.partition(":")
+    return f"hf:{os.path.abspath(folder)}" if prefix == "hf" and os.path.isdir(folder) else network
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,10 @@ def open_data(config: SplitConfig) -> Dataset:
     return data
 
 
-def _look_at_network(model: ModelConfig, data: Dataset, task: str, recipe: Recipe) -> tuple[Network, NetworkFacts]:
+def _look_at_network(model: ModelConfig, data: Dataset, task: str, recipe: Recipe, cache: str) -> tuple[Network, NetworkFacts]:
     network = network_of(model, data.num_classes, task)
+    if model.input == "training-size":
+        network = replace(network, input_size=training_size(data, cache))
     return network, check_network(network, model.weights, model.start, data, recipe)
 
 
@@ -192,7 +202,7 @@ def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
             f"resources.workers_per_level is {workers} and there are {len(data.train)} training images: every worker needs an "
             "image of each batch, so give fewer workers"
         )
-    network, facts = tasks.check(_look_at_network, config.model, data, config.task, config.recipe)
+    network, facts = tasks.check(_look_at_network, config.model, data, config.task, config.recipe, config.data.cache)
     budget = budget_floats(config.budget, facts.floats)
     if budget < facts.least_budget(config.selection.criterion):
         raise UserError(
@@ -214,7 +224,7 @@ def _execution(config: SplitConfig, stages: StageCache, checked: _Checked) -> Ex
     data, resources = checked.data, config.resources
     key = stage_key(
         "execution",
-        network=checked.network.inputs(),
+        network=replace(checked.network, input_size=None).inputs(),  # the base is the same for either input
         train=data.train.digest,
         val=data.val.digest,
         recipes=[{**each.inputs(), "precision": each.precision} for each in (config.recipe, config.base_recipe)],

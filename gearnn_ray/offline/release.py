@@ -81,6 +81,8 @@ def manifest_of(
             task=network.task,
             normalisation=NormalisationEntry(**asdict(network.normalisation)),
             arguments=network.arguments,
+            pad_to=network.pad_to,
+            input_size=network.input_size,
         ),
         data=DataEntry(name=spec.data.name, train=spec.data.train.digest, val=spec.data.val.digest, reference=reference),
         base=base,

@@ -63,7 +63,7 @@ def open_release_context(store: Store, config: EvaluateConfig | SweepConfig, tas
             )
     model = manifest.model
     normalisation = Normalisation(model.normalisation.mean, model.normalisation.std)
-    network = Network(model.name, model.num_classes, normalisation, model.task, model.arguments)
+    network = Network(model.name, model.num_classes, normalisation, model.task, model.arguments, model.pad_to, model.input_size)
     facts: NetworkFacts = tasks.check(_check_base, network, store.uri, manifest.base.digest, config.trust)
     spec = JobSpec(
         store=store.uri,
@@ -79,6 +79,7 @@ def open_release_context(store: Store, config: EvaluateConfig | SweepConfig, tas
         criterion=given.selection.criterion,
         coupling=given.selection.coupling,
         sensitivity_epochs=given.sensitivity.epochs,
+        held_back=given.selection.held_back,
     )
     tasks.threads = spec.execution.threads
     return ReleaseContext(config.release, digest, manifest, given, spec, facts)
@@ -96,7 +97,7 @@ def _execution(manifest: Manifest, given: SplitConfig, tasks: TaskRunner) -> Exe
 
 def _check_base(network: Network, store: str, base: str, trust: tuple[str, ...]) -> NetworkFacts:
     """Whether the released base fits the network. Builds a network by import path only where the operator trusts its module."""
-    model = build_released_model(network.name, network.num_classes, trust, network.arguments)
+    model = build_released_model(network.name, network.num_classes, trust, network.arguments, network.pad_to)
     facts = check_network(network, None)
     state: Mapping[str, object] = Store(store).get_state(base)
     try:

@@ -36,7 +36,7 @@ from gearnn_ray.store.releases import Release, Store
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.tasks.base import Forward
 from gearnn_ray.training.precision import fastest_precision
-from gearnn_ray.training.predict import Predictor
+from gearnn_ray.training.predict import Predictor, at_size
 
 
 class _Choice:
@@ -81,6 +81,7 @@ class AdaptiveModel(nn.Module):
             self._network, self._selection = assemble(release, self.levels, _device(device), untrained != "nearest", trust)
         self._predictor = replace(predictor(self.content, self._network), precision=self._precision(precision))
         self._run = self._predictor
+        self._input_size = self.content.model.input_size
         self._choice = _Choice(self._selection)
         self._shares, self._has_own_size = StreamShares(), has_its_own_size(self._network)
         self.eval()
@@ -112,12 +113,14 @@ class AdaptiveModel(nn.Module):
         in pixels of the image), `scores` float32 [D], `labels` int64 [D] class ids, and `masks` bool [D, H, W] of a network that
         has them. In a compiled graph of the whole model D is fixed, and places without a detection have a score of 0.
 
-        images: uint8 RGB, or float if they are normalised already. levels: for each image the name of a level (a level that
+        images: uint8 RGB, or float if they are normalised already. Of a release with `model.input` training-size also a list of
+        images [3, H, W] of any sizes, whose logits are then a list of [K, H, W]: all are scaled to one size, and share one pass;
+        the level of each is that of the image as it came. levels: for each image the name of a level (a level that
         the release does not have is mapped to its levels as `untrained` says) or a `LevelEstimate`; or int64 [B], positions
         in `self.levels`, which a compiled graph can take. None: the level of `set_level`, or without one, the estimated level
         of each image. Raises UserError for anything else.
         """
-        _check_images(images)
+        self._check_images(images)
         if isinstance(levels, Tensor) and torch.compiler.is_compiling():
             self._selection.set_index(levels)
             return self._outputs(self._predictor, images)
@@ -134,7 +137,7 @@ class AdaptiveModel(nn.Module):
         def forward(x_BCHW: Tensor) -> Any:
             images = x_BCHW.detach().round().clamp(0, 255).to(torch.uint8)
             with self._selected(images, levels):
-                return self._predictor(x_BCHW.to(self.device))
+                return self._predictor(at_size(x_BCHW.to(self.device), self._input_size))
 
         return forward
 
@@ -155,24 +158,24 @@ class AdaptiveModel(nn.Module):
             if number is not None:
                 choice.set_all(number)
 
-    def estimate_levels(self, images: Tensor) -> list[LevelEstimate]:
-        """The level of each image [B, 3, H, W], from its pixels alone: its size, its brightness and traces of JPEG. With
+    def estimate_levels(self, images: Tensor | Sequence[Tensor]) -> list[LevelEstimate]:
+        """The level of each image (as in a call), from its pixels alone: its size, its brightness and traces of JPEG. With
         `untrained="entropy"`, weights between two levels are left to `mixed`.
         """
-        pixels = images if images.dtype == torch.uint8 else self._predictor.normalisation.inverse(images)
         estimates = []
-        for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
-            frame = np.ascontiguousarray(image)
+        for image in images:
+            pixels = image if image.dtype == torch.uint8 else self._predictor.normalisation.inverse(image[None])[0]
+            frame = np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
             jpeg = quality_of_pixels(frame) if self.level_estimator.sees_jpeg else None
             estimates.append(self.level_estimator.estimate(evidence_of(frame, jpeg)))
         return estimates
 
-    def mixed(self, images: Tensor, estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
-        """The estimates of these images [B, 3, H, W], one each, with the weights that both networks' answers to the image give in
-        place of those that are None, smoothed over the image's stream. A call of the model finds them by itself; this tells them.
-        Raises UserError as a call does.
+    def mixed(self, images: Tensor | Sequence[Tensor], estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
+        """The estimates of these images (as in a call), one each, with the weights that both networks' answers to the image give
+        in place of those that are None, smoothed over the image's stream. A call of the model finds them by itself; this tells
+        them. Raises UserError as a call does.
         """
-        _check_images(images)
+        self._check_images(images)
         if len(estimates) != len(images):
             raise UserError(f"{len(estimates)} estimates for {len(images)} images: give one estimate per image")
         with self._choice.lock, torch.no_grad():
@@ -206,7 +209,7 @@ class AdaptiveModel(nn.Module):
         return twin
 
     @contextmanager
-    def _selected(self, images: Tensor, levels: Any) -> Iterator[None]:
+    def _selected(self, images: Tensor | Sequence[Tensor], levels: Any) -> Iterator[None]:
         """Meanwhile, each image has the weights of its level, and no other call changes them."""
         with self._choice.lock:
             held = self._choice.level
@@ -254,12 +257,34 @@ class AdaptiveModel(nn.Module):
     def _precision(self, precision: str) -> str:
         return fastest_precision(self.device) if precision == "auto" else precision
 
-    def _outputs(self, run: Predictor, images: Tensor) -> Any:
-        x = images.to(self.device)
-        raw = run(x) if x.dtype == torch.uint8 else run.normalised(x.float())
-        return self.task.at_frame_size(self.task.outputs(raw), *x.shape[-2:])
+    def _outputs(self, run: Predictor, images: Tensor | Sequence[Tensor]) -> Any:
+        x = self._normalised(images)
+        outputs, seen = self.task.outputs(run.normalised(x)), (x.shape[-2], x.shape[-1])
 
-    def _mixtures(self, images: Tensor, levels: Any) -> list[Mixture]:
+        def fitted(own: Any, frame: Tensor) -> Any:
+            return self.task.at_frame_size(own, frame.shape[-2], frame.shape[-1], seen)
+
+        if isinstance(images, Tensor):
+            return fitted(outputs, images)
+        return [fitted(outputs[place : place + 1], image)[0] for place, image in enumerate(images)]
+
+    def _normalised(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """The images as the network takes them [B, 3, h, w]."""
+        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        fitted = [at_size(batch.to(self.device), self._input_size) for batch in batches]
+        normalisation = self._predictor.normalisation
+        x = [normalisation(batch) if batch.dtype == torch.uint8 else batch.float() for batch in fitted]
+        return x[0] if len(x) == 1 else torch.cat(x)
+
+    def _check_images(self, images: Any) -> None:
+        """Raise UserError unless these are images that one pass can take."""
+        if isinstance(images, list) and self._input_size is not None and images:
+            for image in images:
+                _check_batch(image[None] if isinstance(image, Tensor) else image)
+        else:
+            _check_batch(images)
+
+    def _mixtures(self, images: Tensor | Sequence[Tensor], levels: Any) -> list[Mixture]:
         if levels is None:
             levels = self.estimate_levels(images)
         if isinstance(levels, Tensor):
@@ -280,7 +305,7 @@ class AdaptiveModel(nn.Module):
             raise UserError(f"{level!r} is not a level: give the name of a level, or a LevelEstimate")
         return level
 
-    def _mixed(self, images: Tensor, estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
+    def _mixed(self, images: Tensor | Sequence[Tensor], estimates: Sequence[LevelEstimate]) -> list[LevelEstimate]:
         """As `mixed`; leaves the selection at other levels. The two networks of all images run in one pass."""
         found = list(estimates)
         places = [place for place, estimate in enumerate(found) if estimate.weight is None]
@@ -292,9 +317,8 @@ class AdaptiveModel(nn.Module):
         def network(x_BCHW: Tensor) -> Any:
             return self._predictor.normalised(x_BCHW.repeat_interleave(2, 0))
 
-        x = images[places].to(self.device)
-        x = self._predictor.normalisation(x) if x.dtype == torch.uint8 else x.float()
-        entropies = uncertainties(self.task, network, x, self._has_own_size)
+        chosen = images[places] if isinstance(images, Tensor) else [images[place] for place in places]
+        entropies = uncertainties(self.task, network, self._normalised(chosen), self._has_own_size)
         for place, pair, own, neighbours in zip(places, pairs, entropies[::2], entropies[1::2], strict=True):
             share = self._shares.add(entropy_share(own, neighbours), *pair, found[place].stream)
             found[place] = replace(found[place], weight=share)
@@ -325,7 +349,7 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _check_images(images: Any) -> None:
+def _check_batch(images: Any) -> None:
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3 or not images.numel():
         found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UserError(f"the images are {found}: expected a tensor [B, 3, H, W] with at least one image")

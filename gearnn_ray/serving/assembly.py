@@ -20,8 +20,9 @@ from gearnn_ray.core.errors import UserError
 from gearnn_ray.models.registry import build_released_model
 from gearnn_ray.serving import convolution
 from gearnn_ray.serving.batch import CompressedTable, Mixture, Selection, Table, Vectors
+from gearnn_ray.serving.kinds import kind_of
 from gearnn_ray.serving.level_estimation import Reference
-from gearnn_ray.serving.modules import Adaptive, AdaptiveConv, NeedsParentError, PerLevel, kind_of
+from gearnn_ray.serving.modules import Adaptive, AdaptiveConv, NeedsParentError, PerLevel
 from gearnn_ray.serving.regions import has_regions, with_regions
 from gearnn_ray.store.manifest import Manifest
 from gearnn_ray.store.releases import Release
@@ -40,7 +41,7 @@ _Adaptors = Mapping[str, Mapping[str, tuple[str, _Parts]]]  # by level and tenso
 def released_network(release: Release, state: Mapping[str, Tensor], trust: Collection[str]) -> nn.Module:
     """The network that a release names, in evaluation mode, with these weights. Raises UserError if they do not fit."""
     model = release.content.model
-    network = build_released_model(model.name, model.num_classes, trust, model.arguments)
+    network = build_released_model(model.name, model.num_classes, trust, model.arguments, model.pad_to)
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -217,7 +218,8 @@ def _outputs(release: Release, network: Callable[[Tensor], Any], x_BCHW: Tensor)
 def _trial_sizes(release: Release) -> list[tuple[int, int, int]]:
     """Divisor, height and width to try in turn. A quarter of each side is cheap, but some networks take only the full size."""
     reference = Reference.of_manifest(release.content)
-    height, width = _USUAL_SIZE if reference is None else (reference.height, reference.width)
+    usual = _USUAL_SIZE if reference is None else (reference.height, reference.width)
+    height, width = release.content.model.input_size or usual
     divisors = (4, 1) if min(height, width) >= _LEAST_SIDE else (1,)
     return [(divisor, height // divisor, width // divisor) for divisor in divisors]
 

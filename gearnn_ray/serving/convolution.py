@@ -5,6 +5,7 @@ Knows nothing about levels: the weights are one tensor per sample, or rows of a 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,20 @@ def is_supported(module: nn.Module) -> bool:
     )
 
 
+def padded_same(x: Tensor, conv: Any) -> Tensor:
+    """x [n, C, H, W] with TensorFlow's SAME padding for `conv`: as many outputs as input / stride, rounded up, where of an odd
+    number of pixels one more is at the bottom and the right.
+    """
+    pads: list[int] = []
+    for side, kernel, stride, step in zip(x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True):
+        missing = max((-(-side // stride) - 1) * stride + (kernel - 1) * step + 1 - side, 0)
+        pads = [missing // 2, missing - missing // 2, *pads]
+    return F.pad(x, pads) if any(pads) else x
+
+
 def plain(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None, samples: int = 1) -> Tensor:
     """Apply `conv` with other weights. samples: number of independent samples side by side in the channels."""
-    function = next(f for kind, f in _FUNCTIONS.items() if type(conv).forward is kind.forward)
+    function = next(f for kind, f in _FUNCTIONS.items() if isinstance(conv, kind))
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

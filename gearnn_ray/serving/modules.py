@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from gearnn_ray.core.errors import UserError
@@ -294,34 +293,3 @@ class PerLevel(Adaptive):
 def _is_list_of_samples(output: Any, n: int) -> bool:
     """Whether this is a list of n dicts. (A list of tensors is rather one of feature maps, with the batch inside each.)"""
     return isinstance(output, list) and len(output) == n and all(isinstance(each, dict) for each in output)
-
-
-def kind_of(module: nn.Module) -> type[Adaptive]:
-    """The adaptive class for a module: a specific one for common layers, `PerLevel` for all others."""
-    forward = type(module).forward
-    if module._forward_hooks or module._forward_pre_hooks or next(module.children(), None) is not None:
-        return PerLevel
-    if convolution.is_supported(module):
-        return AdaptiveConv
-    if _is_batch_norm(module):
-        return AdaptiveBatchNorm
-    usual = {nn.Linear.forward: AdaptiveLinear, nn.LayerNorm.forward: AdaptiveLayerNorm, nn.GroupNorm.forward: AdaptiveGroupNorm}
-    return usual.get(forward, PerLevel)
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """Whether this is a batch normalisation with running statistics, or a frozen variant of one, such as torchvision's.
-
-    Without running statistics the result for a sample depends on the rest of the batch.
-    """
-    if isinstance(module, _BatchNorm):
-        forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        return module.running_mean is not None and type(module).forward in forwards
-    tensors = {name for name, _ in module.named_buffers(recurse=False)} | {
-        name for name, _ in module.named_parameters(recurse=False)
-    }
-    return (
-        type(module).__name__.startswith("FrozenBatchNorm")
-        and {"running_mean", "running_var"} <= tensors
-        and hasattr(module, "eps")
-    )

@@ -171,8 +171,8 @@ class Task(Protocol):
         """
         ...
 
-    def at_frame_size(self, outputs: Any, height: int, width: int) -> Any:
-        """Outputs in pixels of frames of this size."""
+    def at_frame_size(self, outputs: Any, height: int, width: int, seen: tuple[int, int] | None = None) -> Any:
+        """Outputs in pixels of frames of this size. seen: height and width of the images that the network saw, if others."""
         ...
 
     def evidence(self, prediction: Any, target: Any, size: tuple[int, int], num_classes: int) -> dict[str, Tensor]:

@@ -124,9 +124,11 @@ class Detection:
             )
         return raw["boxes"].float(), raw["scores"].float(), raw["labels"]
 
-    def at_frame_size(self, outputs: Any, height: int, width: int) -> Any:
-        """Outputs are in pixels of the frame already."""
-        return outputs
+    def at_frame_size(self, outputs: Any, height: int, width: int, seen: tuple[int, int] | None = None) -> Any:
+        """Boxes and masks in pixels of the frame; they are those of the images that the network saw."""
+        if seen is None or tuple(seen) == (height, width):
+            return outputs
+        return [_at_size(each, height, width, seen) for each in outputs]
 
     def evidence(self, prediction: Prediction, target: Objects, size: tuple[int, int], num_classes: int) -> dict[str, Tensor]:
         """`coco_ap.image_evidence` of the boxes, and under names that begin with `mask` that of the masks."""
@@ -295,6 +297,21 @@ def _prediction(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**chosen, "boxes": chosen["boxes"].float(), "scores": chosen["scores"].float()}
 
 
+def _at_size(found: Prediction, height: int, width: int, seen: tuple[int, int]) -> dict[str, Tensor]:
+    """What was found in an image of the size `seen`, in pixels of the same image at another size."""
+    scaled = {**found, "boxes": found["boxes"] * found["boxes"].new_tensor([width / seen[1], height / seen[0]] * 2)}
+    return scaled if "masks" not in found else scaled | {"masks": _resized(found["masks"], height, width)}
+
+
+def _resized(masks: Tensor, height: int, width: int) -> Tensor:
+    """Masks bool [D, h, w] at another size [D, height, width], by nearest neighbour (pixel centres)."""
+    if masks.shape[-2:] == (height, width):
+        return masks
+    if not len(masks):
+        return masks.new_zeros(0, height, width)
+    return F.interpolate(masks[None].float(), size=(height, width), mode="nearest-exact")[0] > 0
+
+
 def _wanted(answer: Mapping[str, NDArray[Any]], served: Served, default: float) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """The detections that the client wants, the best ones only, and the names of their classes."""
     enough = answer["scores"] >= (default if served.least_score is None else served.least_score)
@@ -321,10 +338,7 @@ def _coco_results(found: Mapping[str, NDArray[Any]], names: Sequence[str]) -> li
 
 def _rles(prediction: Prediction, height: int, width: int) -> list[bytes]:
     """The masks of a prediction in an image of this size."""
-    masks = prediction["masks"]
-    if masks.shape[-2:] != (height, width):
-        masks = F.interpolate(masks[None].float(), size=(height, width), mode="nearest-exact")[0] > 0 if len(masks) else masks
-    return [rle_of(mask) for mask in masks.numpy()]
+    return [rle_of(mask) for mask in _resized(prediction["masks"], height, width).numpy()]
 
 
 def _has_all(a: Prediction, b: Prediction) -> bool:

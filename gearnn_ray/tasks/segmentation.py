@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import IGNORED
 from gearnn_ray.models.lesson import class_divergence
+from gearnn_ray.models.segmenter import logits_of
 from gearnn_ray.tasks import pictures
 from gearnn_ray.tasks.base import Batch, Forward, Image, LossTerm, Served, Window
 
@@ -95,15 +96,14 @@ class Segmentation:
         return {**_terms(clean, batch), "stability": _mean(class_divergence(clean, perturbed, 1, 1.0), alpha)}
 
     def outputs(self, raw: Any) -> Tensor:
-        """logits_BKhw float32; torchvision's segmentation networks return theirs in a dict under "out"."""
-        logits: Tensor = raw["out"] if isinstance(raw, dict) else raw
-        return logits.float()
+        """logits_BKhw float32, from any form of `models.segmenter`."""
+        return logits_of(raw).float()
 
     def tensors(self, raw: Any) -> tuple[Tensor]:
         """logits_BKhw float32."""
         return (self.outputs(raw),)
 
-    def at_frame_size(self, outputs: Tensor, height: int, width: int) -> Tensor:
+    def at_frame_size(self, outputs: Tensor, height: int, width: int, seen: tuple[int, int] | None = None) -> Tensor:
         """logits_BKHW, resized bilinearly."""
         if outputs.shape[-2:] == (height, width):
             return outputs

@@ -1,11 +1,18 @@
-"""The forward pass of the whole package (`Predictor`), and one pass over images for many networks."""
+"""The forward pass of the whole package (`Predictor`), and one pass over images for many networks.
+
+`at_size` is the one way in which frames are scaled to the size that a network was trained at (`model.input training-size`). It
+comes before the `Predictor`, because training cuts crops, and only whole frames can be scaled: jobs read all images through
+`training.sampling.AtSize`, and serving scales the frames of a batch.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -33,6 +40,25 @@ class Normalisation:
         mean = torch.tensor(self.mean, dtype=torch.float32, device=x_BCHW.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device=x_BCHW.device).view(1, 3, 1, 1)
         return ((x_BCHW * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def at_size(x_BCHW: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images at this size (height, width); None: as they are, and so are images of that size. Bilinear, and antialiased where
+    images shrink, as torchvision's `Resize` is. Values of uint8 are rounded; others are not, and gradients flow through them.
+    """
+    if size is None or tuple(x_BCHW.shape[-2:]) == tuple(size):
+        return x_BCHW
+    scaled = F.interpolate(x_BCHW.float(), size=tuple(size), mode="bilinear", antialias=True)
+    return scaled.round_().to(torch.uint8) if x_BCHW.dtype == torch.uint8 else scaled
+
+
+def image_at_size(image: Image, size: tuple[int, int] | None) -> Image:
+    """`at_size` of one image, uint8 [H, W, 3]."""
+    if size is None or image.shape[:2] == tuple(size):
+        return image
+    x_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # a copy, because cached images are read-only
+    scaled: Image = at_size(x_1CHW, size)[0].permute(1, 2, 0).contiguous().numpy()
+    return scaled
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gearnn_ray.tasks.base import Batch, Image, Task, Window, tensors_of
+from gearnn_ray.training.predict import image_at_size
 
 
 class Subset(Sequence[Any]):
@@ -27,6 +28,24 @@ class Subset(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._items[self._positions[index]]
+
+
+class AtSize(Sequence[Image]):
+    """Images scaled to one size (height, width) when they are read."""
+
+    def __init__(self, images: Sequence[Image], size: tuple[int, int]) -> None:
+        self._images, self._size = images, size
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of every image, without reading any."""
+        return [(*self._size, 3)] * len(self)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return image_at_size(self._images[index], self._size)
 
 
 class Mixture(Sequence[Image]):

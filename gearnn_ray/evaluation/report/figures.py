@@ -37,6 +37,7 @@ plain_style = matplotlib.rc_context(_TEXT)
 # colours by Okabe & Ito, which most colour-blind readers can distinguish
 _STYLES: dict[str, Style] = {
     "original": {"color": "#444444", "marker": "s", "linestyle": ":"},
+    "original-scaled": {"color": "#000000", "marker": "*", "linestyle": (0, (3, 1))},
     "switching": {"color": "#d55e00", "marker": "^", "linestyle": "--"},
     "mixed": {"color": "#0072b2", "marker": "v", "linestyle": "-."},
     "stability": {"color": "#b0508c", "marker": "D", "linestyle": (0, (1, 1))},

@@ -9,6 +9,7 @@ from gearnn_ray.evaluation.records import AccuracyRow, AverageRow, BytesRow, Tun
 
 METHODS: dict[str, str] = {
     "original": "the network as it was trained, at every level",
+    "original-scaled": "the same network; frames of another size are scaled to that of its training images first, without a byte",
     "switching": "a full fine-tune per level; the whole network of each level is stored",
     "mixed": "one network, fine-tuned on images of all levels",
     "stability": "one network, fine-tuned so that noise on a clean image changes its output little (Zheng et al. 2016)",
@@ -28,7 +29,7 @@ METHODS: dict[str, str] = {
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "few numbers per level": ("bn-statistics", "bn-tuned", "first-block", "auto-rgn", "random"),
-    "whole networks": ("original", "switching", "mixed", "stability", "clean-tuned"),
+    "whole networks": ("original", "original-scaled", "switching", "mixed", "stability", "clean-tuned"),
     "other adaptors of GearNN": ("gearnn-released", "gearnn-nearest", "gearnn-interpolated", "gearnn-entropy"),
 }
 """What GearNN is compared with, by memory cost."""
