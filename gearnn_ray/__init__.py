@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from gearnn_ray.models.registry import build_model
     from gearnn_ray.offline.selection import Selection, select
     from gearnn_ray.serving.adaptive_model import AdaptiveModel
-    from gearnn_ray.serving.export import export_level
+    from gearnn_ray.serving.export import export_level, export_levels
     from gearnn_ray.store.releases import Release, Store
+    from gearnn_ray.sweep.pipeline import sweep_budgets
 
 _HOMES = {
     "AdaptiveModel": "serving.adaptive_model",
@@ -39,8 +40,10 @@ _HOMES = {
     "UserError": "core.errors",
     "build_model": "models.registry",
     "export_level": "serving.export",
+    "export_levels": "serving.export",
     "model_size": "models.layers",
     "select": "offline.selection",
+    "sweep_budgets": "sweep.pipeline",
 }
 
 __all__ = [
@@ -53,8 +56,10 @@ __all__ = [
     "UserError",
     "build_model",
     "export_level",
+    "export_levels",
     "model_size",
     "select",
+    "sweep_budgets",
 ]
 
 

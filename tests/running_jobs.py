@@ -7,6 +7,7 @@ of its own (0: it joins the one of its environment), and `lease`, the seconds th
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,16 @@ def without_figures() -> Any:
     return mock.patch.object(pipeline, "figures_of", return_value={})
 
 
+def at_work(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Ray's workers that run a task of a job, whose title is "ray::LABEL: WHAT" (`ray_jobs.run_tasks.shown_name`)."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # some come and go
+            if re.match(r"ray::.*: ", " ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
 def named(processes: Iterable[psutil.Process], *names: str) -> list[psutil.Process]:
     """Those whose command line contains one of the names."""
     found = []
@@ -141,7 +152,7 @@ def named(processes: Iterable[psutil.Process], *names: str) -> list[psutil.Proce
 def descendants(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     """The workers of a driver that run a level, and Ray's other processes."""
     processes = psutil.Process(pid).children(recursive=True)
-    workers = named(processes, "ray::_run")
+    workers = at_work(processes)
     return workers, [process for process in processes if process not in workers]
 
 

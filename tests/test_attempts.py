@@ -3,15 +3,17 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from gearnn_ray.config.resources import ResourcesConfig
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.ray_jobs import watch
-from gearnn_ray.ray_jobs.run_tasks import TaskRunner
+from gearnn_ray.ray_jobs.run_tasks import TaskRunner, shown_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -68,6 +70,18 @@ def test_a_stopped_worker_is_ended_and_its_task_done_by_another(tmp_path: Path, 
     (notice,) = [event.note for event in seen if event.kind == "notice"]
     assert notice.startswith("jpeg-10 is started again, from its last checkpoint: its process showed no sign of life for")
     assert killed(tmp_path)
+
+
+def test_tasks_are_named_by_level_and_step_in_rays_dashboard() -> None:
+    def _own_name(emit: Emit) -> str:
+        name: str = ray.get_runtime_context().get_task_name()
+        return name
+
+    results, tasks = list[str](), TaskRunner(ResourcesConfig(), lambda _: None)
+    tasks.start("jpeg-10", _own_name, then=results.append)
+    tasks.settle()
+    assert results == ["jpeg-10: own name"]
+    assert shown_name("base", partial(partial(_own_name), 1)) == "base: own name"
 
 
 def test_a_worker_that_stops_while_it_makes_images_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from gearnn_ray.store.releases import Store
 from tests import tiny
 from tests.conftest import ROOT
 from tests.nets import Small
-from tests.running_jobs import GATES, Job, closed, wait_until_gone
+from tests.running_jobs import GATES, Job, closed, descendants, wait_until_gone
 
 
 @dataclass(frozen=True)
@@ -280,15 +280,6 @@ def only_darkness_is_left(lines: Sequence[dict[str, Any]]) -> bool:
     return waits and evaluated >= {"clean", *BRIGHT}
 
 
-def workers_of(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The processes of a Ray that work on a task, and its others."""
-    working, others = list[psutil.Process](), list[psutil.Process]()
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # some come and go
-            (working if "ray::_run" in " ".join(process.cmdline()) else others).append(process)
-    return working, others
-
-
 def assert_same(spec: Path, store: str, result: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert result["accuracy"] == undisturbed["accuracy"]
     assert result["averages"] == undisturbed["averages"]
@@ -309,7 +300,7 @@ def test_killed_and_run_again_it_repeats_nothing_it_had_finished(
         try:
             job.wait_for(only_darkness_is_left)
         finally:
-            workers, _ = workers_of(os.getpid())
+            workers, _ = descendants(os.getpid())
             job.process.kill()
             job.end()
             wait_until_gone(workers, [])
@@ -335,7 +326,7 @@ def test_a_killed_worker_costs_an_epoch(spec: Path, undisturbed: dict[str, Any])
         deadline = time.monotonic() + 120
         while not only_darkness_is_left(said.lines) and time.monotonic() < deadline:
             time.sleep(0.05)
-        killed.extend(workers_of(os.getpid())[0])
+        killed.extend(descendants(os.getpid())[0])
         for process in killed:
             process.kill()
         (GATES / str(GATE)).unlink()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import gearnn_ray
 from gearnn_ray import Store
 from gearnn_ray.cli import early_checks
 from gearnn_ray.cli.main import run_split, run_sweep
@@ -105,6 +106,15 @@ def test_every_budget_at_every_level_and_the_smallest_good_one_published(spec: P
     code, again, lines = run(told(spec, within=100), capsys)
     assert (code, again, made(lines)) == (0, result, [])
     assert files(spec / "store") == before
+
+    data = {"cache": str(spec / "cache")}
+    grid = gearnn_ray.sweep_budgets("tiny", str(spec / "store"), budgets=["10%"], levels=SWEPT, trust=["tests"], data=data)
+    (best, point) = grid.get_best_result(), points["10%"]
+    assert best.config["trial"] == {"label": "M = 10%", "budget": "10%", "floats": point["floats"], "importance": "mean-abs"}
+    assert (best.metrics["scores"], best.metrics["mean"]) == (point["levels"], pytest.approx(point["score"]))
+    (row,) = grid.get_dataframe().to_dict("records")
+    assert (row["config/trial/budget"], row["mean"]) == ("10%", pytest.approx(point["score"]))
+    assert "already in the store" in capsys.readouterr().out  # nothing was computed again
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -27,9 +27,8 @@ from gearnn_ray.ray_jobs import watch
 from gearnn_ray.store import leases
 from gearnn_ray.store.releases import Store
 from tests import tiny
-from tests.running_jobs import kill_all, named
+from tests.running_jobs import at_work, kill_all, named
 
-WORK = ("ray::_run", "ray::_check")  # processes that compute something for a job
 OTHERS = ("default_worker.py", "ray::IDLE")  # workers that start or wait
 
 # ── processes of the job killed and stopped ────────────────────────────────────────────────────────────────────────────
@@ -60,6 +59,11 @@ def processes(*names: str) -> list[psutil.Process]:
     return named(psutil.Process().children(recursive=True), *names)
 
 
+def workers() -> list[psutil.Process]:
+    """Those of them that compute something for a job."""
+    return at_work(psutil.Process().children(recursive=True))
+
+
 def kill_worker(draw: random.Random, folder: Path) -> Outcome:
     """SIGKILL to one that computes, or that collects the events."""
     run, killed, of_board = a_job(draw, folder), "", draw.random() < 0.1
@@ -67,7 +71,7 @@ def kill_worker(draw: random.Random, folder: Path) -> Outcome:
     def kill() -> bool:
         nonlocal killed
         # between the steps of a job there may be none but those that start or wait
-        if not (there := processes("ray::EventBoard") if of_board else processes(*WORK) or processes(*OTHERS)):
+        if not (there := processes("ray::EventBoard") if of_board else workers() or processes(*OTHERS)):
             return False
         with contextlib.suppress(psutil.Error):
             (victim,) = draw.sample(there, 1)
@@ -111,12 +115,12 @@ def lose_worker_again(draw: random.Random, folder: Path) -> Outcome:
     def lose() -> None:
         while len(faults) < losses:
             before = reached()
-            while reached() == before or not (workers := processes("ray::_run")):
+            while reached() == before or not (there := workers()):
                 if run.ended.wait(0.02):
                     return
             run.ended.wait(draw.uniform(0, 0.3))
             faults.append(fault_now(run))
-            kill_all(workers)
+            kill_all(there)
             # what the lost worker had reported may arrive until then
             while noticed() < len(faults):
                 if run.ended.wait(0.02):
@@ -135,7 +139,7 @@ def stop_worker(draw: random.Random, folder: Path) -> Outcome:
     stopped: list[psutil.Process] = []
 
     def stop() -> bool:
-        for worker in draw.sample(there := processes(*WORK), min(1, len(there))):
+        for worker in draw.sample(there := workers(), min(1, len(there))):
             with contextlib.suppress(psutil.Error):
                 worker.suspend()
                 stopped.append(worker)

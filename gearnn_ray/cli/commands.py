@@ -22,7 +22,7 @@ COMMANDS = {
     "camera": "be a camera whose encoder the service steers",
     "pull": "copy a release from another store, verified",
     "push": "copy a release to another store, verified",
-    "export": "write the network of one level as ONNX, torch.export or safetensors",
+    "export": "write the network of one level, or of all, as ONNX or torch.export",
     "sign": "sign a release",
     "verify": "read everything in a store, and say what is wrong",
     "gc": "delete what no tag leads to",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gearnn_ray.config.adapt import AdaptConfig
 from gearnn_ray.config.camera import CameraConfig
-from gearnn_ray.config.catalogue import BUILT_IN, NEEDS_WEIGHTS
+from gearnn_ray.config.catalogue import BUILT_IN, LIBRARIES, NEEDS_WEIGHTS, library_of, missing_library
 from gearnn_ray.config.command_line import from_mapping
 from gearnn_ray.config.release_jobs import EvaluateConfig, SweepConfig
 from gearnn_ray.config.serve import ServeConfig
@@ -119,8 +119,12 @@ def _check_data(config: SplitConfig) -> None:
 
 
 def _check_module(network: str) -> None:
-    """Raise UserError if the module of an import path does not exist. Imports no module."""
+    """Raise UserError if the module of an import path, or the library of a prefix, does not exist. Imports no module."""
     if network in BUILT_IN:
+        return
+    if prefix := library_of(network):
+        if importlib.util.find_spec(LIBRARIES[prefix]) is None:
+            raise missing_library(network)
         return
     module = network.partition(":")[0]
     first, *inner = module.split(".")

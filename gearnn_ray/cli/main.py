@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gearnn_ray.cli import early_checks, output
+from gearnn_ray.cli import early_checks, output, results
 from gearnn_ray.config.adapt import AdaptConfig
 from gearnn_ray.config.camera import CameraConfig
 from gearnn_ray.config.command_line import ConfigT, JobOptions, parse_command_line
@@ -21,7 +21,8 @@ from gearnn_ray.config.transfer import CopyConfig, ExportConfig, SignConfig
 from gearnn_ray.config.upkeep import GcConfig, VerifyConfig
 from gearnn_ray.config.watch import WatchConfig
 from gearnn_ray.core.errors import UserError, storage_problem
-from gearnn_ray.reporting.progress import reporter, split_plan
+from gearnn_ray.reporting.progress import Plan, reporter, split_plan
+from gearnn_ray.reporting.tracking import Tracked, tracked
 from gearnn_ray.store.releases import Store
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ _ADAPT = "Steer a camera's knobs by the network's gradient (OneAdapt, SoCC 2023)
 _CAMERA = "Be a camera whose encoder the service steers: post segments, and encode the next ones with the knobs in the answers."
 _PULL = "Copy a release from another store into this one: every digest is verified, and the tag is copied last."
 _PUSH = "Copy a release from this store to another one: every digest is verified, and the tag is copied last."
-_EXPORT = "Write the network of one level as a file that runs without this package: ONNX, torch.export or safetensors."
+_EXPORT = (
+    "Write the network of one level, or of all, as a file that runs without this package: ONNX, torch.export or safetensors."
+)
 _SIGN = "Sign a release: its name and the digest of its manifest, which holds the digest of everything in it."
 _GC = "Delete what no tag of a store leads to and nobody has used for a while, and cached images that nobody needs."
 _VERIFY = "Read everything that a tag of a store leads to, and every stage record, and say what is wrong. Changes nothing."
@@ -49,9 +52,13 @@ def run_split(arguments: Sequence[str]) -> int:
     def run(config: SplitConfig, options: JobOptions) -> bool:
         early_checks.check_split(config)
         from gearnn_ray.offline import pipeline
+        from gearnn_ray.offline.held_back import TRIALS
 
-        with reporter(split_plan(config.levels, config.selection.against == "clean"), options.json_lines) as emit:
+        trials = tuple(TRIALS) if config.selection.held_back else ()
+        plan = split_plan(config.levels, config.selection.against == "clean", trials)
+        with _reporter("split", config.name, config, options, plan) as emit:
             outcome = pipeline.split(config, emit)
+            emit.conclude(*results.split_results(config, outcome), succeeded=not outcome.failed)
         output.show_split(config, outcome, options.json_lines)
         return not outcome.failed
 
@@ -65,8 +72,9 @@ def run_evaluate(arguments: Sequence[str]) -> int:
         early_checks.check_release_job(config)
         from gearnn_ray.evaluation import pipeline
 
-        with reporter({}, options.json_lines) as emit:
+        with _reporter("evaluate", config.release, config, options) as emit:
             outcome = pipeline.evaluate(config, emit, shlex.join(["jobs/evaluate.py", *arguments]))
+            emit.conclude(*results.evaluation_results(config, outcome), succeeded=not outcome.failed)
         output.show_evaluation(config, outcome, options.json_lines)
         return not outcome.failed
 
@@ -80,8 +88,9 @@ def run_sweep(arguments: Sequence[str]) -> int:
         early_checks.check_release_job(config)
         from gearnn_ray.sweep import pipeline
 
-        with reporter({}, options.json_lines) as emit:
+        with _reporter("sweep", config.release, config, options) as emit:
             outcome = pipeline.sweep(config, emit)
+            emit.conclude(*results.sweep_results(config, outcome), succeeded=not outcome.failed)
         output.show_sweep(config, outcome, options.json_lines)
         return not outcome.failed
 
@@ -210,10 +219,13 @@ def run_export(arguments: Sequence[str]) -> int:
             raise UserError(
                 "no level or no file is given: expected name:tag LEVEL FILE, such as name:latest jpeg-10 jpeg-10.onnx"
             )
-        from gearnn_ray.serving.export import export_level
+        from gearnn_ray.serving.export import export_level, export_levels
 
         release = Store(config.store).pull(config.release, config.require_signature)
-        path = export_level(release, config.level, config.file, config.image_size, config.trust)
+        if config.level == "all":
+            path = export_levels(release, config.file, config.image_size, config.trust)
+        else:
+            path = export_level(release, config.level, config.file, config.image_size, config.trust)
         output.show_exported(f"{release.name}@{release.digest}", config.level, path, options.json_lines)
         return True
 
@@ -270,6 +282,15 @@ def run_doctor(arguments: Sequence[str]) -> int:
         return all(finding.state != "wrong" for finding in findings)
 
     return _run(DoctorConfig, arguments, _DOCTOR, run)
+
+
+def _reporter(
+    job: str, name: str, config: SplitConfig | EvaluateConfig | SweepConfig, options: JobOptions, plan: Plan | None = None
+) -> Tracked:
+    """What shows a job's progress. name: of its release."""
+    # the address of a store may hold credentials
+    given = config.model_dump(mode="json", exclude={"store"})
+    return tracked(reporter(plan or {}, options.json_lines), options.track, f"{job}-{name}", given)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from gearnn_ray.cli.diagnosis import Finding
     from gearnn_ray.evaluation.findings import Outcome as Evaluated
     from gearnn_ray.knobs.camera import Filmed
-    from gearnn_ray.knobs.findings import Found
     from gearnn_ray.knobs.pipeline import Outcome as Adapted
     from gearnn_ray.offline.pipeline import Outcome
     from gearnn_ray.service.deployment import Serving
@@ -209,52 +208,13 @@ def show_adapt(config: AdaptConfig, outcome: "Adapted", json_lines: bool) -> Non
     if json_lines:
         _print_json(release=config.release, store=store, **asdict(outcome))
         return
+    from gearnn_ray.knobs.report.terminal import show  # imports torch
+
     console = _console()
-    for source in dict.fromkeys(each.source for each in outcome.found):
-        title = f"\n{source}: bandwidth where {outcome.metric} is at most {config.within:g} points below that of the best values"
-        console.print(title, style="bold", highlight=False, markup=False)
-        own = [each for each in outcome.found if each.source == source]
-        for adapted in (False, True):
-            console.print("\nover the adaptive network (+gearnn)" if adapted else "over the original network", highlight=False)
-            part = [each for each in own if each.method.endswith("+gearnn") == adapted]
-            console.print(_adapt_table(part, outcome.metric), highlight=False)
-    if outcome.held:
-        goal = f"a floor of {config.floor:g}%" if config.ceiling is None else f"a ceiling of {config.ceiling / 1000:g} kbit/s"
-        console.print(f"\nControllers with {goal}", style="bold", highlight=False)
-        table = Table("source", "method", box=None, pad_edge=False, header_style="bold")
-        for head in ("kbit/s", outcome.metric):
-            table.add_column(head, justify="right")
-        for each in outcome.held:
-            accuracy = "-" if each.accuracy is None else f"{each.accuracy:.1f}"
-            table.add_row(each.source, each.method, f"{each.kilobits:,.1f}", accuracy)
-        console.print(table, highlight=False)
-    for remark in outcome.remarks:
-        console.print(f"\n{remark}", highlight=False, markup=False)
+    show(console, config, outcome)
     _print_failures(console, outcome.failed)
     places = [("page", outcome.report), ("table", outcome.table), *(("figure", path) for path in outcome.figures)]
     _print_places(console, [(what, f"{store}/{path}") for what, path in places if path])
-
-
-def _adapt_table(found: Sequence["Found"], metric: str) -> Table:
-    """A line per method. Narrow, because a log has 80 columns."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    further = ("to best\nfixed", "to pro-\nfiling", "of\noracle", "for-\nwards", "en-\ncodes", "gra-\ndient")
-    for head in ("method", "kbit/s", metric, *further):
-        table.add_column(head, justify="left" if head == "method" else "right", vertical="bottom", no_wrap=True)
-    for each in found:
-        cells = (
-            (each.kilobits, ",.1f", ""),
-            (each.accuracy, ".1f", ""),
-            (each.to_fixed, "+.0f", "%"),
-            (each.to_profiling, "+.0f", "%"),
-            (each.of_oracle, ".0f", "%"),
-            (each.forwards, ".1f", ""),
-            (each.encodes, ".1f", ""),
-            (each.overhead, ".0f", "%"),
-        )
-        method = each.method.removesuffix("+gearnn")
-        table.add_row(method, *("-" if value is None else f"{value:{form}}{unit}" for value, form, unit in cells))
-    return table
 
 
 def show_serving(serving: "Serving", json_lines: bool) -> None:

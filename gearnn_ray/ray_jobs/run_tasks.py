@@ -35,6 +35,13 @@ def _check(function: Callable[..., Any], *arguments: Any, board: Any, attempt: s
         return function(*arguments)
 
 
+def shown_name(label: str, function: Callable[..., Any]) -> str:
+    """What Ray's dashboard and `ray list tasks` call a task, such as "jpeg-10: run level"."""
+    while isinstance(function, partial):
+        function = function.func
+    return f"{label}: {function.__name__.strip('_').replace('_', ' ')}"
+
+
 class TaskRunner:
     """The tasks of one job. `failed`: label of a task that failed, and the reason in one line."""
 
@@ -61,8 +68,10 @@ class TaskRunner:
         # a job that is refused by its first checks starts no process for events
         board = self.relay.board if len(calls) > 1 else None
         for index, arguments in enumerate(calls):
-            submit, then = partial(task.remote, function, *arguments, board=board), partial(results.__setitem__, index)
-            attempts.start(Task(f"task {index + 1} of {len(calls)}", submit, then))
+            label = f"task {index + 1} of {len(calls)}"
+            named = task.options(name=shown_name(label if len(calls) > 1 else "job", function))
+            submit, then = partial(named.remote, function, *arguments, board=board), partial(results.__setitem__, index)
+            attempts.start(Task(label, submit, then))
         try:
             for index in range(len(calls)):
                 while index not in results:
@@ -99,7 +108,7 @@ class TaskRunner:
             # where the job goes on may be smaller than where it began: more threads than CPUs are slow, not wrong
             cpus = min(cpus, max(float(node.get("CPU", 0)) for node in cluster_resources()[0]))
         # all of them wait in Ray's own queue, where an autoscaler sees them
-        task: Any = _run.options(num_cpus=cpus, num_gpus=resources.gpus)
+        task: Any = _run.options(num_cpus=cpus, num_gpus=resources.gpus, name=shown_name(label, function))
         submit = partial(task.remote, function, *arguments, threads=threads or self.threads, board=board)
         self._attempts.start(Task(label, submit, then))
 

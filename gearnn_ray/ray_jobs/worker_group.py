@@ -31,7 +31,7 @@ def run_on_workers(
     """The reference of a task that runs `function(*arguments, emit)` on every worker of a group. The result comes from the store
     through `look_up`, which may already have it.
     """
-    task = _watch_group.options(scheduling_strategy=beside_driver())
+    task = _watch_group.options(scheduling_strategy=beside_driver(), name=f"{label}: group of workers")
     return task.remote(function, look_up, label, attempt, threads, resources, board, *arguments)
 
 

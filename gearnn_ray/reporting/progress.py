@@ -31,12 +31,15 @@ TITLES: dict[str, str] = {
 _SHARES: dict[str, float] = {"original": 0.05, "full": 0.65, "selection": 0.0, "partial": 0.3}
 
 
-def split_plan(levels: Sequence[str], control: bool = False) -> Plan:
-    """The stages of the split job. At `clean` only the original is evaluated, and with `control` a full fine-tune is run."""
+def split_plan(levels: Sequence[str], control: bool = False, trials: Sequence[str] = ()) -> Plan:
+    """The stages of the split job. At `clean` only the original is evaluated, and with `control` a full fine-tune is run.
+    trials: names of further partial fine-tunes.
+    """
+    shares = _SHARES | dict.fromkeys(trials, _SHARES["partial"])
     plan = {
         (level, stage): part
         for level in levels
-        for stage, part in _SHARES.items()
+        for stage, part in shares.items()
         if stage == "original" or not parse_level(level).is_clean
     }
     return plan | ({("clean", "full"): _SHARES["full"]} if control else {})

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gearnn_ray.config.budget import budget_floats
 from gearnn_ray.config.command_line import from_mapping
@@ -31,13 +31,16 @@ from gearnn_ray.offline.release_context import ReleaseContext, open_release_cont
 from gearnn_ray.offline.selection import LayerSelection
 from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.ray_jobs.tune_trials import run_trials
-from gearnn_ray.reporting.progress import Reporter
+from gearnn_ray.reporting.progress import Reporter, reporter
 from gearnn_ray.store import tables
 from gearnn_ray.store.leases import HeldLease, lease_key, run_leased
 from gearnn_ray.store.patience import patient
 from gearnn_ray.store.releases import Store
 from gearnn_ray.sweep.figure import sweep_figure
 from gearnn_ray.sweep.findings import Point, recommended, rows_of, sentence
+
+if TYPE_CHECKING:
+    from gearnn_ray.ray_jobs.tune_trials import ResultGrid
 
 BUDGETS = ("0.05%", "0.1%", "0.2%", "0.4%", "0.6%", "0.8%", "1%")
 QUICK_BUDGETS = ("0.05%", "0.2%", "1%")
@@ -72,10 +75,35 @@ def sweep(config: SweepConfig, emit: Reporter) -> Outcome:
     store = Store(patient(config.store))
     store.check_writable()
     key = lease_key("sweep", config.model_dump(mode="json", exclude={"store"}))
-    return run_leased(store.uri, key, emit, lambda lease: _sweep(config, store, lease, emit))
+    return run_leased(store.uri, key, emit, lambda lease: _sweep(config, store, lease, emit))[0]
 
 
-def _sweep(config: SweepConfig, store: Store, lease: HeldLease, emit: Reporter) -> Outcome:
+def sweep_budgets(release: str, store: str = "artifacts", *, json_lines: bool = False, **options: Any) -> "ResultGrid":
+    """The sweep job from Python: its trials as Ray Tune's own `ResultGrid`, those whose results the store had already among them.
+
+        grid = gearnn_ray.sweep_budgets("drn22-camvid", budgets=["0.1%", "0.2%"])
+        grid.get_best_result().config["trial"]["budget"]
+
+    release: as name, name:tag or name@sha256:…; options: those of jobs/sweep.py, sections as mappings (`data={"path": …}`). Of a
+    trial `config["trial"]` has label, budget, floats and importance, and `metrics` has mean (in percent, over levels), scores by
+    level, and failed where it did. Everything else is in the store, so the results' folders do not exist. Prints the progress,
+    and raises UserError where the job exits 2.
+    """
+    config = from_mapping(SweepConfig, {"release": release, "store": store, **options}, "the call")
+    opened = Store(patient(config.store))
+    opened.check_writable()
+    key = lease_key("sweep", config.model_dump(mode="json", exclude={"store"}))
+    with reporter({}, json_lines) as emit:
+        grid = run_leased(opened.uri, key, emit, lambda lease: _sweep(config, opened, lease, emit, every_trial=True))[1]
+    assert grid is not None
+    return grid
+
+
+def _sweep(
+    config: SweepConfig, store: Store, lease: HeldLease, emit: Reporter, every_trial: bool = False
+) -> tuple[Outcome, "ResultGrid | None"]:
+    """every_trial: run those too whose results are in the store."""
+    grid = None
     with job_tasks(ResourcesConfig(**config.resources.model_dump()), emit, lease.check) as tasks:
         release = open_release_context(store, config, tasks)
         spec, (levels, trials) = release.spec, _checked(config, release)
@@ -84,8 +112,9 @@ def _sweep(config: SweepConfig, store: Store, lease: HeldLease, emit: Reporter) 
         left = [trial for trial in trials if not _point(trial, levels).complete]
         if left:
             _measure_levels(left, levels, tasks, emit)
+        if left or every_trial:
             # ASHA compares with those that are complete already
-            _run_trials(config, trials if config.asha else left, levels, tasks, emit)
+            grid = _run_trials(config, trials if config.asha or every_trial else left, levels, tasks, emit)
         points = [_point(trial, levels) for trial in trials]
         chosen, digest = recommended(points, config.within), None
         if chosen is not None:
@@ -94,7 +123,7 @@ def _sweep(config: SweepConfig, store: Store, lease: HeldLease, emit: Reporter) 
             digest = _publish(store, release, chosen, spec, images, tasks, emit)
     table, figure = _show(store, config, release, points)
     metric = release.spec.task.metrics[0]
-    return Outcome(tuple(points), sentence(points, config.within, metric), digest, table, figure, dict(tasks.failed))
+    return Outcome(tuple(points), sentence(points, config.within, metric), digest, table, figure, dict(tasks.failed)), grid
 
 
 def _checked(config: SweepConfig, release: ReleaseContext) -> tuple[tuple[str, ...], list[_Trial]]:
@@ -181,11 +210,17 @@ def _measure_levels(trials: Sequence[_Trial], levels: Sequence[str], tasks: Task
     tasks.all(_measure, {level: (spec, level, criteria) for level in levels if level not in tasks.failed})
 
 
-def _run_trials(config: SweepConfig, trials: Sequence[_Trial], levels: Sequence[str], tasks: TaskRunner, emit: Reporter) -> None:
+def _run_trials(
+    config: SweepConfig, trials: Sequence[_Trial], levels: Sequence[str], tasks: TaskRunner, emit: Reporter
+) -> "ResultGrid":
     """Every trial under Tune; its results are in the store."""
     emit.expect({(trial.label, level): 0.65 for trial in trials for level in levels})
     step = partial(_score, {trial.label: trial.spec for trial in trials}, tuple(levels), dict(tasks.failed))
-    run_trials(tasks, [trial.label for trial in trials], levels, step, config.asha)
+    about = {
+        trial.label: {"budget": trial.budget, "floats": trial.spec.budget, "importance": trial.spec.criterion.importance}
+        for trial in trials
+    }
+    return run_trials(tasks, about, levels, step, config.asha)
 
 
 def _score(
