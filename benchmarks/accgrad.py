@@ -25,16 +25,13 @@ passes.
 """
 
 import argparse
-import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,7 +41,9 @@ from torch import Tensor
 from gearnn_ray.data.camvid import UNLABELLED
 from gearnn_ray.data.dataset import IGNORED
 from gearnn_ray.data.scenes import ScenesSplit
+from gearnn_ray.knobs.encoding import decode, encode
 from gearnn_ray.knobs.objective import pixel_loss, psnr_loss, signed_loss, ssim_loss
+from gearnn_ray.knobs.settings import Settings
 from gearnn_ray.knobs.tiles import tile_means, tile_sums
 from gearnn_ray.levels.level import CLEAN
 from gearnn_ray.models.detector import collected_candidates
@@ -160,18 +159,7 @@ def resized(frame: Image, height: int, width: int) -> Image:
 
 def received(frames: Sequence[Image], crf: int, scale: float) -> list[Image]:
     """The frames after encoding as a segment of its own, in the size that was sent."""
-    small = [scaled(frame, scale) for frame in frames]
-    file = io.BytesIO()
-    with av.open(file, "w", format="mpegts") as container:
-        video: Any = container.add_stream("libx264", rate=Fraction(10))
-        video.height, video.width, _ = small[0].shape
-        video.pix_fmt, video.thread_count = "yuv420p", 1
-        video.options = {"preset": "medium", "crf": str(crf), "x264-params": "cpu-independent=1"}
-        for pixels in small:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(video.encode(None))
-    with av.open(io.BytesIO(file.getvalue()), format="mpegts") as container:
-        return [frame.pixels for frame in decoded(container)]  # type: ignore[arg-type]
+    return decode(encode(frames, Settings(crf=crf, size=scale)))
 
 
 def measure(network: Network, segment: Segment, scores: Scores, options: argparse.Namespace) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gearnn_ray.knobs.controller import Ceiling, Floor, Trade
-from gearnn_ray.knobs.findings import at_equal_accuracy, replayed, rows_of
+from gearnn_ray.knobs.findings import Found, at_equal_accuracy, average_rows, averages_of, replayed, rows_of
 from gearnn_ray.knobs.knob import knobs_of
 from gearnn_ray.knobs.methods import (
     METHODS,
@@ -165,6 +165,15 @@ def test_an_offline_profile_knows_the_first_quarter_alone() -> None:
     assert all(len(set(chosen)) == 1 for chosen in both[0])
 
 
+def test_an_offline_profile_is_paid_for_in_the_segments_that_it_is_made_of() -> None:
+    made = table(STREET)
+    walk = next(iter(offline_profile(made)))
+    # four configurations with ten frames and four with five, and one encoding of each; then what is sent alone
+    assert walk.forwards[[0, 14, 15]].tolist() == [70.0, 70.0, 10.0]
+    assert walk.encodes[[0, 14, 15]].tolist() == [9.0, 9.0, 1.0]
+    assert walk.bandwidth(made) == next(fixed(made)).bandwidth(made)
+
+
 def test_segments_with_nothing_to_find_do_not_count() -> None:
     made = table([*STREET[:10], *(outcomes(EASY, t, found=False) for t in range(10))])
     best = next(fixed(made))
@@ -199,6 +208,19 @@ def test_at_equal_accuracy_the_cheapest_run_of_each_method_is_compared() -> None
 def test_a_method_without_a_run_that_is_equal_says_so() -> None:
     found = compared(within=-1.0)
     assert {each.kilobits for each in found.values()} == {None}
+
+
+def test_an_average_is_over_the_clips_that_have_an_equal_run() -> None:
+    clips = [("a", 20.0, 10.0), ("b", 30.0, -10.0), ("c", None, None)]
+    found = [Found(name, "ssim", kilobits, to_fixed=to_fixed, accuracy=kilobits and 50.0) for name, kilobits, to_fixed in clips]
+    (average, alone) = averages_of([*found, Found("a", "psnr", 5.0, 40.0)])
+    assert (average.method, average.sources, average.reached, average.kilobits) == ("ssim", 3, 2, 25.0)
+    assert average.kilobits_sd == pytest.approx(50**0.5)
+    assert average.to_fixed == 0
+    assert average_rows([average, alone], "-") == [
+        ["ssim", "25.0 ± 7.1", "+0% ± 14", "50.0", "2 of 3"],
+        ["psnr", "5.0", "-", "40.0", "1 of 1"],
+    ]
 
 
 def test_the_rows_are_those_of_the_table() -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from gearnn_ray import AdaptiveModel, Store, UserError
 from gearnn_ray.core.events import Event
+from gearnn_ray.data.scenes import CLASS_NAMES
 from gearnn_ray.knobs.encoding import decode, encode, shown
 from gearnn_ray.knobs.knob import knobs_of, settings_of
 from gearnn_ray.knobs.methods import configurations_of
@@ -157,3 +158,13 @@ def test_a_video_of_less_than_a_segment_is_refused(tmp_path: Path, length: int) 
 def test_generated_streets_are_for_releases_of_generated_scenes(store: Store) -> None:
     with pytest.raises(UserError, match="not trained on generated scenes"):
         generated_stream(store.manifest("video")[1], 10)
+
+
+def test_each_seed_shows_other_streets_and_all_know_their_changes(store: Store) -> None:
+    manifest = store.manifest("video")[1]
+    manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"class_names": CLASS_NAMES})})
+    streams = [generated_stream(manifest, 2, seed) for seed in range(2)]
+    assert [stream.name for stream in streams] == ["generated", "generated-1"]
+    first, second = (next(stream.segments()) for stream in streams)
+    assert not np.array_equal(first.frames[0], second.frames[0])
+    assert streams[0].changes == streams[1].changes != {}

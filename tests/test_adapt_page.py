@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from gearnn_ray.knobs.findings import at_equal_accuracy, replayed
+from gearnn_ray.knobs.findings import at_equal_accuracy, averages_of, replayed
 from gearnn_ray.knobs.methods import METHODS, STEERED
 from gearnn_ray.knobs.outcome import ADAPTED, NETWORKS, ORIGINAL
+from gearnn_ray.knobs.reaction import KINDS, reactions
 from gearnn_ray.knobs.report.figures import TITLES, front
 from gearnn_ray.knobs.report.page import ABOUT, Page, figures_of, render
+from gearnn_ray.knobs.streams import stretches_of
 from tests.test_adapt_methods import STREET, table
 from tests.test_evaluation_page import Shown, browser, number
 
@@ -19,10 +21,12 @@ __all__ = ["browser"]
 
 def made(**changes: Any) -> Page:
     segments = {ORIGINAL: STREET, ADAPTED: STREET}
-    source = replayed("street", {network: table(segments[network]) for network in NETWORKS}, segments, True, None)
+    cuts = stretches_of({100: "cut", 200: "light"}, 10, 60)
+    source = replayed("street", {network: table(segments[network]) for network in NETWORKS}, segments, True, None, cuts)
+    found = at_equal_accuracy(source, 2.0)
     page = Page(
         "two", "centre-video", "ab" * 32, "jobs/adapt.py street.mp4", "AP", ("crf=18,26,34,42", "rate=1,2"), 10, 2.0, (),
-        (source,), at_equal_accuracy(source, 2.0), {},
+        (source,), found, averages_of(found), reactions([source], 2.0), {},
     )  # fmt: skip
     return dataclasses.replace(page, **changes)
 
@@ -63,6 +67,20 @@ def test_the_tables_are_what_was_found(shown: Shown, page: Page) -> None:
                 title = TITLES[each.method.removesuffix("+gearnn")]
                 assert number(kilobits[title]) == pytest.approx(each.kilobits, rel=0.02)
     assert [row[0] for row in drops[1:]] == [f"{method}{ending}" for ending in ("", "+gearnn") for method in METHODS]
+
+
+def test_reactions_and_averages_have_tables_where_there_are_some(shown: Shown) -> None:
+    (averages,), (reacted,) = shown.tables("clips"), shown.tables("reaction")
+    assert averages[0] == ["method", "kbit/s", "to best fixed", "accuracy", "clips"]
+    assert reacted[0] == ["method", *KINDS.values()]
+    assert (
+        {row[0] for row in averages[1:]}
+        == {row[0] for row in reacted[1:]}
+        == {f"{m}{e}" for m in METHODS for e in ("", "+gearnn")}
+    )
+    html = render(made(averages=(), reactions=()), {})
+    assert 'id="clips"' not in html
+    assert 'id="reaction"' not in html
 
 
 def test_a_method_without_an_equal_run_has_a_dash() -> None:

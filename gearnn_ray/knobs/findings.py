@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Final
 
 import numpy as np
 
 from gearnn_ray.knobs.controller import Goal
 from gearnn_ray.knobs.methods import METHODS, STEERED, Table, Walk, walks
 from gearnn_ray.knobs.outcome import ADAPTED, NETWORKS, ORIGINAL, Outcomes
+from gearnn_ray.knobs.streams import Stretch
 from gearnn_ray.levels.level import CLEAN
 
 SUFFIX = {ORIGINAL: "", ADAPTED: "+gearnn"}
@@ -24,6 +27,7 @@ class Replayed:
     walks: Mapping[str, Sequence[Walk]]
     seconds: Mapping[str, tuple[float, float, float]]  # by network: of a segment's inference, a gradient, and an encoding
     has_labels: bool
+    stretches: tuple[Stretch, ...] = ()  # between known changes of the content
 
     @property
     def best_accuracy(self) -> float:
@@ -77,7 +81,12 @@ class Found:
 
 
 def replayed(
-    name: str, tables: Mapping[str, Table], segments: Mapping[str, Sequence[Outcomes]], has_labels: bool, goal: Goal | None
+    name: str,
+    tables: Mapping[str, Table],
+    segments: Mapping[str, Sequence[Outcomes]],
+    has_labels: bool,
+    goal: Goal | None,
+    stretches: tuple[Stretch, ...] = (),
 ) -> Replayed:
     """Every method over the outcomes of one source, by network."""
     return Replayed(
@@ -87,6 +96,7 @@ def replayed(
         {network: walks(table, goal, SUFFIX[network]) for network, table in tables.items()},
         {network: _seconds(found) for network, found in segments.items()},
         has_labels,
+        stretches,
     )
 
 
@@ -99,7 +109,7 @@ def _seconds(segments: Sequence[Outcomes]) -> tuple[float, float, float]:
 def cheapest(source: Replayed, method: str, network: str, accuracy: float) -> Walk | None:
     """The run of a method with the least bandwidth among those that reach an accuracy in percent."""
     table = source.tables[network]
-    own = [walk for walk in source.walks[network] if walk.method == method + SUFFIX[network] and not _has_goal(walk)]
+    own = [walk for walk in source.walks[network] if walk.method == method + SUFFIX[network] and not walk.has_goal]
     reaching = [walk for walk in own if walk.accuracy(table) >= accuracy]
     return min(reaching, key=lambda walk: walk.bandwidth(table), default=None)
 
@@ -118,14 +128,10 @@ def with_goal(source: Replayed) -> list[Held]:
     """The runs with a goal."""
     found = []
     for _, table, walk in source.pairs():
-        if _has_goal(walk):
+        if walk.has_goal:
             accuracy = walk.accuracy(table)
             found.append(Held(source.name, walk.method, walk.bandwidth(table) / 1000, None if math.isnan(accuracy) else accuracy))
     return found
-
-
-def _has_goal(walk: Walk) -> bool:
-    return walk.price is None and walk.method.partition("+")[0] in STEERED
 
 
 def at_equal_accuracy(source: Replayed, within: float) -> list[Found]:
@@ -155,6 +161,65 @@ def at_equal_accuracy(source: Replayed, within: float) -> list[Found]:
                 )
             )
     return found
+
+
+@dataclass(frozen=True)
+class Average:
+    """One method over several sources. sources: how many there are. reached: over how many of them it has a run at equal
+    accuracy. Over these are the means, and the standard deviations (`_sd`) where there are two or more; None without.
+    """
+
+    method: str
+    sources: int
+    reached: int
+    kilobits: float | None
+    kilobits_sd: float | None
+    to_fixed: float | None
+    to_fixed_sd: float | None
+    accuracy: float | None
+
+
+def averages_of(found: Sequence[Found]) -> list[Average]:
+    """Of every method, in the order in which they were found."""
+    by_method: dict[str, list[Found]] = {}
+    for each in found:
+        by_method.setdefault(each.method, []).append(each)
+
+    def average(method: str, own: Sequence[Found]) -> Average:
+        kilobits, to_fixed, accuracy = (
+            [value for each in own if (value := getattr(each, name)) is not None] for name in ("kilobits", "to_fixed", "accuracy")
+        )
+        return Average(method, len(own), len(kilobits), *_spread(kilobits), *_spread(to_fixed), _spread(accuracy)[0])
+
+    return [average(method, own) for method, own in by_method.items()]
+
+
+AVERAGE_HEADS: Final = ("kbit/s", "to best fixed", "accuracy", "clips")
+
+
+def average_rows(averages: Sequence[Average], nothing: str) -> list[list[str]]:
+    """A row for each method, with its name and a cell for each of `AVERAGE_HEADS`; `nothing` without."""
+
+    def cell(mean: float | None, deviation: float | None, form: str, unit: str = "") -> str:
+        if mean is None:
+            return nothing
+        return f"{mean:{form}}{unit}" + ("" if deviation is None else f" ± {deviation:{form.removeprefix('+')}}")
+
+    return [
+        [
+            each.method,
+            cell(each.kilobits, each.kilobits_sd, ",.1f"),
+            cell(each.to_fixed, each.to_fixed_sd, "+.0f", "%"),
+            cell(each.accuracy, None, ".1f"),
+            f"{each.reached} of {each.sources}",
+        ]
+        for each in averages
+    ]
+
+
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation."""
+    return (fmean(values) if values else None, stdev(values) if len(values) > 1 else None)
 
 
 def _overhead(source: Replayed, network: str, method: str) -> float | None:
@@ -190,7 +255,7 @@ def rows_of(sources: Sequence[Replayed], goal: str | None) -> list[Mapping[str, 
                         "encodes": int(walk.encodes[t]),
                         "level": source.levels[network][t][number],
                         "price": walk.price,
-                        "goal": goal if _has_goal(walk) else "trade" if steers else None,
+                        "goal": goal if walk.has_goal else "trade" if steers else None,
                         **table.configurations[number],
                     }
                 )

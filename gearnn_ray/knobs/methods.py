@@ -109,6 +109,11 @@ class Walk:
     encodes: Array
     price: float | None = None
 
+    @property
+    def has_goal(self) -> bool:
+        """Whether it is a controller that holds a ceiling or a floor, instead of one of a curve."""
+        return self.price is None and self.method.partition("+")[0] in STEERED
+
     def bandwidth(self, table: Table) -> float:
         """Bits a second."""
         return float(8 * self._of(table.bytes).mean() / table.seconds)
@@ -125,12 +130,15 @@ class Walk:
 Method = Callable[[Table], Iterator[Walk]]
 
 
-def steered(table: Table, loss: str, goal: Goal) -> Walk:
-    """OneAdapt's controller, which sees the loss of this name: knobs of a segment follow from the segment before."""
+def steered(table: Table, loss: str, goal: Goal, later: Mapping[int, Goal] | None = None) -> Walk:
+    """OneAdapt's controller, which sees the loss of this name: knobs of a segment follow from the segment before.
+
+    later: goals that replace it, by the first segment during which they hold.
+    """
     controller, has_gradient = Controller(table.knobs, goal), loss in _OF_GRADIENTS
     chosen, forwards, encodes = [], [], []
     for t in range(table.segments):
-        deployed = controller.deployed
+        deployed, controller.goal = controller.deployed, (later or {}).get(t, controller.goal)
         at = table.index(deployed)
         places = {name: table.index({**deployed, name: value}) for name, value in controller.probes.items()}
         costs = {place: Cost(table.losses[loss][t, at, place], 8 * table.bytes[t, place]) for place in (at, *places.values())}
@@ -170,13 +178,17 @@ def fixed(table: Table) -> Iterator[Walk]:
 
 def offline_profile(table: Table) -> Iterator[Walk]:
     """AWStream (Zhang et al., SIGCOMM 2018) with a constant link: the configurations of which no other was better and cheaper in
-    the first quarter of the stream, judged by the network's own answers. What the profile costs is not counted.
+    the first quarter of the stream, judged by the network's own answers. For that the camera encodes each of these segments at
+    every configuration, and the server answers all of them. The profile is made beforehand, so that no bits count for it.
     """
     first = max(1, round(_PROFILED * table.segments))
+    forwards, encodes = np.zeros(table.segments), np.zeros(table.segments)
+    forwards[:first], encodes[:first] = table.sent[:first].sum(1), len(table.configurations)
     cost, worth = table.bytes[:first].mean(0), np.nan_to_num(table.agreement[:first], nan=100.0).mean(0)
     for number in range(len(cost)):
         if not ((cost < cost[number]) & (worth >= worth[number])).any():
-            yield _constant(table, number)
+            walk = _constant(table, number)
+            yield replace(walk, forwards=walk.forwards + forwards, encodes=walk.encodes + encodes)
 
 
 def profiling(table: Table) -> Iterator[Walk]:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.knobs.controller import Ceiling, Floor, Goal
 from gearnn_ray.knobs.encoding import encode
-from gearnn_ray.knobs.findings import Found, Held, Replayed, at_equal_accuracy, replayed, rows_of, with_goal
+from gearnn_ray.knobs.findings import Average, Found, Held, Replayed, at_equal_accuracy, averages_of, replayed, rows_of, with_goal
 from gearnn_ray.knobs.knob import Knob, knobs_of, settings_of
 from gearnn_ray.knobs.methods import Table, configurations_of
 from gearnn_ray.knobs.outcome import NETWORKS, Judge, Outcomes, outcomes
+from gearnn_ray.knobs.reaction import Reaction, reactions
 from gearnn_ray.knobs.regions import Regions
 from gearnn_ray.knobs.report.page import Page, figures_of, render
 from gearnn_ray.knobs.settings import Settings
-from gearnn_ray.knobs.streams import Segment, Stream, folder_stream, generated_stream, video_stream
+from gearnn_ray.knobs.streams import Segment, Stream, folder_stream, generated_stream, stretches_of, video_stream
 from gearnn_ray.ray_jobs.run_tasks import TaskRunner, job_tasks
 from gearnn_ray.reporting.progress import Reporter
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
@@ -48,7 +49,9 @@ class Outcome:
     """What the job found. Paths are in the store. failed: label of a task to the reason."""
 
     found: tuple[Found, ...]
+    averages: tuple[Average, ...]
     held: tuple[Held, ...]
+    reactions: tuple[Reaction, ...]
     remarks: tuple[str, ...]
     metric: str
     report: str | None
@@ -115,7 +118,7 @@ def plan_of(config: AdaptConfig, store: Store) -> Plan:
 
 def _streams(config: AdaptConfig, manifest: Manifest) -> list[Stream]:
     if not config.source:
-        return [generated_stream(manifest, config.length)]
+        return [generated_stream(manifest, config.length, seed) for seed in range(config.seeds)]
     labels = None if config.labels is None else Path(config.labels)
     if labels is not None and manifest.model.task != "segmentation":
         raise UserError(f"labels are images of class ids, and {config.release} is for {manifest.model.task}: leave them out")
@@ -131,7 +134,7 @@ def _streams(config: AdaptConfig, manifest: Manifest) -> list[Stream]:
     names = [stream.name for stream in streams]
     # files of one name in different folders
     return [
-        Stream(f"{stream.name}-{number}" if names.count(stream.name) > 1 else stream.name, stream.segments, stream.has_labels)
+        replace(stream, name=f"{stream.name}-{number}") if names.count(stream.name) > 1 else stream
         for number, stream in enumerate(streams)
     ]
 
@@ -214,22 +217,26 @@ def _replayed(plan: Plan, watched: _Watched) -> Replayed:
     segments = [watched.found[number] for number in sorted(watched.found)]
     by_network = {network: [each[place] for each in segments] for place, network in enumerate(NETWORKS)}
     made = {network: Table.of(plan.knobs, plan.config.length, watched.seconds, found) for network, found in by_network.items()}
-    return replayed(watched.stream.name, made, by_network, watched.stream.has_labels, plan.goal)
+    length, is_whole = plan.config.length, len(segments) == watched.count  # else segments do not have their own numbers
+    stretches = stretches_of(watched.stream.changes, length, len(segments)) if watched.stream.changes and is_whole else ()
+    return replayed(watched.stream.name, made, by_network, watched.stream.has_labels, plan.goal, stretches)
 
 
 def publish(store: Store, plan: Plan, sources: Sequence[Replayed], command: str, failed: Mapping[str, str]) -> Outcome:
     """Put table, figures and the page into the store."""
     if not sources:
-        return Outcome((), (), (), plan.metric, None, None, (), failed)
+        return Outcome((), (), (), (), (), plan.metric, None, None, (), failed)
     config, name = plan.config, plan.config.name or plan.manifest.name
     found = [each for source in sources for each in at_equal_accuracy(source, config.within)]
+    averages = averages_of(found) if config.seeds > 1 else []
+    reacted = reactions(sources, config.within)
     table = f"tables/{name}/adapt.parquet"
     schema = tables.adapt_schema({knob.name: knob.values for knob in plan.knobs})
     goal = None if plan.goal is None else "floor" if config.ceiling is None else "ceiling"
     store.put_table(table, tables.table(schema, rows_of(sources, goal)))
     page = Page(
         name, plan.manifest.name, plan.digest, command, plan.metric, config.knobs, config.length, config.within, config.classes,
-        sources, found, failed,
+        sources, found, averages, reacted, failed,
     )  # fmt: skip
     figures = figures_of(page)
     for file, png in figures.items():
@@ -239,7 +246,9 @@ def publish(store: Store, plan: Plan, sources: Sequence[Replayed], command: str,
     remarks = tuple(f"{source.name}: {remark}." for source in sources for remark in source.remarks())
     return Outcome(
         found=tuple(found),
+        averages=tuple(averages),
         held=tuple(each for source in sources for each in with_goal(source)),
+        reactions=tuple(reacted),
         remarks=remarks,
         metric=plan.metric,
         report=report,

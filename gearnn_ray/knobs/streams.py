@@ -2,10 +2,10 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -49,19 +49,39 @@ class Segment:
 @dataclass(frozen=True)
 class Stream:
     """One camera. segments: opens it, and gives whole segments; a rest of less is left out. has_labels: else the targets are the
-    network's own answers.
+    network's own answers. changes: where they are known, what changes (`cut`, `light`) with a frame, by its number.
     """
 
     name: str
     segments: Callable[[], Iterator[Segment]]
     has_labels: bool = False
+    changes: Mapping[int, str] = field(default_factory=dict)
 
 
-def generated_stream(manifest: Manifest, length: int) -> Stream:
-    """Generated streets for a release that was trained on such. Raises UserError for any other."""
+class Stretch(NamedTuple):
+    """The segments from `first` up to `end`, before which `kind` changed; the stream's beginning is no change."""
+
+    kind: str | None
+    first: int
+    end: int
+
+
+def stretches_of(changes: Mapping[int, str], length: int, segments: int) -> tuple[Stretch, ...]:
+    """The stretches of a stream of so many segments of `length` frames. changes: the kind by the first frame behind each change.
+    Segments with frames of both sides of a change belong to no stretch.
+    """
+    starts = sorted({0: None, **changes}.items())
+    ends = [frame for frame, _ in starts[1:]] + [segments * length]
+    pairs = zip(starts, ends, strict=True)
+    found = [Stretch(kind, -(-frame // length), min(end // length, segments)) for (frame, kind), end in pairs]
+    return tuple(each for each in found if each.first < each.end)
+
+
+def generated_stream(manifest: Manifest, length: int, seed: int = 0) -> Stream:
+    """Generated streets for a release that was trained on such, others for each seed. Raises UserError for any other release."""
     task, reference = manifest.model.task, None if manifest.data is None else manifest.data.reference
     sides = {} if reference is None else {"height": reference.height, "width": reference.width}
-    clip = Clip(task, shots=TUNNEL, **sides)
+    clip = Clip(task, seed=seed, shots=TUNNEL, **sides)
     if tuple(manifest.model.class_names) != clip.class_names:
         raise UserError(
             f"{manifest.name} was not trained on generated scenes, which are what is seen without a source: give a video, or a "
@@ -72,7 +92,7 @@ def generated_stream(manifest: Manifest, length: int) -> Stream:
         frames = ((clip.pristine(number), clip.target(number)) for number in range(len(clip)))
         return _segments(frames, FRAMES_PER_SECOND, length)
 
-    return Stream(clip.name, segments, True)
+    return Stream(clip.name, segments, True, clip.changes)
 
 
 def video_stream(source: str, rate: float, length: int) -> Stream:

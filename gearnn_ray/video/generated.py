@@ -5,6 +5,7 @@ renditions of an adaptive-bitrate stream are, and all of them follow each other 
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -64,12 +65,18 @@ class Clip:
 
     @property
     def name(self) -> str:
-        return "generated"
+        return f"generated-{self.seed}" if self.seed else "generated"
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Of the labels, by class id."""
         return CLASS_NAMES if self.task == "segmentation" else tuple(CLASS_NAMES[what] for what in THINGS)
+
+    @property
+    def changes(self) -> dict[int, str]:
+        """What changes with the first frame of each shot but the first, by its number: `light`, or `cut` for the scene alone."""
+        pairs = enumerate(itertools.pairwise(self.shots), 1)
+        return {number * self.shot_frames: "cut" if shot.light == before.light else "light" for number, (before, shot) in pairs}
 
     def frames(self) -> Iterator[VideoFrame]:
         """The decoded frames, with what their bitstream says."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gearnn_ray.evaluation.report.content import capital
-from gearnn_ray.knobs.findings import Found, Replayed, at_equal_accuracy, with_goal
+from gearnn_ray.knobs.findings import AVERAGE_HEADS, Average, Found, Replayed, at_equal_accuracy, average_rows, with_goal
 from gearnn_ray.knobs.methods import METHODS, STEERED
 from gearnn_ray.knobs.outcome import ADAPTED, NETWORKS, ORIGINAL
+from gearnn_ray.knobs.reaction import KINDS, Reaction, reaction_rows
 from gearnn_ray.knobs.report import figures as draw
 from gearnn_ray.reporting.page import image_address, page_template
 
@@ -30,6 +31,8 @@ class Page:
     classes: Sequence[str]
     sources: Sequence[Replayed]
     found: Sequence[Found]
+    averages: Sequence[Average]
+    reactions: Sequence[Reaction]
     failed: Mapping[str, str]
 
 
@@ -84,6 +87,10 @@ def render(page: Page, figures: Mapping[str, bytes]) -> str:
             for source in page.sources
         ],
         drop_heads=[f"{drop:g} points" for drop in DROPS],
+        average_heads=AVERAGE_HEADS,
+        averages=average_rows(page.averages, "–"),
+        reaction_heads=list(KINDS.values()),
+        reactions=reaction_rows(page.reactions, "–"),
     )
 
 
