@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Time of a partial fine-tune's step beside a full one's: DRN-D-22, the recipe's batch and crop, one thread. Both take turns.
+"""Time of a partial fine-tune's step, and of one that learns from a teacher, beside a full one's: DRN-D-22, the recipe's batch
+and crop, one thread. They take turns.
 
     uv run benchmarks/step.py [--store STORE --release NAME:TAG --level LEVEL]
 
@@ -20,6 +21,7 @@ from gearnn_ray.models.registry import build_model
 from gearnn_ray.tasks import task_by_name
 from gearnn_ray.training.precision import fastest_precision, prepare_process
 from gearnn_ray.training.predict import Normalisation
+from gearnn_ray.training.teacher import Teacher
 from gearnn_ray.training.trainer import fine_tune
 
 CLASSES, BUDGET, STEPS = 11, 31_814, 4
@@ -55,24 +57,33 @@ def main() -> None:
     labels = [rng.integers(0, CLASSES, (360, 480), dtype=np.uint8) for _ in range(count)]
     normalisation, task = Normalisation((0.41, 0.42, 0.43), (0.3, 0.31, 0.31)), task_by_name("segmentation")
     precision = fastest_precision(torch.device("cpu"))
-    seconds: dict[str, list[float]] = {"full": [], "partial": []}
     model = build_model("drn_d_22", CLASSES)
+    taught = Recipe(epochs=1, objective="both")
+    teacher = Teacher(task, build_model("drn_d_22", CLASSES), images, taught, normalisation, precision)
+    small = [np.ascontiguousarray(image[::4, ::4]) for image in images]
+    ways: dict[str, tuple[list[np.ndarray], Recipe, tuple[str, ...] | None, Teacher | None]] = {
+        "full": (images, recipe, None, None),
+        "partial": (images, recipe, chosen, None),
+        "full, with a teacher": (images, taught, None, teacher),
+        "full, 120x90": (small, recipe, None, None),
+        "full, 120x90, with a teacher": (small, taught, None, teacher),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(arguments.repeats + 1):
-        for what in seconds:
+        for way, (frames, how, layers, its) in ways.items():
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             model.up.weight.requires_grad_(False)
             outcome = fine_tune(
-                task, model, images, labels, recipe, normalisation, precision,
-                chosen=None if what == "full" else chosen, seed=repeat,
-            )  # fmt: skip
+                task, model, frames, labels, how, normalisation, precision, chosen=layers, seed=repeat, teacher=its
+            )
             if repeat:  # the first one of each warms up
-                seconds[what].append(outcome.seconds / STEPS)
-    full, partial = (statistics.median(seconds[what]) for what in seconds)
+                seconds[way].append(outcome.seconds / STEPS)
     print(f"{precision}, {torch.get_num_threads()} thread, {len(chosen)} layers selected")
-    print(f"full step    {full:.3f} s (from {min(seconds['full']):.3f} to {max(seconds['full']):.3f})")
-    print(f"partial step {partial:.3f} s (from {min(seconds['partial']):.3f} to {max(seconds['partial']):.3f})")
-    print(f"partial / full {partial / full:.2f}")
+    for way, found in seconds.items():
+        beside = "full, 120x90" if "120x90" in way else "full"
+        ratio = statistics.median(found) / statistics.median(seconds[beside])
+        print(f"{way:30} {statistics.median(found):.3f} s (from {min(found):.3f} to {max(found):.3f})  {ratio:.2f} of {beside}")
 
 
 if __name__ == "__main__":
