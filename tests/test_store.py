@@ -620,7 +620,19 @@ class TestLocalStore(StoreBattery):
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "\0", "ftp://host/x", "gs://bucket/x", "file://relative", "s3://", "s3://bucket?colour=red", "s3://a b"]
+    "uri",
+    [
+        "",
+        "\0",
+        "ftp://host/x",
+        "gs://bucket/x",
+        "file://relative",
+        "s3://",
+        "s3://bucket?colour=red",
+        "s3://a b",
+        "s3:/bucket",
+        "file:/x",
+    ],
 )
 def test_an_address_nobody_can_open_is_refused(uri: str) -> None:
     with pytest.raises(UserError, match="Cannot open the store") as caught:

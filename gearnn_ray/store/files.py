@@ -49,6 +49,8 @@ class FileTree:
         try:
             if not self.uri or "\0" in self.uri:
                 raise ValueError("the address is empty or holds a null character")
+            if self.uri.startswith(("s3:", "file:")) and not is_uri:
+                raise ValueError("after the first colon two slashes are expected, as in s3://bucket/path")
             if not is_uri:
                 # Absolute from here on, because the workers of a job have another working directory.
                 self.uri = str(Path(self.uri).expanduser().absolute())
