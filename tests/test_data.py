@@ -150,11 +150,10 @@ for refused in (lambda: open_dataset("camvid", "/nowhere"), lambda: check_name("
 print(sorted({{"torch", "ray", "pyarrow", "pydantic"}} & sys.modules.keys()))
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.splitlines() == [
-        "/nowhere does not exist: expected a folder of camvid data, so correct the path.",
-        f"there is no network 'drn_d_99': expected {', '.join(BUILT_IN)} or an import path like package.module:function",
-        "[]",
-    ]
+    no_folder, no_network, imported = found.stdout.splitlines()
+    assert no_folder == "/nowhere does not exist: expected a folder of camvid data, so correct the path."
+    assert no_network.startswith(f"there is no network 'drn_d_99': expected {', '.join(BUILT_IN)}, a network of a library")
+    assert imported == "[]"
 
 
 @pytest.mark.parametrize("kind", MAKERS)
