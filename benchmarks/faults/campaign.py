@@ -96,11 +96,8 @@ def campaign(lines: Iterable[Line], seed: int, runs: int | None, state: Path) ->
 def _of(values: list[float]) -> str:
     if not values:
         return ""
-    return (
-        f"{statistics.median(values):.2g}"
-        if max(values) == min(values)
-        else f"{statistics.median(values):.2g}, at most {max(values):.2g}"
-    )
+    median, most = f"{statistics.median(values):.2g}", f"{max(values):.2g}"
+    return median if median == most else f"{median}, at most {most}"
 
 
 def table(lines: Iterable[Line], state: Path) -> str:
