@@ -1,6 +1,7 @@
 """A tiny release to serve: a small network, levels whose outputs differ clearly, and the expected answers of each level."""
 
 import io
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ LEVELS = ("jpeg-10", "jpeg-50")
 MEAN, STD = (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)
 CLASS_NAMES = ("road", "car", "sky")
 ADAPTED = ("bn2.weight", "head.weight", "head.bias")
+
+
+def connected(port: int, sent: bytes = b"") -> socket.socket:
+    """A client that has sent this, and has room for so little of an answer that it waits in the server."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(sent)
+    return connection
 
 
 def publish(

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gearnn_ray.service import connections
 from gearnn_ray.service.connections import Connection
+from tests.served import connected
 
 MIB = 2**20
 HEAD = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n"
@@ -45,15 +46,6 @@ def served(
         yield listener.getsockname()[1], server
         server.should_exit = server.force_exit = True
         thread.join(10)
-
-
-def connected(port: int, sent: bytes = b"") -> socket.socket:
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that an answer waits in the server
-    connection.settimeout(10)
-    connection.connect(("127.0.0.1", port))
-    connection.sendall(sent)
-    return connection
 
 
 def asked(port: int, method: str = "POST", path: str = "/predict") -> tuple[int, float]:

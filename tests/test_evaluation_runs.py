@@ -22,10 +22,8 @@ from gearnn_ray.evaluation.runs import WeightsSpec
 from gearnn_ray.models.layers import layers_of, network_state, same_bits, tensors_of
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import job_spec
-from gearnn_ray.offline.base import publish_given_base
-from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import fine_tune_fully, run_level
-from gearnn_ray.offline.records import Execution
 from gearnn_ray.store.releases import Store
 from gearnn_ray.tasks.base import Image, score
 from gearnn_ray.training.batch_norm import reestimate_statistics
@@ -73,23 +71,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fresh(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], JobSpec]:
     """The same job in a store that holds nothing but the base."""
-    network = Network("tests.nets:small", tiny.CLASSES, NORMALISATION)
     dataset = open_dataset("folder", str(data / "data"), num_classes=tiny.CLASSES)
 
     def make() -> JobSpec:
+        recipe = Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32")
         store = str(tmp_path_factory.mktemp("store"))
-        return JobSpec(
-            store=store,
-            cache=str(data / "cache"),
-            network=network,
-            data=dataset,
-            base=publish_given_base(store, network, str(data / "weights.safetensors")).digest,
-            recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24, precision="float32"),
-            budget=BUDGET,
-            seed=SEED,
-            execution=Execution("cpu", "float32", 1),
-            keep_full=True,
-        )
+        return tiny.job_spec(data, store=store, data=dataset, recipe=recipe, budget=BUDGET, seed=SEED, keep_full=True)
 
     return make
 

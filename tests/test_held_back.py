@@ -10,17 +10,13 @@ from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.config.split import SelectionConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Event
-from gearnn_ray.data.dataset import open_dataset
-from gearnn_ray.offline.base import publish_given_base
 from gearnn_ray.offline.held_back import TRIALS, best_part, parted
-from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelRun, run_level
-from gearnn_ray.offline.records import Execution
 from gearnn_ray.offline.selection import LayerSelection
 from gearnn_ray.reporting.progress import split_plan
 from gearnn_ray.store.releases import Store
 from tests import tiny
-from tests.conftest import NORMALISATION
 
 M = 64
 
@@ -100,19 +96,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder: Path = tmp_path_factory.mktemp("held-back")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    network, store = Network("tests.nets:small", tiny.CLASSES, NORMALISATION), str(folder / "store")
-    return JobSpec(
-        store=store,
-        cache=str(folder / "cache"),
-        network=network,
-        data=open_dataset("folder", str(folder / "data"), num_classes=tiny.CLASSES),
-        base=publish_given_base(store, network, str(folder / "weights.safetensors")).digest,
-        recipe=Recipe(epochs=1, learning_rate=0.1, batch_size=4, crop=24),
-        budget=64,
-        seed=4,
-        execution=Execution("cpu", "float32", 1),
-        held_back=0.25,
-    )
+    return tiny.job_spec(folder, recipe=Recipe(epochs=1, learning_rate=0.1, batch_size=4, crop=24), budget=64, held_back=0.25)
 
 
 def test_the_adaptor_of_the_best_part_is_trained_on_all_images(spec: JobSpec) -> None:

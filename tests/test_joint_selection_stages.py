@@ -22,18 +22,16 @@ from gearnn_ray.config.recipe import Coupling, Criterion, Recipe
 from gearnn_ray.config.release_jobs import EvaluateConfig
 from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.errors import TrainingFailedError, UserError
-from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.evaluation import findings
 from gearnn_ray.evaluation.findings import Cell, Found, publish
 from gearnn_ray.evaluation.plan import Plan, _budget_of_each
 from gearnn_ray.evaluation.records import Evaluated, Weights
 from gearnn_ray.evaluation.runs import released_main
 from gearnn_ray.offline import pipeline
-from gearnn_ray.offline.base import NetworkFacts, publish_given_base
+from gearnn_ray.offline.base import NetworkFacts
 from gearnn_ray.offline.importance import FOLDED
-from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelResult, cached, measure_level, run_level, select_jointly
-from gearnn_ray.offline.records import Execution
 from gearnn_ray.offline.release import _config_to_keep
 from gearnn_ray.offline.release_context import ReleaseContext
 from gearnn_ray.offline.selection import LayerSelection, select
@@ -66,19 +64,7 @@ BUDGET = 300
 
 @pytest.fixture(scope="module")
 def spec(folder: Path) -> JobSpec:
-    network, store = Network("tests.nets:small", tiny.CLASSES, NORMALISATION), str(folder / "store")
-    return JobSpec(
-        store=store,
-        cache=str(folder / "cache"),
-        network=network,
-        data=open_dataset("folder", str(folder / "data"), num_classes=tiny.CLASSES),
-        base=publish_given_base(store, network, str(folder / "weights.safetensors")).digest,
-        recipe=RECIPE,
-        budget=BUDGET,
-        seed=0,
-        execution=Execution("cpu", "float32", 1),
-        coupling=SHARED,
-    )
+    return tiny.job_spec(folder, recipe=RECIPE, budget=BUDGET, seed=0, coupling=SHARED)
 
 
 def discard(_: object) -> None:

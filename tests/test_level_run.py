@@ -20,13 +20,12 @@ from gearnn_ray.config.split import SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.core.events import Event
 from gearnn_ray.data.cache import ImageStatistics
-from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.layers import alternatives_of, layers_of, same_bits
 from gearnn_ray.models.registry import build_model
 from gearnn_ray.offline import level_run
-from gearnn_ray.offline.base import NetworkFacts, publish_given_base
+from gearnn_ray.offline.base import NetworkFacts
 from gearnn_ray.offline.importance import FOLDED, IMPORTANCE
-from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.job_spec import JobSpec
 from gearnn_ray.offline.level_run import LevelResult, LevelRun, cached, fine_tune_fully, measure_level, run_level
 from gearnn_ray.offline.pipeline import Outcome
 from gearnn_ray.offline.records import Execution, FullResult, StageResult
@@ -45,18 +44,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("street")
     tiny.write_folder(folder / "data")
     tiny.write_weights(folder / "weights.safetensors")
-    network, store = Network("tests.nets:small", tiny.CLASSES, NORMALISATION), str(folder / "store")
-    return JobSpec(
-        store=store,
-        cache=str(folder / "cache"),
-        network=network,
-        data=open_dataset("folder", str(folder / "data"), num_classes=tiny.CLASSES),
-        base=publish_given_base(store, network, str(folder / "weights.safetensors")).digest,
-        recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24),
-        budget=BUDGET,
-        seed=4,
-        execution=Execution("cpu", "float32", 1),
-    )
+    return tiny.job_spec(folder, recipe=Recipe(epochs=2, learning_rate=0.1, batch_size=4, crop=24), budget=BUDGET)
 
 
 Ran = Callable[..., tuple[LevelResult, list[str]]]

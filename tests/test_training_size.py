@@ -25,10 +25,9 @@ from gearnn_ray.data.dataset import Dataset, open_dataset
 from gearnn_ray.evaluation import measurements
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.offline.base import check_network, network_of, publish_given_base, training_size
+from gearnn_ray.offline.base import check_network, network_of, training_size
 from gearnn_ray.offline.job_spec import JobSpec, Network
 from gearnn_ray.offline.level_run import run_level
-from gearnn_ray.offline.records import Execution
 from gearnn_ray.service.bundles import Bundle, Item, group_of, predict, values_of
 from gearnn_ray.serving.export import export_level
 from gearnn_ray.serving.frames import Evidence, Frame, evidence_of
@@ -107,18 +106,9 @@ def data(folder: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def spec(folder: Path, data: Dataset) -> JobSpec:
-    network, store = Network("tests.nets:small", tiny.CLASSES, NORMALISATION, input_size=(32, 40)), str(folder / "store")
-    return JobSpec(
-        store=store,
-        cache=str(folder / "cache"),
-        network=network,
-        data=data,
-        base=publish_given_base(store, network, str(folder / "weights.safetensors")).digest,
-        recipe=Recipe(epochs=1, learning_rate=0.05, batch_size=4, crop=24),
-        budget=300,
-        seed=4,
-        execution=Execution("cpu", "float32", 1),
-    )
+    network = Network("tests.nets:small", tiny.CLASSES, NORMALISATION, input_size=(32, 40))
+    recipe = Recipe(epochs=1, learning_rate=0.05, batch_size=4, crop=24)
+    return tiny.job_spec(folder, network=network, data=data, recipe=recipe, budget=300)
 
 
 def own_size(spec: JobSpec) -> JobSpec:
@@ -272,6 +262,12 @@ def test_gradients_have_the_size_of_the_frame(scaling: AdaptiveModel) -> None:
     assert x.grad is not None
     assert x.grad.shape == (1, 3, 32, 40)
     assert float(x.grad.abs().sum()) > 0
+
+
+def test_gradients_go_through_the_network_at_its_own_size(scaling: AdaptiveModel) -> None:
+    frame = tensor_of(frame_of((32, 40)))[None]
+    assert torch.equal(scaling.forward_at(["clean"])(frame), scaling.forward_at(["clean"])(at_size(frame, SIZE)))
+    assert scaling.forward_at(["clean"])(frame).shape[-2:] == SIZE
 
 
 @pytest.mark.parametrize(

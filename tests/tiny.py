@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gearnn_ray.data.dataset import open_dataset
 from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.registry import build_model
-from gearnn_ray.offline.job_spec import JobSpec
+from gearnn_ray.offline.base import publish_given_base
+from gearnn_ray.offline.job_spec import JobSpec, Network
+from gearnn_ray.offline.records import Execution
 from gearnn_ray.tasks.base import score
 from gearnn_ray.training.predict import Predictor, collect_evidence
-from tests.conftest import ROOT
+from tests.conftest import NORMALISATION, ROOT
 
 CLASSES = 3
 
@@ -47,6 +50,23 @@ def write_weights(path: Path) -> Path:
     state = network_state(build_model("tests.nets:small", CLASSES))
     safetensors.torch.save_file({name: tensor.half() for name, tensor in state.items()}, path)
     return path
+
+
+def job_spec(folder: Path, **changes: Any) -> JobSpec:
+    """A job over `write_folder` in folder/data and `write_weights`, whose base lies in its store (by default folder/store)."""
+    told: dict[str, Any] = {
+        "store": str(folder / "store"),
+        "network": Network("tests.nets:small", CLASSES, NORMALISATION),
+    } | changes
+    base = publish_given_base(told["store"], told["network"], str(folder / "weights.safetensors")).digest
+    defaults = {
+        "cache": str(folder / "cache"),
+        "data": open_dataset("folder", str(folder / "data"), num_classes=CLASSES),
+        "base": base,
+        "seed": 4,
+        "execution": Execution("cpu", "float32", 1),
+    }
+    return JobSpec(**defaults | told)
 
 
 def options(folder: Path, **changes: Any) -> list[str]:

@@ -38,6 +38,7 @@ from benchmarks.faults.clients import (
     predicting,
     started,
 )
+from tests.served import connected
 
 SOCKETS = (1, 40, 400)
 LOADS = (1, 2, 10)
@@ -74,16 +75,6 @@ def running() -> Service:
 HALF_HEAD = b"POST /predict HTTP/1.1\r\nhost: localhost\r\nx: "
 HALF_BODY = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n"
 UNREAD = LARGE[0].head() + LARGE[0].frame
-
-
-def connected(port: int, begin: bytes) -> socket.socket:
-    """A client that has sent this, and reads nothing."""
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that an answer waits in the server
-    connection.settimeout(20)
-    connection.connect(("127.0.0.1", port))
-    connection.sendall(begin)
-    return connection
 
 
 def until_gone(connections: Sequence[socket.socket], trickle: bytes, seconds: float) -> float:
