@@ -117,6 +117,13 @@ def test_weights_load_from_every_true_format(tmp_path: Path, form: str) -> None:
     assert start_from(fresh, weights, "w") == sum(tensor.numel() > 1 for tensor in network_state(model).values())
 
 
+def test_a_checkpoint_with_the_network_twice_is_refused_by_its_prefixes() -> None:
+    state = network_state(build_model("tests.nets:small", num_classes=3))
+    twice = {f"{prefix}{name}": tensor for prefix in ("ema_model.", "model.") for name, tensor in state.items()}
+    with pytest.raises(UserError, match=r"all weights of the network 2 times, behind ema_model\. and model\."):
+        load_weights(build_model("tests.nets:small", num_classes=3), WeightsFile(twice), "w")
+
+
 def test_torchvisions_auxiliary_head_is_left_out_where_the_network_has_none() -> None:
     name = "torchvision:deeplabv3_mobilenet_v3_large"
     published = build_model(name, 3, {"aux_loss": True}).state_dict()
@@ -191,6 +198,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("w.bin", b"junk", "not opened"),
         ("w.onnx", b"junk", "ends in '.onnx'"),
         ("w.safetensors.index.json", b"{}", "lists no parts"),
+        ("w.safetensors.index.json", b'{"weight_map": {"a": "w.safetensors.index.json"}}', "another list of parts"),
         ("w.safetensors.index.json", b'{"weight_map": {"a": "1.safetensors"}}', "1.safetensors, which is not beside it"),
         ("w.safetensors.index.json", b'{"weight_map": {"a": "../part-1.safetensors"}}', "which is not beside it"),
         ("missing.pt", None, "there is no weights file"),

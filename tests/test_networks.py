@@ -1,5 +1,6 @@
 """Segmentation networks of any origin: forms of answers, padding, the trial before training, and installed libraries."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.config.split import ModelConfig, SplitConfig
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.dataset import open_dataset
+from gearnn_ray.models.layers import network_state
 from gearnn_ray.models.libraries import resolved
 from gearnn_ray.models.light_maskrcnn import _Conv
 from gearnn_ray.models.names import check_released_name
@@ -176,7 +178,12 @@ def test_a_folder_of_transformers_is_built_and_loaded_and_needs_no_folder_afterw
     original = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=K, **sizes)).eval()
     original.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    # whoever saved it may have done so in half precision, and with another version
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "float16", "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     found = network_of(ModelConfig(name=f"hf:{tmp_path}"), K, "segmentation")
+    assert "transformers_version" not in found.arguments["config"]
+    assert {tensor.dtype for tensor in network_state(found.build()).values()} == {torch.float32}
     assert (found.name, found.normalisation.mean) == ("hf:segformer", (0.5, 0.5, 0.5))
     assert str(tmp_path) not in found.arguments["config"]
     weights = read_weights(tmp_path)

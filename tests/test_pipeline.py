@@ -476,6 +476,13 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
         {"resources.workers-per-level": 13, "resources.cpus": 0.1, "recipe.batch-size": 16}, None,
         "resources.workers_per_level is 13 and there are 12 training images",
     ),
+    "more workers than images while some are held back": (
+        {"resources.workers-per-level": 7, "resources.cpus": 0.1, "recipe.batch-size": 16, "selection.held-back": 0.5}, None,
+        "resources.workers_per_level is 7 and there are 6 training images beside those that are held back",
+    ),
+    "fewer images than can be held back": (
+        {"selection.held-back": 0.01}, None, "selection.held_back is 0.01 of 12 training images, which leaves none",
+    ),
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_a_subset_is_what_it_says() -> None:
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (4, 1), (5, 1), (9, 1), (10, 2), (367, 73)])
 def test_a_fifth_is_held_back_and_never_nothing(count: int, expected: int) -> None:
-    assert baselines.held_back(count) == expected
+    assert baselines.tuning_images(count) == expected
 
 
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(12, 4, 3), (14, 4, 3), (3, 4, 1), (1, 1, 1)])

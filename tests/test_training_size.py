@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,19 @@ def test_the_original_at_training_size_is_a_rival_where_frames_have_another(spec
     assert rival is not None
     assert rival.score == pytest.approx(run_level(spec, "h264-20x16", lambda _: None).original)
     assert measurements.evaluate_scaled(own, "jpeg-10", lambda _: None) is None, "its frames have the size already"
+
+
+def test_the_base_is_no_rival_of_its_own_answers_to_frames_of_another_size(
+    spec: JobSpec, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "data", tmp_path / "data")
+    for path in (tmp_path / "data/val").rglob("*.png"):
+        Image.open(path).resize((60, 48), Image.Resampling.NEAREST).save(path)
+    data = open_dataset("folder", str(tmp_path / "data"), num_classes=tiny.CLASSES)
+    other = replace(own_size(spec), data=data, cache=str(tmp_path / "cache"))
+    assert measurements.evaluate_scaled(other, "h264-20x16", lambda _: None) is not None
+    monkeypatch.setattr(type(data), "labelled", False)
+    assert measurements.evaluate_scaled(other, "h264-20x16", lambda _: None) is None
 
 
 def test_training_images_of_several_sizes_are_refused_in_one_sentence(tmp_path: Path, spec: JobSpec, data: Dataset) -> None:

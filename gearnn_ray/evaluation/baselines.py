@@ -49,7 +49,7 @@ CONSTANT = ("original", "original-scaled", "mixed", "stability", "clean-tuned")
 """Methods with one set of weights for all levels. The others have one per level, and are the base itself at `clean`."""
 
 
-def held_back(count: int) -> int:
+def tuning_images(count: int) -> int:
     """The number of training images, the last ones in order, that are held back while learning rates are chosen: a fifth."""
     return max(1, count // 5)
 

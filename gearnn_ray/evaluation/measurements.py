@@ -51,7 +51,8 @@ def evaluate_weights(spec: JobSpec, level: str, sources: Sequence[Source], emit:
 
 def evaluate_scaled(spec: JobSpec, level: str, emit: Emit) -> Evaluated | None:
     """The base on a level's validation images after they are scaled to the size of the training images, as `model.input`
-    training-size does. None where this changes nothing, or no such size is defined.
+    training-size does. None where this changes nothing, or no such size is defined; and where the targets are the base's own
+    answers to undistorted images of another size, which it would answer otherwise.
     """
     try:
         size = training_size(spec.data, spec.cache)
@@ -59,6 +60,8 @@ def evaluate_scaled(spec: JobSpec, level: str, emit: Emit) -> Evaluated | None:
         return None
     images, _ = spec.validation_data(level)
     if images[0].shape[:2] == size or has_its_own_size(spec.network.build()):
+        return None
+    if not spec.data.labelled and any(image.shape[:2] != size for image in spec.validation_data("clean")[0]):
         return None
     scaled = replace(spec, network=replace(spec.network, input_size=size))
     return evaluate_weights(scaled, level, [None], renamed(emit, lambda _: "original at training size"))[None]

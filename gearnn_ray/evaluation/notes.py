@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 
 from gearnn_ray.config.recipe import PAPERS
-from gearnn_ray.evaluation.baselines import TITLES, held_back
+from gearnn_ray.evaluation.baselines import TITLES, tuning_images
 from gearnn_ray.evaluation.plan import Plan
 from gearnn_ray.serving.mixing import STEPS
 
@@ -51,7 +51,7 @@ def notes(
     chosen = ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in tuned.items())
     if has_grid:
         yield (
-            f"Each method's learning rate was chosen once, at {tuning_level}, on the last {held_back(count)} training images "
+            f"Each method's learning rate was chosen once, at {tuning_level}, on the last {tuning_images(count)} training images "
             f"after a fine-tune without them: {chosen}. The base was trained on those images, and GearNN's layers were selected "
             "on all images; random layers were tuned with their first draw."
         )

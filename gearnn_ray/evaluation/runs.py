@@ -157,7 +157,7 @@ def tune(spec: JobSpec, wanted: WeightsSpec, level: str, emit: Emit) -> float:
     key = _key(spec, "tuning", wanted, evaluated_at=level, evaluated_pixels=pixels_version(level))
     cache, label = (StageCache(Store(spec.store), wanted.level, emit), f"tuning: {wanted.label} at {wanted.learning_rate:g}")
     count = len(spec.data.train)
-    kept = count - baselines.held_back(count)
+    kept = count - baselines.tuning_images(count)
 
     def train() -> TuningResult:
         model, _ = base_network(spec)

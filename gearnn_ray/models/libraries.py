@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from gearnn_ray.config.catalogue import LIBRARIES, missing_library
 from gearnn_ray.core.errors import UserError
 
-_NOT_RELEASED = ("auto_map", "attn_implementation", "_attn_implementation", "_name_or_path")  # name code, or places
+# they name code, places, the precision of somebody's weights, or the version that wrote them
+_NOT_RELEASED = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_name_or_path", "dtype", "torch_dtype", "transformers_version",
+)  # fmt: skip
 
 
 def build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:

@@ -37,9 +37,11 @@ def parts_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         parts = [index.parent / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} lists no parts of a weights file under weight_map: give another file") from error
     for part in parts:
+        if part.name.endswith(INDEX):
+            raise UserError(f"{index} lists {part.name}, another list of parts: expected weights files")
         if part.parent != index.parent or not part.is_file():
             raise UserError(f"{index} lists {part.name}, which is not beside it: copy it there")
     return parts

@@ -38,17 +38,16 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
     this number: the bottom and the right are padded with copies of the last row and column, which add no edge that is not in the
     image, and the logits of the padding are cut off. Names of tensors stay. It returns logits [B, K, H, W] whatever its form was.
     """
-    model.__class__ = _padded_class(type(model))
-    model.pad_to = multiple  # type: ignore[assignment]
+    model.__class__ = _padded_class(type(model), multiple)
     return model
 
 
-def _padded_class(own: type[nn.Module]) -> type[nn.Module]:
+def _padded_class(own: type[nn.Module], multiple: int) -> type[nn.Module]:
     """A subclass, because a module around the network would change the names of its tensors."""
 
     def forward(self: Any, images: Tensor, *more: Any) -> Tensor:
         height, width = images.shape[-2:]
-        whole = height + -height % self.pad_to, width + -width % self.pad_to
+        whole = height + -height % multiple, width + -width % multiple
         x = F.pad(images, (0, whole[1] - width, 0, whole[0] - height), mode="replicate")
         logits = logits_of(own.forward(self, x, *more))
         if logits.shape[-2:] != whole:

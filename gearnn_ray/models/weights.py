@@ -1,5 +1,5 @@
 """Reads weights files and loads them into a network. No file can run code: pickles are read with `weights_only=True`, and objects
-of other classes than tensors and plain values, such as the arguments of a training script, are skipped without importing theirs.
+of most other classes, such as the arguments of a training script, are skipped without importing theirs.
 """
 
 import hashlib
@@ -166,15 +166,21 @@ def _todays_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     return dict(state) if renamed is None else renamed(state)
 
 
-def _of_this_network(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _of_this_network(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """The tensors of a file behind the prefix, such as Lightning's `model.`, behind which it has all of the network's; without an
-    auxiliary head that the network was built without.
+    auxiliary head that the network was built without. Raises UserError where that is true of several prefixes.
     """
     needed = [name for name in expected if not name.endswith("num_batches_tracked")]
     if needed and not given.keys() >= set(needed):
         ends = sorted(name for name in given if name.endswith(f".{needed[0]}"))
-        inside = (_within(given, name.removesuffix(needed[0])) for name in ends)
-        given = next((part for part in inside if part.keys() >= set(needed)), given)
+        inside = {prefix: _within(given, prefix) for prefix in (name.removesuffix(needed[0]) for name in ends)}
+        whole = {prefix: part for prefix, part in inside.items() if part.keys() >= set(needed)}
+        if len(whole) > 1:
+            raise UserError(
+                f"{source} has all weights of the network {len(whole)} times, behind {' and '.join(whole)}: save the one that "
+                "is meant"
+            )
+        given = next(iter(whole.values()), given)
     auxiliary = any(name.startswith(_AUXILIARY) for name in expected)
     return given if auxiliary else {name: tensor for name, tensor in given.items() if not name.startswith(_AUXILIARY)}
 
@@ -192,7 +198,7 @@ def load_weights(model: nn.Module, weights: WeightsFile, source: str) -> None:
     UserError for a tensor that is missing, extra, misshapen or not finite.
     """
     expected = model.state_dict()
-    given = _of_this_network(expected, _todays_names(model, weights.state))
+    given = _of_this_network(expected, _todays_names(model, weights.state), source)
     missing = [n for n in expected if n not in given and not n.endswith("num_batches_tracked")]
     extra = [n for n in given if n not in expected]
     if missing or extra:

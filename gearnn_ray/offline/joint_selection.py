@@ -14,6 +14,10 @@ from gearnn_ray.offline.selection import LayerSelection, Selection, select
 from gearnn_ray.offline.sensitivity import Sensitivity, StoredVariant
 
 
+class BudgetTooSmallError(UserError):
+    """Not even the smallest option fits the budget."""
+
+
 @dataclass(frozen=True)
 class LevelMeasurement:
     """What a level's full fine-tune did to the layers. All levels have the same layers, in the same order."""
@@ -31,8 +35,8 @@ def select_layers(
     level: str,
 ) -> LayerSelection:
     """The layers of one level's adaptor under a budget of M floats. level: its name, for error messages. With the paper's
-    criterion this is Eq. (2), and may select nothing. Any other raises UserError if no option has a positive value or the
-    smallest does not fit.
+    criterion this is Eq. (2), and may select nothing. Any other raises UserError if no option has a positive value, and
+    BudgetTooSmallError if the smallest does not fit.
     """
     if criterion == PAPERS:
         solution = select([row.mean_abs_change for row in rows], [row.numel for row in rows], budget)
@@ -105,7 +109,7 @@ def _choose(groups: Groups, whose: str, criterion: Criterion, budget: int) -> tu
             f"choose another selection.importance or other selection.storage_formats"
         )
     if smallest is not None and smallest > limit:
-        raise UserError(
+        raise BudgetTooSmallError(
             f"a budget of {limit} bytes is too small for {whose}: the smallest option by {criterion.granularity} as {formats} "
             f"takes {smallest} bytes; give a larger budget or other selection.storage_formats"
         )

@@ -19,10 +19,10 @@ from gearnn_ray.config.recipe import Criterion
 from gearnn_ray.core.events import Emit, Event
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.models.layers import alternatives_of, layers_of, network_state
-from gearnn_ray.offline.held_back import Data, best_part, parted
+from gearnn_ray.offline.held_back import NOTHING, TRIALS, Data, best_part, parted
 from gearnn_ray.offline.importance import FOLDED
 from gearnn_ray.offline.job_spec import JobSpec
-from gearnn_ray.offline.joint_selection import LevelMeasurement, joint_selection, select_layers
+from gearnn_ray.offline.joint_selection import BudgetTooSmallError, LevelMeasurement, joint_selection, select_layers
 from gearnn_ray.offline.records import (
     FullResult,
     JointSelectionResult,
@@ -237,22 +237,26 @@ class LevelRun:
         held_back = self.spec.held_back
         if not held_back:
             return self._selected(full, budget)
-        return best_part(
-            lambda floats: self._selected(full, floats),
-            lambda selection, name: self.partial(selection, held_back, name).score,
-            budget,
-        )
+        parts = {name: self._selected(full, budget // divisor, divisor > 1) for name, divisor in TRIALS.items()}
+        return best_part(parts, lambda selection, name: self.partial(selection, held_back, name).score)
 
-    def _selected(self, full: FullResult, budget: int) -> LayerSelection:
+    def _selected(self, full: FullResult, budget: int, or_nothing: bool = False) -> LayerSelection:
+        """or_nothing: where nothing fits, that is the selection, and no error."""
         criterion = self.spec.criterion
         control = self._control().digest if criterion.against == "clean" else None
-        key = self._key("selection", full=full.digest, criterion=criterion.model_dump(), control=control, budget=budget)
+        more = {"or_nothing": True} if or_nothing else {}
+        key = self._key("selection", full=full.digest, criterion=criterion.model_dump(), control=control, budget=budget, **more)
 
         def solve() -> SelectionResult:
             measured = self.measured(full)
             alternatives = alternatives_of(self.network(), criterion.granularity)
             rows, variants = measured.compared, measured.stored_variants
-            return SelectionResult(select_layers(rows, variants, alternatives, criterion, budget, self.level))
+            try:
+                return SelectionResult(select_layers(rows, variants, alternatives, criterion, budget, self.level))
+            except BudgetTooSmallError:
+                if not or_nothing:
+                    raise
+                return SelectionResult(NOTHING)
 
         return self.cache.result(SelectionResult, key, solve).selection
 

@@ -22,6 +22,7 @@ from gearnn_ray.data.dataset import Dataset, open_dataset
 from gearnn_ray.levels.level import parse_level
 from gearnn_ray.offline.base import NetworkFacts, check_network, network_of, publish_given_base, train_base, training_size
 from gearnn_ray.offline.execution import decide, look_at_processor
+from gearnn_ray.offline.held_back import kept_of
 from gearnn_ray.offline.job_spec import JobSpec, Network, level_data, stage_key
 from gearnn_ray.offline.joint_selection import LevelMeasurement
 from gearnn_ray.offline.level_run import LevelResult, cached, fine_tune_fully, measure_level, run_level, select_jointly
@@ -196,10 +197,11 @@ def _check(config: SplitConfig, tasks: TaskRunner, emit: Emit) -> _Checked:
     data: Dataset = tasks.check(open_data, config)
     if data.remark:
         emit(Event("finished", "footage", "all", note=data.remark))
-    workers = config.resources.workers_per_level
-    if workers > len(data.train):
+    workers, trained_on = config.resources.workers_per_level, kept_of(len(data.train), config.selection.held_back)
+    if workers > trained_on:
+        apart = " beside those that are held back" if config.selection.held_back else ""
         raise UserError(
-            f"resources.workers_per_level is {workers} and there are {len(data.train)} training images: every worker needs an "
+            f"resources.workers_per_level is {workers} and there are {trained_on} training images{apart}: every worker needs an "
             "image of each batch, so give fewer workers"
         )
     network, facts = tasks.check(_look_at_network, config.model, data, config.task, config.recipe, config.data.cache)

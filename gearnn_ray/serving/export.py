@@ -120,7 +120,7 @@ def _about(release: Release, level: str | None = None, levels: Sequence[str] = (
 def _size(release: Release, image_size: tuple[int, int] | None) -> tuple[int, int]:
     """Height and width of the images while a graph is made."""
     only = release.content.model.input_size
-    if only is not None and image_size not in (None, only):
+    if only is not None and image_size is not None and tuple(image_size) != tuple(only):
         raise UserError(
             f"image_size is {image_size}, and {release.name} was made with model.input training-size, whose network takes frames "
             f"at {only} alone: leave image_size out"
@@ -162,9 +162,8 @@ def _graph(
     outputs = _Outputs(release, network)
     try:
         with torch.no_grad():
-            outputs(
-                *(each[:1] for each in given)
-            )  # because an error that an export meets on its way says less than the task's own
+            # because an error that an export meets on its way says less than the task's own
+            outputs(*(each[:1] for each in given))
         # Without `backed_size_oblivious`, a tensor that happens to be contiguous at this size becomes a condition on the
         # size: the logits of DRN, cropped to the image, are contiguous where its sides are multiples of 8.
         with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

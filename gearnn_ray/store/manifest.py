@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -66,7 +65,7 @@ class ModelEntry(_Entry):
     task: str
     normalisation: NormalisationEntry
     arguments: Mapping[str, int | float | bool | str] = Field(default_factory=dict)
-    pad_to: PositiveInt | None = None
+    pad_to: Annotated[int, Field(ge=2, le=1024)] | None = None
     input_size: tuple[_Side, _Side] | None = None
 
 
