@@ -13,7 +13,8 @@ os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "testing
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+def eventually(true: Callable[[], object], seconds: float = 20, pause: float = 0.02) -> None:
+    """Wait until this is so."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(pause)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 
@@ -123,11 +122,6 @@ def run_here(arguments: list[str], see: Callable[[Line], object] = lambda _: Non
     return lines
 
 
-def without_figures() -> Any:
-    """While the context lasts, split jobs of this process draw no figures, which takes longer than all else they do here."""
-    return mock.patch.object(pipeline, "figures_of", return_value={})
-
-
 def at_work(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Ray's workers that run a task of a job, whose title is "ray::LABEL: WHAT" (`ray_jobs.run_tasks.shown_name`)."""
     found = []
@@ -187,7 +181,7 @@ def main() -> int:
     leases.LEASE_SECONDS = chosen.get("lease", leases.LEASE_SECONDS)
     cpus = chosen.get("cpus", 0)
     own = local_ray(num_cpus=cpus, log_to_driver=False, logging_level="error") if cpus else contextlib.nullcontext()
-    with without_figures(), own:
+    with tiny.without_figures(tiny.SPLIT_FIGURES), own:
         return run_split([*arguments, "--json"])
 
 

@@ -103,7 +103,7 @@ def test_the_campaign_sees_what_is_altered_lost_or_computed_again(finished: Run)
 def epoch(number: int, level: str = "jpeg-10", at: float = 0.0, **changes: Any) -> dict[str, Any]:
     """The event at the end of an epoch of four steps."""
     line = {"event": "progress", "stage": "full", "level": level, "step": 4 * number, "steps": 16, "epoch": number, "epochs": 4}
-    return {**line, "at": at, "note": "", **changes}
+    return {**line, "at": at, "time": at, "note": "", **changes}
 
 
 def test_epochs_count_as_repeated_where_they_ended_before() -> None:
@@ -115,10 +115,17 @@ def test_epochs_count_as_repeated_where_they_ended_before() -> None:
 
 def test_a_job_recovers_where_the_lost_level_gets_further_than_it_was() -> None:
     lost = {"event": "notice", "note": "jpeg-10 is started again, from its last checkpoint: its worker died", "at": 3.0}
+    fault = Fault(2.5, wall=2.5)
     lines = [epoch(1, at=1), epoch(2, at=2), lost, epoch(1, "brightness-0.4", at=4), epoch(2, at=5), epoch(3, at=6)]
-    assert progress_after(lines, 2.5) == 6
-    assert progress_after([line for line in lines if line is not lost], 2.5) == 4
-    assert progress_after(lines[:3], 2.5) is None
+    assert progress_after(lines, fault) == 6
+    assert progress_after([line for line in lines if line is not lost], fault) == 4
+    assert progress_after([line for line in lines if line is not lost], Fault(2.5, wall=2.5, level="jpeg-10")) == 6
+    assert progress_after(lines[:3], fault) is None
+
+
+def test_what_was_reported_before_a_fault_and_arrives_later_is_no_recovery() -> None:
+    late = {**epoch(3, at=2.6), "time": 2.4}
+    assert progress_after([epoch(2, at=2), late, epoch(4, at=9)], Fault(2.5, wall=2.5)) == 9
 
 
 def test_moments_are_as_likely_in_each_second_of_a_job() -> None:

@@ -7,7 +7,6 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +20,7 @@ from benchmarks.faults.campaign import Outcome
 from benchmarks.faults.clients import LOGITS, SMALL, Answer, Asked, Seen, Service, expected
 from benchmarks.faults.long_service import Size, judged_soak, slope, slopes
 from gearnn_ray.config.serve import LimitsConfig, ServeConfig
+from gearnn_ray.service.connections import proxies
 from gearnn_ray.store.releases import Store
 from tests import served
 from tests.nets import TRUST
@@ -47,10 +47,8 @@ def service(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> It
         return psutil.Process().children(recursive=True)
 
     with deployment.serving(config):
-        for each in ray.util.list_named_actors(all_namespaces=True):
-            if each["name"].startswith("SERVE_PROXY_ACTOR"):
-                proxy: Any = ray.get_actor(each["name"], each["namespace"])
-                ray.get(proxy.__ray_call__.remote(impatient))
+        for proxy in proxies():
+            ray.get(proxy.__ray_call__.remote(impatient))
         yield Service(port, root, processes, {digest})
 
 

@@ -16,6 +16,7 @@ from gearnn_ray.core.events import Event
 from gearnn_ray.store import leases
 from gearnn_ray.store.files import FileTree
 from gearnn_ray.store.leases import HeldLease, Lease, LeaseLostError, Seen, decode, lease_key, run_leased
+from tests.conftest import eventually
 from tests.faulty_s3 import s3_server
 
 KEY = lease_key("split", {"name": "tiny"})
@@ -47,13 +48,6 @@ def hold(store: Path, log: Path, seconds: float = 60) -> None:
         file.write(f"{os.getpid()} done\n")
 
 
-def wait_for(condition: object, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_job_that_is_alone_takes_its_lease_and_leaves_none(tmp_path: Path) -> None:
     def job(lease: HeldLease) -> str:
         held = lease_in(tmp_path)
@@ -79,7 +73,7 @@ def test_the_second_driver_says_in_one_line_that_it_follows_and_runs_when_the_fi
     log, seen = tmp_path / "log", list[Event]()
     first = processes.Process(target=hold, args=(tmp_path, log, 5))
     first.start()
-    wait_for(log.exists)
+    eventually(log.exists)
     result = run_leased(str(tmp_path), KEY, seen.append, lambda lease: (log.read_text().split()[-1], lease.generation))
     first.join(10)
     assert result == ("done", 1)  # longer than the lease lasts: it was renewed
@@ -91,7 +85,7 @@ def test_the_second_driver_says_in_one_line_that_it_follows_and_runs_when_the_fi
 def test_a_killed_driver_of_this_machine_is_followed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = processes.Process(target=hold, args=(tmp_path, tmp_path / "log"))
     first.start()
-    wait_for((tmp_path / "log").exists)
+    eventually((tmp_path / "log").exists)
     first.kill()
     first.join(10)
     monkeypatch.setattr(leases, "LEASE_SECONDS", 60)
@@ -105,7 +99,7 @@ def test_a_killed_driver_of_another_machine_is_followed_when_its_lease_expires(
 ) -> None:
     first = processes.Process(target=hold, args=(tmp_path, tmp_path / "log"))
     first.start()
-    wait_for((tmp_path / "log").exists)
+    eventually((tmp_path / "log").exists)
     first.kill()
     first.join(10)
     monkeypatch.setattr(leases, "_machine", lambda: "another")
@@ -120,7 +114,7 @@ def test_a_stopped_driver_is_replaced_and_follows_when_it_wakes_up(tmp_path: Pat
     first.start()
     assert first.pid is not None
     try:
-        wait_for(log.exists)
+        eventually(log.exists)
         os.kill(first.pid, signal.SIGSTOP)
         running, end = threading.Event(), threading.Event()
 

@@ -79,7 +79,7 @@ def test_a_halved_link_is_fitted_into_and_only_controllers_are_given_one(street:
     assert by["pixel-change", "fits"].reached == by["pixel-change", "fits"].changes == 5
     assert by["pixel-change", "fits"].segments is not None
     assert 0 < by["pixel-change", "fits"].segments <= 8
-    assert by["pixel-change", "link"].reached <= 5
+    assert by["pixel-change", "link"].changes == 5
     assert not {("fixed", "link"), ("oracle", "fits"), ("profiling", "link")} & by.keys()
 
 

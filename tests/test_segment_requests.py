@@ -28,6 +28,7 @@ from gearnn_ray.serving.frames import Frame
 from gearnn_ray.store.releases import Store
 from gearnn_ray.video.decoding import VideoFrame
 from gearnn_ray.video.lines import written
+from tests.conftest import eventually
 from tests.nets import TRUST
 from tests.served import publish
 from tests.streams import encoded, moving
@@ -122,13 +123,6 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
-
-
-def eventually(true: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # ---- whole segments

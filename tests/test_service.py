@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from gearnn_ray.store.releases import Store
 from gearnn_ray.video.decoding import DEFAULT_LIMITS
 from gearnn_ray.video.upload import segment_frames
 from tests import served
+from tests.conftest import eventually
 from tests.nets import TRUST
 from tests.streams import encoded, moving
 from tests.test_camera_job import parts
@@ -101,13 +102,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from gearnn_ray.core.events import Event
 from gearnn_ray.offline import pipeline
 from gearnn_ray.offline.level_run import LevelResult
 from gearnn_ray.offline.pipeline import Outcome
+from gearnn_ray.reporting import tracking
 from gearnn_ray.reporting.progress import _Plain
 from gearnn_ray.reporting.tracking import Tracked, Tracker, flat, points, tracked
 from tests.test_progress import ROW
@@ -175,6 +176,14 @@ def test_a_tracker_that_cannot_be_opened_is_one_sentence(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="the tracker cannot be opened") as caught:
         track(f"tensorboard:{tmp_path / 'file'}")
     assert "\n" not in str(caught.value)
+
+
+def test_trackers_that_were_opened_before_one_that_cannot_be_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _Fails()
+    monkeypatch.setitem(tracking._KINDS, "wandb", lambda *_: first)
+    with pytest.raises(UserError, match="--track is 'tensorbored'"):
+        tracked(_Plain({}, io.StringIO()), ["wandb", "tensorbored"], "split-tiny", {})
+    assert first.calls == ["close False"]
 
 
 def test_a_job_hands_its_scores_and_release_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

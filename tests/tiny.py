@@ -95,14 +95,22 @@ def options(folder: Path, **changes: Any) -> list[str]:
     return line
 
 
+SPLIT_FIGURES = "gearnn_ray.offline.pipeline.figures_of"
+OTHER_FIGURES = (
+    "gearnn_ray.evaluation.findings.figures_of",
+    "gearnn_ray.sweep.pipeline.sweep_figure",
+    "gearnn_ray.knobs.pipeline.figures_of",
+)
+
+
 @contextmanager
-def without_figures() -> Iterator[None]:
-    """Jobs of this process draw no figures, which takes longer than all else they do in tests."""
+def without_figures(*places: str) -> Iterator[None]:
+    """Jobs of this process draw no figures, which takes longer than all else they do in tests. places: of the functions that draw
+    them, by default of all jobs, whose modules take a second to import.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gearnn_ray.offline.pipeline.figures_of", lambda *_: {})
-        patch.setattr("gearnn_ray.evaluation.findings.figures_of", lambda _: {})
-        patch.setattr("gearnn_ray.sweep.pipeline.sweep_figure", lambda *_: b"")
-        patch.setattr("gearnn_ray.knobs.pipeline.figures_of", lambda _: {})
+        for place in places or (SPLIT_FIGURES, *OTHER_FIGURES):
+            patch.setattr(place, (lambda *_: b"") if place.endswith("sweep_figure") else (lambda *_: {}))
         yield
 
 

@@ -1,7 +1,9 @@
 """A campaign: lines of seeded runs, each a fault at a random moment, and the table of what they saw. Knows no fault itself."""
 
+import atexit
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -43,6 +45,13 @@ class Line:
     fault: str
     runs: int
     run: Callable[[random.Random, Path], Outcome] | Sequence[Callable[[random.Random, Path], Outcome]]
+
+
+def lasting_folder(name: str) -> Path:
+    """An empty folder for what the runs of this process have in common, which goes when the process does."""
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import chdir, suppress
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.faults.campaign import Line, Outcome
+from benchmarks.faults.campaign import Line, Outcome, lasting_folder
 from benchmarks.faults.memory import peak_reset, peak_since
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.serving.adaptive_model import AdaptiveModel
@@ -182,7 +181,7 @@ def safetensors_bomb(draw: random.Random, store: Store, place: Folder) -> Ask:
 
 def parquet_bomb(draw: random.Random, store: Store, place: Folder) -> Ask:
     """A table of kilobytes that is unpacked to gigabytes."""
-    place.write(TABLE, _bomb(draw.randrange(5)))
+    place.write(TABLE, _bomb(draw.randrange(7)))
     return read_table
 
 
@@ -200,6 +199,10 @@ def _bomb(number: int) -> bytes:
             pq.write_table(pa.table({"a": lists}), file, compression="zstd")
         case 3:  # as many columns as rows
             pq.write_table(pa.table({str(n): [1] for n in range(3000)}), file)
+        case 4 | 5:  # texts of other types, equal in all rows
+            type_ = pa.binary(60_000) if number == 4 else pa.large_string()
+            texts = pa.array([b"x" * 60_000 if number == 4 else "x" * 60_000] * 6000, type_)
+            pq.write_table(pa.table({"a": texts}), file, compression="zstd")
         case _:  # pages of zeros
             pq.write_table(pa.table({"a": pa.array(["\0" * 2**22] * 70)}), file, compression="zstd", use_dictionary=False)
     return file.getvalue()
@@ -224,7 +227,7 @@ KINDS = (
 @functools.cache
 def honest() -> Path:
     """A store with a release, which was read once, so that readers have imported what they import at first."""
-    folder = Path(tempfile.mkdtemp(prefix="chaos-honest-"))
+    folder = lasting_folder("honest")
     store = Store(folder)
     store.publish(manifest_of(store), {TABLE: table()})
     for ask in (pull, serve, read_table):

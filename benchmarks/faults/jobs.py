@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,16 +26,16 @@ from benchmarks.faults.running import LEVELS, Fault, Run, a_job, drive, fault_no
 from gearnn_ray.ray_jobs import watch
 from gearnn_ray.store import leases
 from gearnn_ray.store.releases import Store
-from tests import running_jobs, tiny
+from tests import tiny
 from tests.running_jobs import at_work, kill_all, named
-
-OTHERS = ("default_worker.py", "ray::IDLE")  # workers that start or wait
 
 # ── processes of the job killed and stopped ────────────────────────────────────────────────────────────────────────────
 
 
-def disturbed(draw: random.Random, run: Run, do: Callable[[], bool]) -> Fault:
-    """The job in this process, and what is done to it at some moment. do: returns False while there is nothing to do it to."""
+def disturbed(draw: random.Random, run: Run, do: Callable[[], str | None]) -> Fault:
+    """The job in this process, and what is done to it at some moment. do: returns None while there is nothing to do it to, else
+    the level that it was done to, or "".
+    """
     moment = undisturbed(run.kind).moment(draw)
 
     def wait() -> Fault:
@@ -43,8 +43,8 @@ def disturbed(draw: random.Random, run: Run, do: Callable[[], bool]) -> Fault:
             return Fault()
         while True:
             fault = fault_now(run)
-            if do():
-                return fault
+            if (level := do()) is not None:
+                return replace(fault, level=level)
             if run.ended.wait(0.02):
                 return Fault()
 
@@ -64,21 +64,26 @@ def workers() -> list[psutil.Process]:
     return at_work(psutil.Process().children(recursive=True))
 
 
+def level_of(title: str) -> str:
+    """The level that a worker is at, or another label of its task."""
+    return title.removeprefix("ray::").partition(": ")[0]
+
+
 def kill_worker(draw: random.Random, folder: Path) -> Outcome:
     """SIGKILL to one that computes, or that collects the events."""
     run, killed, of_board = a_job(draw, folder), "", draw.random() < 0.1
 
-    def kill() -> bool:
+    def kill() -> str | None:
         nonlocal killed
-        # between the steps of a job there may be none but those that start or wait
-        if not (there := processes("ray::EventBoard") if of_board else workers() or processes(*OTHERS)):
-            return False
+        # between the steps of a job nobody computes
+        if not (there := processes("ray::EventBoard") if of_board else workers()):
+            return None
         with contextlib.suppress(psutil.Error):
             (victim,) = draw.sample(there, 1)
             killed = victim.cmdline()[0]
             victim.send_signal(signal.SIGKILL)
-            return True
-        return False
+            return level_of(killed)
+        return None
 
     fault = disturbed(draw, run, kill)
     outcome = judged(run, fault, 1)
@@ -138,13 +143,15 @@ def stop_worker(draw: random.Random, folder: Path) -> Outcome:
     run, pause = a_job(draw, folder), draw.uniform(1, 15)
     stopped: list[psutil.Process] = []
 
-    def stop() -> bool:
+    def stop() -> str | None:
         for worker in draw.sample(there := workers(), min(1, len(there))):
             with contextlib.suppress(psutil.Error):
+                title = worker.cmdline()[0]
                 worker.suspend()
                 stopped.append(worker)
                 threading.Timer(pause, resume, [worker]).start()
-        return bool(stopped)
+                return level_of(title)
+        return None
 
     with mock.patch.object(watch, "SILENT_SECONDS", 8.0):
         fault = disturbed(draw, run, stop)
@@ -199,27 +206,23 @@ def clock(draw: random.Random, folder: Path) -> Outcome:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) + timedelta(seconds=offset[0])
 
-    def follow() -> None:
-        with contextlib.suppress(AssertionError):  # what failed here has failed in the first one
-            here(second)
-
-    def jump() -> bool:
+    def jump() -> str:
         offset[0] = days * 86_400.0
-        followers.append(threading.Thread(target=follow))
-        followers[0].start()
+        followers.append(follower.submit(here, second))
         while not run.ended.wait(0.3):
             Store(run.store).gc(3600, dry_run=False)
-        return True
+        return ""
 
-    followers: list[threading.Thread] = []
+    followers: list[Future[None]] = []
     with (
-        running_jobs.without_figures(),  # around both drivers, which end in any order
+        ThreadPoolExecutor(1) as follower,
+        tiny.without_figures(tiny.SPLIT_FIGURES),  # around both drivers, which end in any order
         mock.patch("time.time", now),
         mock.patch("gearnn_ray.store.releases.datetime", Shifted),
     ):
         fault = disturbed(draw, run, jump)
-        for follower in followers:
-            follower.join()
+        for each in followers:
+            each.result()
         store = Store(run.store)
         old = Path(run.store / "blobs/sha256" / ("0" * 64))
         old.write_bytes(b"old")
@@ -228,7 +231,7 @@ def clock(draw: random.Random, folder: Path) -> Outcome:
         store.gc(3600, dry_run=False)
         store.untag("tiny", "other")
         assert not old.exists(), "a blob of two hours was kept, with a grace period of one"
-    outcome = judged(run, fault, 0)
+    outcome = replace(judged(run, fault, 0), recovery=None)  # by this clock nothing can be timed
     computed = tiny.epochs_run(second.lines)
     wrong = f"the second driver computed {computed} epochs while the first one lived" if computed else outcome.note
     return replace(outcome, silent=int(computed > 0), note=wrong)

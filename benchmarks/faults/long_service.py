@@ -27,6 +27,7 @@ from benchmarks.faults.campaign import Line, Outcome
 from benchmarks.faults.clients import SMALL, Clients, Seen, Service, memory, name_of, started
 from benchmarks.serving import ROOT
 from gearnn_ray.store.releases import Store
+from tests.running_jobs import named
 from tests.streams import Camera, access_units, moving
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", 0)) or None  # of a line, where it is tried
@@ -261,9 +262,9 @@ def judged_soak(said: str) -> Outcome:
 TAKEN_UP_SECONDS = 60.0
 
 
-def named(parent: psutil.Process, name: str) -> set[psutil.Process]:
+def below(parent: psutil.Process, name: str) -> set[psutil.Process]:
     """Those descendants whose command line contains the name."""
-    return {each for each in parent.children(recursive=True) if name in name_of(each)}
+    return set(named(parent.children(recursive=True), name))
 
 
 def lost_camera_node(draw: random.Random, folder: Path) -> Outcome:
@@ -272,9 +273,9 @@ def lost_camera_node(draw: random.Random, folder: Path) -> Outcome:
 
     nodes = cluster("processes")
     program = psutil.Process(nodes.job.process.pid)
-    (head,) = named(program, "raylet/raylet")
+    (head,) = below(program, "raylet/raylet")
     nodes.tell("added", add=True)
-    (doomed,) = named(program, "raylet/raylet") - {head}
+    (doomed,) = below(program, "raylet/raylet") - {head}
     address = re.search(r"--gcs-address=(\S+)", name_of(doomed))
     assert address, "a raylet does not say where its cluster is"
     environment = {**GUARDED, **LOOPBACK, "RAY_ADDRESS": address[1]}
@@ -287,12 +288,12 @@ def lost_camera_node(draw: random.Random, folder: Path) -> Outcome:
         service = stack.enter_context(started(folder, *told, environment=environment))
         wait_for_frames(service.port, tuple(watch), {}, TAKEN_UP_SECONDS)
         for _ in range(5):  # Ray places them as it likes
-            if named(doomed, "ray::CameraProcess"):
+            if below(doomed, "ray::CameraProcess"):
                 break
-            for reader in named(head, "ray::CameraProcess"):
+            for reader in below(head, "ray::CameraProcess"):
                 reader.kill()
             wait_for_frames(service.port, tuple(watch), frames(service.port, tuple(watch)), TAKEN_UP_SECONDS)
-        readers, replicas = (len(named(doomed, name)) for name in ("ray::CameraProcess", "ServeReplica"))
+        readers, replicas = (len(below(doomed, name)) for name in ("ray::CameraProcess", "ServeReplica"))
         time.sleep(draw.uniform(0, 3))
         before = frames(service.port, tuple(watch))
         at = time.monotonic()

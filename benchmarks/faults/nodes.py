@@ -23,7 +23,8 @@ import psutil
 import ray
 
 from gearnn_ray.cli.main import run_split
-from tests.running_jobs import kill_all, without_figures
+from tests import tiny
+from tests.running_jobs import kill_all
 
 
 class Nodes(Protocol):
@@ -152,7 +153,7 @@ def main() -> None:
     try:
         connect(nodes.address, least)
         say("ready")
-        with without_figures():
+        with tiny.without_figures(tiny.SPLIT_FIGURES):
             for text in sys.stdin:
                 told = json.loads(text)
                 if "job" in told:

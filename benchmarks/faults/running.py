@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults.campaign import Outcome
+from benchmarks.faults.campaign import Outcome, lasting_folder
 from gearnn_ray.ray_jobs.local_ray import local_ray
 from gearnn_ray.store.releases import Store
 from tests import running_jobs, tiny
@@ -46,8 +45,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 @functools.cache
 def _materials() -> Path:
     """Images and weights, for all runs of this process."""
-    folder = Path(tempfile.mkdtemp(prefix="chaos-jobs-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = lasting_folder("jobs")
     tiny.write_folder(folder / "data", train=16)
     tiny.write_weights(folder / "weights.safetensors")
     return folder
@@ -161,7 +159,7 @@ def here(run: Run) -> None:
     """The job, driven by this process."""
     joining()
     try:
-        with running_jobs.without_figures():
+        with tiny.without_figures(tiny.SPLIT_FIGURES):
             running_jobs.run_here(arguments(run.folder, run.kind), run.see)
     finally:
         run.ended.set()
@@ -201,14 +199,18 @@ def until_end(job: Job, run: Run) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Fault:
-    """at: when it came, None: never, because the job had ended. files: what the store held by then."""
+    """at, wall: when it came, by the monotonic clock and by that of events; at None: never, because the job had ended.
+    files: what the store held by then. level: the one that it hit, if one alone.
+    """
 
     at: float | None = None
     files: frozenset[str] = frozenset()
+    wall: float = 0.0
+    level: str = ""
 
 
-def fault_now(run: Run) -> Fault:
-    return Fault(time.monotonic(), frozenset(run.files()))
+def fault_now(run: Run, level: str = "") -> Fault:
+    return Fault(time.monotonic(), frozenset(run.files()), time.time(), level)
 
 
 def judged(run: Run, fault: Fault, most_repeated: int | None = None, cpus: int = 2, **figures: float) -> Outcome:
@@ -223,7 +225,7 @@ def judged(run: Run, fault: Fault, most_repeated: int | None = None, cpus: int =
     repeated = epochs_repeated(run.lines)
     assert most_repeated is None or repeated <= most_repeated, f"{repeated} epochs were computed again, at most {most_repeated}"
     note = (problems + [f"{path} is gone" for path in lost] + ["the digests differ"] * (not equal) + [""])[0]
-    recovery = None if fault.at is None else (progress_after(run.lines, fault.at) or end) - fault.at
+    recovery = None if fault.at is None else (progress_after(run.lines, fault) or end) - fault.at
     hit = fault.at is not None
     return Outcome(hit, equal, len(problems), len(lost), repeated if hit else None, recovery, note=note, figures=figures)
 
@@ -234,13 +236,16 @@ def epochs_repeated(lines: list[dict[str, Any]]) -> int:
     return len(ended) - len({(line["stage"], line["level"], line["epoch"]) for line in ended})
 
 
-def progress_after(lines: list[dict[str, Any]], fault: float) -> float | None:
-    """When the job first got further than it had come before the fault, at the level that a notice says was lost if one does."""
+def progress_after(lines: list[dict[str, Any]], fault: Fault) -> float | None:
+    """When a report arrived that the job was further than before the fault: at the level that it hit, or that a notice says was
+    lost, if one does. What a worker reported before the fault may arrive after it, and counts as before.
+    """
+    assert fault.at is not None
     work = [line for line in lines if line["event"] in ("progress", "finished")]
-    places = {place(line) for line in work if line["at"] <= fault}
-    lost = {line["note"].partition(" is started again")[0] for line in lines if line["event"] == "notice" and line["at"] > fault}
-    lost &= set(LEVELS)
-    new = (line for line in work if line["at"] > fault and place(line) not in places and (not lost or line["level"] in lost))
+    places = {place(line) for line in work if line["time"] <= fault.wall}
+    notices = (line for line in lines if line["event"] == "notice" and line["at"] > fault.at)
+    hit = {fault.level, *(line["note"].partition(" is started again")[0] for line in notices)} & set(LEVELS)
+    new = (line for line in work if line["time"] > fault.wall and place(line) not in places and (not hit or line["level"] in hit))
     return next((line["at"] for line in new), None)
 
 

@@ -9,10 +9,8 @@ import contextlib
 import functools
 import os
 import random
-import shutil
 import socket
 import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.faults.campaign import Line, Outcome
+from benchmarks.faults.campaign import Line, Outcome, lasting_folder
 from benchmarks.faults.clients import (
     BROKEN,
     LARGE,
@@ -57,9 +55,8 @@ _CONNECTIONS = 1000  # of the clients of an overload; a request that finds none 
 def _running() -> Service:
     free_descriptors(8192)
     stack = contextlib.ExitStack()
-    folder = Path(tempfile.mkdtemp(prefix="chaos-service-"))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(stack.close)
+    folder = lasting_folder("service")
+    atexit.register(stack.close)  # before the folder goes
     return stack.enter_context(started(folder))
 
 

@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.faults.campaign import Line, Outcome
+from benchmarks.faults.campaign import Line, Outcome, lasting_folder
 from gearnn_ray.config.recipe import Recipe
 from gearnn_ray.core.errors import UserError
 from gearnn_ray.data.cache import level_images, split_targets
@@ -236,7 +235,7 @@ class Made:
 
 @functools.cache
 def made() -> Made:
-    place = Path(tempfile.mkdtemp(prefix="chaos-made-"))
+    place = lasting_folder("made")
     torch.set_num_threads(1)
     with suppress(StoppedError):
         job(place / "stopped", stop=True)
@@ -314,7 +313,7 @@ RELEASES, DAY = 4, 86400.0
 @functools.cache
 def old_releases() -> tuple[Store, list[str], Programs]:
     """A store of releases that nobody used for a day, all but one without a tag; and programs that will work on copies of it."""
-    template = Store(tempfile.mkdtemp(prefix="chaos-old-"))
+    template = Store(lasting_folder("old"))
     digests = [template.publish(manifest_of(template, float(i)), {TABLE: table(i / 10)}) for i in range(RELEASES)]
     template.tag("street", "latest", digests[0])
     for path in Path(template.uri).rglob("*"):

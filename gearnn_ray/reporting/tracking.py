@@ -10,10 +10,11 @@ A tracker gets the loss of every level and stage by its step, each stage's score
 scores and the release. One that stops answering costs a notice, never the job.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -80,8 +81,7 @@ class Tracked:
                 call(tracker)
             except Exception as error:  # whatever a library or its server raises: the job is worth more than its curves
                 del self._trackers[name]
-                with suppress(Exception):
-                    tracker.close(False)
+                _given_up(tracker)
                 note = f"{name} failed and gets nothing more from this job, which continues ({_one_line(error)})"
                 self._reporter(Event("notice", "tracking", "all", note=note))
 
@@ -103,19 +103,32 @@ def tracked(reporter: Reporter, wanted: Sequence[str], run: str, options: Mappin
     UserError for a tracker that is unknown, not installed, or does not answer.
     """
     opened: dict[str, Tracker] = {}
-    for text in wanted:
-        kind, _, where = text.partition(":")
-        if kind not in _KINDS:
-            raise UserError(f"--track is {text!r}: expected {', '.join(_KINDS)}, or one of them with a place, such as mlflow:URI")
-        try:
-            opened[text] = _KINDS[kind](where, f"{run}-{time.strftime('%Y%m%d-%H%M%S')}", dict(flat(options)))
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--track {kind} needs the package {error.name}, which is not installed: install the extra {kind}"
-            ) from error
-        except Exception as error:
-            raise UserError(f"--track {text}: the tracker cannot be opened ({_one_line(error)})") from error
+    with ExitStack() as unless_all_open:
+        for text in wanted:
+            opened[text] = _opened(text, run, options)
+            unless_all_open.callback(_given_up, opened[text])
+        unless_all_open.pop_all()
     return Tracked(reporter, opened)
+
+
+def _given_up(tracker: Tracker) -> None:
+    with suppress(Exception):  # its own or another one's error is what is told
+        tracker.close(False)
+
+
+def _opened(text: str, run: str, options: Mapping[str, Any]) -> Tracker:
+    """One tracker of `--track`. Raises UserError as `tracked` does."""
+    kind, _, where = text.partition(":")
+    if kind not in _KINDS:
+        raise UserError(f"--track is {text!r}: expected {', '.join(_KINDS)}, or one of them with a place, such as mlflow:URI")
+    try:
+        return _KINDS[kind](where, f"{run}-{time.strftime('%Y%m%d-%H%M%S')}", dict(flat(options)))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--track {kind} needs the package {error.name}, which is not installed: install the extra {kind}"
+        ) from error
+    except Exception as error:
+        raise UserError(f"--track {text}: the tracker cannot be opened ({_one_line(error)})") from error
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -155,6 +168,10 @@ class _MLflow:
     def __init__(self, where: str, run: str, options: Mapping[str, str]) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
+
+        # by default a server that has gone is asked for minutes, in which the job would take no events
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
         self._client = MlflowClient(tracking_uri=where or None)
         experiment = self._client.get_experiment_by_name(_PROJECT)

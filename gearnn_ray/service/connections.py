@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gearnn_ray.service.requests import busy
 
-__all__ = ["Connection", "bound_proxies"]
+__all__ = ["Connection", "bound_proxies", "proxies"]
 
 _LEAST_RATE = 64 * 1024  # bytes a second that a client takes of an answer...
 _GRACE_SECONDS = 30.0  # ... on average, but for so long: the kernel takes megabytes at once, and then none for a while
@@ -124,10 +124,14 @@ def bound_proxies(head_seconds: float, most_bytes: int, most_requests: int) -> N
     """Give the connections of every proxy these bounds, as in `Connection`. To be repeated, because Serve starts a proxy that
     died again. Raises whatever a proxy raises that has just gone, or is not what it is in Ray 2.60.
     """
-    for named in ray.util.list_named_actors(all_namespaces=True):
-        if named["name"].startswith(_PROXY):
-            actor: Any = ray.get_actor(named["name"], named["namespace"])
-            ray.get(actor.__ray_call__.remote(_bound, head_seconds, most_bytes, most_requests), timeout=_ASKED_SECONDS)
+    for proxy in proxies():
+        ray.get(proxy.__ray_call__.remote(_bound, head_seconds, most_bytes, most_requests), timeout=_ASKED_SECONDS)
+
+
+def proxies() -> list[Any]:
+    """Serve's proxies in this cluster, as actors."""
+    named = (each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"].startswith(_PROXY))
+    return [ray.get_actor(each["name"], each["namespace"]) for each in named]
 
 
 def _bound(proxy: Any, head_seconds: float, most_bytes: int, most_requests: int) -> None:

@@ -167,8 +167,8 @@ class BlobStore:
         self._files.write(_checked_path(path, "reports", ".html"), page.encode())
 
     def get_table(self, path: str) -> pa.Table:
-        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet, has lists
-        in its cells, or more than 64 MiB (256 MiB unpacked) or 16 million values.
+        """The table at `tables/….parquet`. Raises UserError if it is absent, CorruptStoreError if it is not Parquet, has
+        cells that are neither numbers nor text, or more than 64 MiB (256 MiB unpacked) or 16 million values.
         """
         data = self._files.read(table_path(path), _TABLE_BYTES)
         if data is None:
@@ -210,12 +210,12 @@ def _unpacked(data: bytes) -> pa.Table:
     if file.metadata.num_columns > _TABLE_COLUMNS:
         raise pa.ArrowInvalid(f"it has {file.metadata.num_columns:,} columns, expected at most {_TABLE_COLUMNS:,}")
     schema = file.schema_arrow
-    if nested := [field.name for field in schema if pa.types.is_nested(field.type)]:
-        raise pa.ArrowInvalid(f"its column {nested[0]!r:.80} has lists or structures, expected plain values")
+    if strange := [field for field in schema if not (pa.types.is_primitive(field.type) or pa.types.is_string(field.type))]:
+        raise pa.ArrowInvalid(f"its column {strange[0].name!r:.80} has {strange[0].type!s:.40}, expected numbers or text")
     size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups))
     if size <= _UNPACKED_BYTES:
         # a text that many rows have in common is in the file once: so it is read, and its copies are counted before they are made
-        texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
         table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read()
         size = sum(map(_text_bytes, table.columns))
     if size > _UNPACKED_BYTES:

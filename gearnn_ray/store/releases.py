@@ -30,6 +30,7 @@ from gearnn_ray.store.blobs import (
     Blob,
     blob_path,
     canonical_json,
+    check_json,
     digest_of,
     encode_table,
     figure_path,
@@ -328,4 +329,10 @@ def _read_as_published(content: Mapping[str, Any], files: Mapping[str, Blob], cr
             f"The manifest of {content.get('name')} has {len(data):,} bytes, expected at most {MANIFEST_BYTES:,}. "
             "Publish fewer levels in one release."
         )
+    try:
+        check_json(data)
+    except ValueError as error:
+        raise UserError(
+            f"The manifest of {content.get('name')} cannot be read: {error}. Publish fewer levels in one release."
+        ) from error
     return digest, data, read_manifest(data, digest)

@@ -72,10 +72,15 @@ class _Trial:
 
 def sweep(config: SweepConfig, emit: Reporter) -> Outcome:
     """Run the job. Raises UserError before anything is trained or written when the configuration is invalid."""
+    return _leased(config, emit, every_trial=False)[0]
+
+
+def _leased(config: SweepConfig, emit: Reporter, every_trial: bool) -> tuple[Outcome, "ResultGrid | None"]:
+    """`_sweep` while this driver holds the job's lease."""
     store = Store(patient(config.store))
     store.check_writable()
     key = lease_key("sweep", config.model_dump(mode="json", exclude={"store"}))
-    return run_leased(store.uri, key, emit, lambda lease: _sweep(config, store, lease, emit))[0]
+    return run_leased(store.uri, key, emit, lambda lease: _sweep(config, store, lease, emit, every_trial))
 
 
 def sweep_budgets(release: str, store: str = "artifacts", *, json_lines: bool = False, **options: Any) -> "ResultGrid":
@@ -90,11 +95,8 @@ def sweep_budgets(release: str, store: str = "artifacts", *, json_lines: bool = 
     and raises UserError where the job exits 2.
     """
     config = from_mapping(SweepConfig, {"release": release, "store": store, **options}, "the call")
-    opened = Store(patient(config.store))
-    opened.check_writable()
-    key = lease_key("sweep", config.model_dump(mode="json", exclude={"store"}))
     with reporter({}, json_lines) as emit:
-        grid = run_leased(opened.uri, key, emit, lambda lease: _sweep(config, opened, lease, emit, every_trial=True))[1]
+        _, grid = _leased(config, emit, every_trial=True)
     assert grid is not None
     return grid
 
